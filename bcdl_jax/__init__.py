@@ -1,0 +1,53 @@
+"""Bayesian compression for JAX/Flax: train a network with group sparsity priors, prune it, reduce its precision."""
+
+from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
+from bcdl_jax.layers import Conv, Dense
+from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
+from bcdl_jax.objective import kl_warmup, negative_elbo
+from bcdl_jax.posterior import Posterior, posteriors
+from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
+from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
+from bcdl_jax.rates import layer_bits, rate, rate_paper
+from bcdl_jax.trained import from_trained
+from bcdl_jax.training import (
+    EnsembleReport,
+    EpochReport,
+    TrainState,
+    create_train_state,
+    make_train_epoch,
+    make_train_step,
+    parameter_kinds,
+    scale_by_kind,
+    stack_states,
+    train_ensemble,
+    unstack,
+)
+
+__all__ = [name for name in dir() if not name.startswith("_") and name[0] in "CDEGPQT"] + [
+    "choose_relative_step",
+    "choose_thresholds",
+    "clip_variances",
+    "create_train_state",
+    "from_trained",
+    "kept_groups",
+    "kl_divergence",
+    "kl_divergence_per_layer",
+    "kl_warmup",
+    "layer_bits",
+    "log_dropout_rates",
+    "make_train_epoch",
+    "make_train_step",
+    "negative_elbo",
+    "parameter_kinds",
+    "posterior_moments",
+    "posteriors",
+    "prune",
+    "rate",
+    "rate_paper",
+    "reduce_precision",
+    "reduce_precision_by_round_off",
+    "scale_by_kind",
+    "stack_states",
+    "train_ensemble",
+    "unstack",
+]

@@ -1,0 +1,213 @@
+"""The approximate posterior of one layer: a typed pytree node inside the params tree.
+
+Every transform of this library (KL divergence, pruning, precision, rates) finds the variational layers of a params tree by the type of
+this node, never by matching names.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+GroupAxis = Literal["input", "output"]
+T = TypeVar("T")
+
+
+class WeightsNode(Protocol):
+    """What a layer needs of the node it finds in the params tree to compute its mean: a posterior, or a quantised layer."""
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> jnp.dtype: ...
+
+    def mean_weights(self) -> tuple[jax.Array, jax.Array | None]: ...
+
+
+@flax.struct.dataclass
+class Posterior(abc.ABC):
+    """q(w, z) of one layer: Gaussian weights, one scale z per group of weights, and the masks of what has been pruned.
+
+    A group is one input unit of a dense layer (``group_axis="input"``: the rows of the kernel) or one output channel of a convolution
+    (``group_axis="output"``: the kernels and the bias of that channel). The weight that the layer uses is kernel * z.
+
+    Subclasses add the parameters of q(z) and say what their family says: see the abstract methods.
+
+    Attributes:
+      kernel_mean: [*window, in / feature groups, out]; the window is empty for a dense layer.
+      kernel_log_variance: same shape, natural logarithm of the variance.
+      bias_mean: [out], or None for a layer without bias.
+      bias_log_variance: [out], or None.
+      input_mask: [in]; an input whose entry is not positive is pruned. A leaf, so that it can be batched and sharded like the rest;
+        its gradient is zero.
+      output_mask: [out]; likewise for outputs.
+      group_axis: which of the two masks is the mask of this layer's own groups.
+    """
+
+    kernel_mean: jax.Array
+    kernel_log_variance: jax.Array
+    bias_mean: jax.Array | None
+    bias_log_variance: jax.Array | None
+    input_mask: jax.Array
+    output_mask: jax.Array
+    group_axis: GroupAxis = flax.struct.field(pytree_node=False)
+
+    # What a family says.
+
+    @property
+    @abc.abstractmethod
+    def default_threshold(self) -> float:
+        """A log dropout rate above which a group carries next to nothing: for progress reports, not for the final choice."""
+
+    @abc.abstractmethod
+    def kl_divergence(self) -> jax.Array:
+        """KL(q || prior) in nats of everything that is not pruned: a scalar."""
+
+    @abc.abstractmethod
+    def log_dropout_rate(self) -> jax.Array:
+        """[groups]: the pruning score of each group; a group is kept while its score is below a threshold."""
+
+    @abc.abstractmethod
+    def scale_moments(self) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance of z, each [groups]."""
+
+    @abc.abstractmethod
+    def sample_scale(self, key: jax.Array, num_examples: int) -> jax.Array:
+        """One draw of z per example: [num_examples, groups]. The draw of example i depends on the key and on i alone."""
+
+    @abc.abstractmethod
+    def clip_variances(self) -> Self:
+        """The same posterior with the variances of weights and biases brought down to the largest value the family allows."""
+
+    # What follows from it for every family.
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return self.kernel_mean.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel_mean.dtype
+
+    def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
+        """Posterior means of the kernel and the bias in use, exactly zero where pruned; the bias is None where there is none."""
+        bias = self.bias_moments()
+        return self.kernel_moments()[0], None if bias is None else bias[0]
+
+    @property
+    def group_mask(self) -> jax.Array:
+        """[groups]: the mask of this layer's own groups."""
+        return self.input_mask if self.group_axis == "input" else self.output_mask
+
+    @property
+    def kernel_mask(self) -> jax.Array:
+        """[in / feature groups, out] of bool: the kernel entries that are not pruned."""
+        return kernel_mask(self.kernel_shape, self.input_mask, self.output_mask)
+
+    def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
+        """Shapes an array [groups] so that it broadcasts against the kernel."""
+        return per_group[:, None] if self.group_axis == "input" else per_group
+
+    def kernel_moments(self) -> tuple[jax.Array, jax.Array]:
+        """Posterior mean and variance of the weights in use, kernel * z, each of the kernel's shape, exactly zero where pruned.
+
+        With w and z independent: E[wz] = E[w] E[z] and Var[wz] = E[z]^2 Var[w] + Var[z] (E[w]^2 + Var[w]).
+        """
+        return self._masked_moments(
+            self.kernel_mean, self.kernel_log_variance, *map(self.spread_over_kernel, self.scale_moments()), self.kernel_mask
+        )
+
+    def bias_moments(self) -> tuple[jax.Array, jax.Array] | None:
+        """Posterior mean and variance of the biases in use, each [out], zero where pruned; None without a bias.
+
+        The bias of an output group shares the group's z; the bias of a layer with input groups has none.
+        """
+        if self.bias_mean is None or self.bias_log_variance is None:
+            return None
+        scale_mean, scale_variance = self.scale_moments()
+        if self.group_axis == "input":
+            scale_mean, scale_variance = jnp.ones((), scale_mean.dtype), jnp.zeros((), scale_mean.dtype)
+        return self._masked_moments(self.bias_mean, self.bias_log_variance, scale_mean, scale_variance, self.output_mask > 0)
+
+    @staticmethod
+    def _masked_moments(mean, log_variance, scale_mean, scale_variance, mask):
+        variance = jnp.exp(log_variance)
+        product_variance = scale_mean**2 * variance + scale_variance * (mean**2 + variance)
+        return jnp.where(mask, mean * scale_mean, 0), jnp.where(mask, product_variance, 0)
+
+    def gaussian_kl(self) -> jax.Array:
+        """KL of the Gaussian weights and biases from N(0, 1), summed over what is not pruned: the part that families share.
+
+        KL(N(m, s2) || N(0, 1)) = (s2 + m^2 - 1 - log s2) / 2.
+        """
+        total = _sum_standard_normal_kl(self.kernel_mean, self.kernel_log_variance, self.kernel_mask)
+        if self.bias_mean is not None and self.bias_log_variance is not None:
+            total += _sum_standard_normal_kl(self.bias_mean, self.bias_log_variance, self.output_mask > 0)
+        return total
+
+
+def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mask: jax.Array) -> jax.Array:
+    """Which entries of a kernel [*window, in / feature groups, out] connect kept inputs [in] with kept outputs [out].
+
+    Returns:
+      [in / feature groups, out] of bool, the same for all positions of the window.
+    """
+    inputs, features = kernel_shape[-2:]
+    feature_groups = input_mask.shape[-1] // inputs
+    kept_inputs = (input_mask > 0).reshape(feature_groups, inputs)
+    return jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & (output_mask > 0)
+
+
+def _sum_standard_normal_kl(mean: jax.Array, log_variance: jax.Array, mask: jax.Array) -> jax.Array:
+    return 0.5 * jnp.sum(jnp.where(mask, jnp.exp(log_variance) + mean**2 - 1 - log_variance, 0))
+
+
+def map_layers(function: Callable[[T], Any], params: PyTree, node_type: type[T]) -> PyTree:
+    """Replaces every node of ``node_type`` in the tree by ``function(node)``; other leaves stay as they are."""
+    return jax.tree.map(
+        lambda leaf: function(leaf) if isinstance(leaf, node_type) else leaf, params, is_leaf=lambda leaf: isinstance(leaf, node_type)
+    )
+
+
+def map_named_layers(function: Callable[[str, T], Any], params: PyTree, node_type: type[T]) -> PyTree:
+    """Like ``map_layers``, with the layer's name as first argument."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(layer_name(path), leaf) if isinstance(leaf, node_type) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, node_type),
+    )
+
+
+def find_layers(params: PyTree, node_type: type[T]) -> dict[str, T]:
+    """All nodes of ``node_type`` by layer name, in the order of the tree.
+
+    The name is the path of the layer in the params tree, joined by "/", without the last entry: ``params["Dense_0"]["posterior"]`` is
+    "Dense_0".
+
+    Raises:
+      ValueError: there is none.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_type))
+    found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_type)}
+    if not found:
+        kinds = {Posterior: "variational layers (bcdl_jax.Dense, bcdl_jax.Conv)"}
+        top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"params holds no {kinds.get(node_type, node_type.__name__ + ' nodes')}; it holds: {top or 'nothing'}.")
+    return found
+
+
+def posteriors(params: PyTree) -> dict[str, Posterior]:
+    """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError if there is none."""
+    return find_layers(params, Posterior)  # type: ignore[type-abstract]
+
+
+def layer_name(path: tuple[Any, ...]) -> str:
+    """The name under which reports and errors speak of the layer at this path of a params tree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/posterior") or "params"

@@ -1,0 +1,95 @@
+"""How much smaller: compression rates of a pruned or quantised params tree against the float32 network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.posterior import Posterior, PyTree, find_layers
+from bcdl_jax.precision import QuantizedLayer
+
+_FLOAT_BITS = 32
+
+
+def rate_paper(params: PyTree) -> jax.Array:
+    """The paper's rate: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
+
+    Counts kernels only. A kept weight takes 32 bits after pruning and its layer's bits after precision reduction. Infinite if nothing is
+    kept, never NaN.
+
+    Args:
+      params: tree with posteriors or quantised layers.
+
+    Raises:
+      ValueError: there are neither.
+    """
+    layers = _layers(params).values()
+    before = sum(math.prod(layer.kernel_shape) for layer in layers) * _FLOAT_BITS
+    after = jnp.stack([_kernel_bits(layer) for layer in layers]).sum()
+    return before / after
+
+
+def rate(params: PyTree) -> jax.Array:
+    """The rate with everything counted: bits of all parameters in float32 / bits of all that must be stored.
+
+    Stored are the kept weights and biases at their layer's bits (32 after pruning alone), one 32-bit step for each quantised array, one bit
+    per group for the set of kept groups of every layer that lost any, and parameters outside the variational layers at 32 bits.
+
+    Args:
+      params: tree with posteriors or quantised layers.
+
+    Raises:
+      ValueError: there are neither.
+    """
+    layers = _layers(params).values()
+    others = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)) * _FLOAT_BITS
+    before = others + sum(math.prod(layer.kernel_shape) + _bias_size(layer) for layer in layers) * _FLOAT_BITS
+    after = others + jnp.stack([_kernel_bits(layer) + _bias_bits(layer) + _overhead_bits(layer) for layer in layers]).sum()
+    return before / after
+
+
+def layer_bits(params: PyTree) -> dict[str, jax.Array]:
+    """Bits per kept weight of each layer, int32 by layer name."""
+    return {name: jnp.asarray(_bits(layer), jnp.int32) for name, layer in _layers(params).items()}
+
+
+Layer = Posterior | QuantizedLayer
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, Posterior | QuantizedLayer)
+
+
+def _layers(params: PyTree) -> dict[str, Layer]:
+    kind = QuantizedLayer if any(isinstance(leaf, QuantizedLayer) for leaf in jax.tree.leaves(params, is_leaf=_is_layer)) else Posterior
+    return find_layers(params, kind)
+
+
+def _bits(layer: Layer) -> jax.Array | int:
+    return layer.kernel_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
+
+
+def _kernel_bits(layer: Layer) -> jax.Array:
+    kept = jnp.sum(layer.kernel_mask, dtype=jnp.float32) * math.prod(layer.kernel_shape[:-2])
+    return kept * _bits(layer)
+
+
+def _bias_size(layer: Layer) -> int:
+    bias = layer.bias if isinstance(layer, QuantizedLayer) else layer.bias_mean
+    return 0 if bias is None else bias.size
+
+
+def _bias_bits(layer: Layer) -> jax.Array | int:
+    if not _bias_size(layer):
+        return 0
+    bits = layer.bias_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
+    return jnp.sum(layer.output_mask > 0, dtype=jnp.float32) * bits
+
+
+def _overhead_bits(layer: Layer) -> jax.Array | int:
+    steps = (1 + (_bias_size(layer) > 0)) * _FLOAT_BITS if isinstance(layer, QuantizedLayer) else 0
+    group_mask = layer.group_mask > 0
+    return jnp.where(jnp.all(group_mask), 0, group_mask.size) + steps

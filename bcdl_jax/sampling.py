@@ -1,0 +1,120 @@
+"""What a variational layer computes: pure functions of (posterior, inputs, key).
+
+Sampling uses the local reparametrisation trick [Kingma et al. 2015, section 2.2]: the noise is drawn for the outputs, not for the weights.
+An *example* is an entry of the leading axis of the inputs; further leading axes (time, positions) share the example's group scales.
+
+All noise is drawn as arrays whose leading axis is the example. JAX's default generator computes each number from the key and its position,
+so the noise of example i does not depend on the batch size, nor on how the batch is spread over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.posterior import Posterior, WeightsNode
+
+# Keeps the derivative of sqrt finite where the variance vanishes.
+_VARIANCE_FLOOR = 1e-8
+
+
+class LinearMap(Protocol):
+    """inputs [n, *spatial, in], kernel [*window, in, out] -> [n, *spatial, out]: a matrix product or a convolution."""
+
+    def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array: ...
+
+
+def apply_mean(node: WeightsNode, inputs: jax.Array, linear_map: LinearMap) -> jax.Array:
+    """The layer at its mean weights.
+
+    Args:
+      node: the posterior of a layer, or the quantised layer.
+      inputs: [examples, ..., in].
+      linear_map: the layer's product of inputs and kernel.
+
+    Returns:
+      [examples, ..., out]; exactly zero for pruned outputs.
+    """
+    kernel, bias = node.mean_weights()
+    outputs = linear_map(inputs, kernel.astype(inputs.dtype))
+    return outputs if bias is None else outputs + bias.astype(inputs.dtype)
+
+
+def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linear_map: LinearMap) -> jax.Array:
+    """The layer with sampled weights and scales.
+
+    With x the inputs, W and S the means and variances of the kernel, b and s those of the bias, one z per example and group, and standard
+    normal e per output:
+
+      input groups (dense):          h = (xz) W + b + e sqrt((xz)^2 S + s)            [L17 eq. 9]
+      output groups (convolution):   h = z (conv(x, W) + b + e sqrt(conv(x^2, S) + s))
+
+    The noise of a convolution is independent per position, as usual, so that it has the right distribution at each position but not jointly.
+
+    Args:
+      posterior: of one layer.
+      inputs: [examples, ..., in].
+      key: a PRNG key.
+      linear_map: the layer's product of inputs and kernel.
+
+    Returns:
+      [examples, ..., out]; exactly zero for pruned outputs.
+    """
+    dtype = inputs.dtype
+    scale_key, noise_key = jax.random.split(key)
+    scale = posterior.sample_scale(scale_key, inputs.shape[0]).astype(dtype)
+    scale = scale.reshape(inputs.shape[0], *(1,) * (inputs.ndim - 2), scale.shape[-1])
+    if posterior.group_axis == "input":
+        inputs = inputs * scale
+    inputs = _masked(inputs, posterior.input_mask)
+    mean = linear_map(inputs, posterior.kernel_mean.astype(dtype))
+    variance = linear_map(inputs * inputs, jnp.exp(posterior.kernel_log_variance).astype(dtype))
+    if posterior.bias_mean is not None and posterior.bias_log_variance is not None:
+        mean += posterior.bias_mean.astype(dtype)
+        variance += jnp.exp(posterior.bias_log_variance).astype(dtype)
+    outputs = mean + jnp.sqrt(variance + _VARIANCE_FLOOR) * jax.random.normal(noise_key, mean.shape, dtype)
+    if posterior.group_axis == "output":
+        outputs = outputs * scale
+    return _masked(outputs, posterior.output_mask)
+
+
+def dense_map(precision: Any = None) -> LinearMap:
+    """The product of a dense layer: [..., in] and [in, out] give [..., out]."""
+    return lambda inputs, kernel: jnp.matmul(inputs, kernel, precision=precision)
+
+
+def convolution_map(
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    input_dilation: Sequence[int],
+    kernel_dilation: Sequence[int],
+    feature_group_count: int,
+    precision: Any = None,
+) -> LinearMap:
+    """The product of a convolution with channels last, over any number of spatial axes: [n, *spatial, in] and [*window, in, out]."""
+
+    def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        axes = tuple(range(1, inputs.ndim - 1))
+        channels_last = (0, inputs.ndim - 1, *axes)
+        numbers = jax.lax.ConvDimensionNumbers(channels_last, (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)), channels_last)
+        return jax.lax.conv_general_dilated(
+            inputs,
+            kernel,
+            window_strides=strides,
+            padding=padding,
+            lhs_dilation=input_dilation,
+            rhs_dilation=kernel_dilation,
+            dimension_numbers=numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+        )
+
+    return convolve
+
+
+def _masked(array: jax.Array, mask: jax.Array) -> jax.Array:
+    """Zero where the mask is not positive, also where the array is not finite."""
+    return jnp.where(mask > 0, array, 0)

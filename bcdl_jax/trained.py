@@ -1,0 +1,71 @@
+"""Starting a variational network from a trained deterministic one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.posterior import Posterior, PyTree
+
+
+def from_trained(params: PyTree, trained: PyTree) -> PyTree:
+    """Variational params whose means are a trained net's weights.
+
+    The posterior means are set such that the mean network computes what the trained one does: the kernel (and the bias of a convolution) is
+    divided by the mean of its group scale. Everything else, such as variances, stays as in ``params``.
+
+    Args:
+      params: fresh params of the variational network, from ``model.init``.
+      trained: params of its deterministic twin: the same tree with ``{"kernel": ..., "bias": ...}`` in place of each variational layer.
+        ``{"Dense_0/kernel": ...}``, with paths as keys, works too.
+
+    Returns:
+      A tree like ``params``. Parameters that have no posterior are copied from ``trained``.
+
+    Raises:
+      ValueError: ``trained`` lacks an array, has one too many, or one of another shape; the path is named.
+    """
+    given = _flatten(trained)
+    used: set[str] = set()
+
+    def take(path: str, like: jax.Array) -> jax.Array:
+        if path not in given:
+            raise ValueError(f"The trained net lacks {path}, which must have shape {jnp.shape(like)}; it holds {', '.join(given) or 'nothing'}.")
+        if jnp.shape(given[path]) != jnp.shape(like):
+            raise ValueError(f"{path} of the trained net has shape {jnp.shape(given[path])}; it must have {jnp.shape(like)}.")
+        used.add(path)
+        return jnp.asarray(given[path], jnp.result_type(like))
+
+    def fill(path: Any, node: Any) -> Any:
+        if not isinstance(node, Posterior):
+            return take(_path(path), node)
+        prefix = _path(path[:-1]) + "/" if len(path) > 1 else ""
+        scale = node.scale_moments()[0]
+        kernel = take(prefix + "kernel", node.kernel_mean) / node.spread_over_kernel(scale)
+        bias = None if node.bias_mean is None else take(prefix + "bias", node.bias_mean)
+        if bias is not None and node.group_axis == "output":
+            bias = bias / scale
+        return node.replace(kernel_mean=kernel, bias_mean=bias)  # type: ignore[attr-defined]
+
+    filled = jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda node: isinstance(node, Posterior))
+    if extra := sorted(set(given) - used):
+        raise ValueError(f"The trained net holds {', '.join(extra)}, which this network does not have.")
+    return filled
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """Arrays by path, joined by "/"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        if isinstance(value, Mapping | list | tuple):
+            flat |= {f"{key}/{path}": array for path, array in _flatten(value).items()}
+        else:
+            flat[str(key)] = value
+    return flat

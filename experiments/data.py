@@ -1,0 +1,226 @@
+"""Data sets: MNIST and Fashion-MNIST through tensorflow-datasets without TensorFlow, and the embedded digits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import io
+import logging
+import os
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+
+NAMES = ("mnist", "mnist_5k", "fashion_mnist")
+EMBEDDED = "mnist_5k"
+_EMBEDDED_FILE = Path(__file__).parent / "embedded" / "mnist_5k.npz"
+_SPLIT_SEED = 0
+# Of each class: the embedded digits hold 500 of each.
+_EMBEDDED_TRAIN, _EMBEDDED_VALIDATION = 350, 50
+_FULL_TRAIN, _FULL_TEST, _FULL_VALIDATION = 60_000, 10_000, 5_000
+_OFFLINE_SECONDS = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """images [n, 28, 28, 1] of uint8 and labels [n] of int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in three parts: train on the first, choose on the second, score on the third.
+
+    Attributes:
+      name: one of ``NAMES``; what was really loaded.
+      notice: one sentence where this is not what was asked for, else None.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    notice: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        return {"name": self.name, "train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+
+class _Unavailable(Exception):
+    """The full data set cannot be had; the message says why."""
+
+
+def load(name: str, data_dir: str | None = None) -> Dataset:
+    """Loads a data set.
+
+    "mnist" and "fashion_mnist" are read from a prepared directory, else downloaded and prepared there. Without an explicit ``data_dir``,
+    "mnist" falls back on the embedded digits where that is impossible, and says so in ``notice``.
+
+    Args:
+      name: one of ``NAMES``.
+      data_dir: where tensorflow-datasets keeps its data; TFDS_DATA_DIR, then its default, if None.
+
+    Raises:
+      UserError: an unknown name, a directory that neither holds the data nor can be given it, or damaged data.
+    """
+    if name not in NAMES:
+        raise UserError(f"--dataset is {name!r}; allowed are {', '.join(NAMES)}.")
+    if name == EMBEDDED:
+        return _load_embedded(None)
+    try:
+        return _load_full(name, data_dir)
+    except _Unavailable as reason:
+        if data_dir is not None:
+            raise UserError(
+                f"--data-dir {data_dir} holds no prepared {name}, and it could not be put there: {reason}. Give the directory that contains "
+                f"{name}/, or use --dataset {EMBEDDED}."
+            ) from None
+        if name != "mnist":
+            raise UserError(f"--dataset {name} cannot be had: {reason}. Give --data-dir, or use --dataset {EMBEDDED}.") from None
+        return _load_embedded(f"Full MNIST is not at hand ({reason}): this run uses the 5,000 embedded MNIST digits instead.")
+
+
+def _load_embedded(notice: str | None) -> Dataset:
+    """A stratified split with a fixed seed: the file is sorted by class."""
+    with np.load(_EMBEDDED_FILE, allow_pickle=False) as file:
+        images, labels = file["images"][..., None], file["labels"].astype(np.int32)
+    generator = np.random.default_rng(_SPLIT_SEED)
+    rows: list[list[np.ndarray]] = [[], [], []]
+    for label in np.unique(labels):
+        of_class = generator.permutation(np.flatnonzero(labels == label))
+        parts = np.split(of_class, [_EMBEDDED_TRAIN, _EMBEDDED_TRAIN + _EMBEDDED_VALIDATION])
+        for split, part in zip(rows, parts, strict=True):
+            split.append(part)
+    train, validation, test = (Split(images[chosen], labels[chosen]) for chosen in map(np.concatenate, rows))
+    return Dataset(EMBEDDED, train, validation, test, notice)
+
+
+def _load_full(name: str, data_dir: str | None) -> Dataset:
+    with _quiet_tfds() as tfds:
+        if tfds is None:
+            raise _Unavailable("tensorflow-datasets is not installed")
+        directory = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser()
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--data-dir {directory} is a file; it must be a directory.")
+        builder = _builder(tfds, name, directory)
+        try:
+            prepared = builder.is_prepared()
+        except Exception as error:
+            raise _damaged(builder.data_dir, error) from error
+        if not prepared:
+            _prepare(builder, directory)
+        try:
+            train = _read(builder, "train", _FULL_TRAIN)
+            test = _read(builder, "test", _FULL_TEST)
+        except Exception as error:
+            raise _damaged(builder.data_dir, error) from error
+    # The order of the records depends on who prepared them; by content, the split is the same everywhere.
+    order = np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in train.images], kind="stable")
+    chosen, held_out = order[_FULL_VALIDATION:], order[:_FULL_VALIDATION]
+    return Dataset(name, Split(train.images[chosen], train.labels[chosen]), Split(train.images[held_out], train.labels[held_out]), test)
+
+
+def _damaged(directory: Any, error: Exception) -> UserError:
+    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"The data in {directory} is damaged and cannot be read ({detail}); delete that directory to have it prepared again.")
+
+
+def _read(builder: Any, split: str, count: int) -> Split:
+    source = builder.as_data_source(split=split)
+    images, labels = np.zeros((len(source), 28, 28, 1), np.uint8), np.zeros(len(source), np.int32)
+    for row, record in enumerate(source):
+        images[row], labels[row] = record["image"], record["label"]
+    if len(source) != count:
+        raise ValueError(f"split {split} has {len(source)} images, not {count}")
+    return Split(images, labels)
+
+
+def _builder(tfds: Any, name: str, directory: Path) -> Any:
+    """The stock builder, reading the downloaded files with numpy: the stock one needs TensorFlow for that."""
+    stock = tfds.builder_cls(name)
+    files = {
+        "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+        "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+    }
+    builder_name = name
+
+    class NumpyBuilder(stock, skip_registration=True):  # type: ignore[misc, valid-type]
+        name = builder_name
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            paths = dl_manager.download({split: [self.URL + file for file in pair] for split, pair in files.items()})
+            return {split: self._generate_examples(*pair) for split, pair in paths.items()}
+
+        def _generate_examples(self, image_path: Any, label_path: Any) -> Any:
+            from PIL import Image
+
+            images = np.frombuffer(gzip.decompress(Path(image_path).read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
+            labels = np.frombuffer(gzip.decompress(Path(label_path).read_bytes()), np.uint8, offset=8)
+            for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+                # An encoded image: the feature encodes arrays with TensorFlow, but takes PNG bytes as they are.
+                png = io.BytesIO()
+                Image.fromarray(image).save(png, format="PNG")
+                yield row, {"image": io.BytesIO(png.getvalue()), "label": int(label)}
+
+    return NumpyBuilder(data_dir=directory, file_format="array_record")
+
+
+def _prepare(builder: Any, directory: Path) -> None:
+    finished = directory / "downloads" / "manual"
+    if not (len(list(finished.glob("*.gz"))) >= 4 or _reachable(builder.URL)):
+        raise _Unavailable("no prepared copy was found and there is no network to download it")
+    print(f"Downloading and preparing {builder.name} in {directory} ...", flush=True)
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise _Unavailable(f"downloading or preparing it failed, {detail}") from error
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host answers at all, within some seconds; in a thread, since looking up a name has no time limit."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url + "train-labels-idx1-ubyte.gz", method="HEAD"), timeout=_OFFLINE_SECONDS)
+            answers.append(True)
+        except Exception:  # any answer but success means that the download would fail too
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_OFFLINE_SECONDS)
+    return any(answers)
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Any:
+    """tensorflow-datasets without its warnings and without 200 seconds of retries; None where it is not installed."""
+    try:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download import downloader
+    except ImportError:
+        yield None
+        return
+    logger, retries = logging.getLogger("absl"), downloader.MAX_RETRIES
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    downloader.MAX_RETRIES = 0
+    try:
+        yield tfds
+    finally:
+        logger.setLevel(level)
+        downloader.MAX_RETRIES = retries

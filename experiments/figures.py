@@ -1,0 +1,137 @@
+"""Pictures of a run: weights and feature importance over the epochs as GIFs, log dropout rates as histograms."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from PIL import Image
+
+from experiments.compress import Snapshot
+from experiments.files import write_atomically
+
+_MILLISECONDS_PER_FRAME = 150
+_MILLISECONDS_LAST_FRAME = 2500
+# Zero, and so a pruned weight, is white.
+_SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c4161c"])
+_DIGITS = (0, 3, 4, 7, 8)
+
+
+def draw(out: Path, snapshots: list[Snapshot], thresholds: dict[str, float], images: np.ndarray, labels: np.ndarray, seed: int) -> None:
+    """Draws all pictures of one seed.
+
+    Args:
+      out: directory to write to.
+      snapshots: in the order of the epochs.
+      thresholds: by layer name, in the order of the layers: a group is drawn as pruned where its log dropout rate is not below.
+      images: [n, 28, 28, 1] of uint8, from which the five digits are taken.
+      labels: [n].
+      seed: for the titles.
+    """
+    names = sorted(thresholds)
+    for number, (name, following) in enumerate(zip(names[:2], names[1:3], strict=True), start=1):
+        weights_gif(out / f"weights_layer{number}.gif", snapshots, name, following, thresholds, number, seed)
+    digits = np.stack([images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0] for digit in _DIGITS])
+    importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed)
+    dropout_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed)
+
+
+def weights_gif(
+    path: Path, snapshots: list[Snapshot], name: str, following: str, thresholds: dict[str, float], number: int, seed: int
+) -> None:
+    """The mean weights of a layer over the epochs: one column per input unit, one row per output unit."""
+    frames = []
+    for snapshot in snapshots:
+        kept_inputs = snapshot.log_dropout_rates[name] < thresholds[name]
+        kept_outputs = snapshot.log_dropout_rates[following] < thresholds[following]
+        frames.append((snapshot.epoch, np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32), kept_inputs.sum(), kept_outputs.sum()))
+    # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
+    limit = float(np.percentile(np.abs(frames[-1][1][frames[-1][1] != 0]), 99)) if np.any(frames[-1][1]) else 1.0
+    outputs, inputs = frames[0][1].shape
+    figure, axes = plt.subplots(figsize=(8.4, 4.6 if number == 1 else 4.2), dpi=100, layout="constrained")
+    picture = axes.imshow(frames[0][1], cmap=_SIGNED, vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
+    axes.set_xlabel(f"input unit ({inputs})")
+    axes.set_ylabel(f"output unit ({outputs})")
+    figure.colorbar(picture, ax=axes, label="posterior mean of the weight", extend="both")
+
+    def show(frame: Any) -> None:
+        epoch, weights, kept_inputs, kept_outputs = frame
+        picture.set_data(weights)
+        axes.set_title(f"Layer {number} (seed {seed}), epoch {epoch}: {kept_inputs} of {inputs} inputs, {kept_outputs} of {outputs} outputs kept\nnegative blue, positive red, pruned white", fontsize=11)
+
+    _write_gif(path, figure, show, frames)
+
+
+def importance_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int) -> None:
+    """Which pixels the network reads: minus the log dropout rate of each input, the kept inputs, and five digits as the network sees them."""
+    rates = [np.asarray(snapshot.log_dropout_rates[name], np.float32).reshape(28, 28) for snapshot in snapshots]
+    low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-np.stack(rates)))
+    figure, grid = plt.subplots(2, 4, figsize=(8.4, 4.8), dpi=100, layout="constrained")
+    panels = grid.ravel()
+    importance = panels[0].imshow(-rates[0], cmap="viridis", vmin=low, vmax=max(high, low + 1e-3))
+    panels[0].set_title("importance\n(-log dropout rate)", fontsize=10)
+    figure.colorbar(importance, ax=panels[0], shrink=0.8)
+    mask = panels[1].imshow(np.ones((28, 28)), cmap="gray", vmin=0, vmax=1)
+    panels[1].set_title("kept pixels (white)", fontsize=10)
+    shown = []
+    for panel, digit in zip(panels[2:], digits, strict=False):
+        # Pruned pixels are drawn in a colour of their own: black would look like background.
+        shown.append(panel.imshow(np.zeros((28, 28, 3))))
+        panel.set_title("digit, kept pixels only" if digit is digits[0] else "", fontsize=10)
+    for panel in panels:
+        panel.set_xticks([])
+        panel.set_yticks([])
+    panels[7].axis("off")
+    panels[7].text(0.5, 0.5, "pruned pixels\nare drawn\nin blue", ha="center", va="center", fontsize=10)
+
+    def show(frame: tuple[int, np.ndarray]) -> None:
+        epoch, log_rates = frame
+        kept = log_rates < threshold
+        importance.set_data(-log_rates)
+        mask.set_data(kept.astype(float))
+        for picture, digit in zip(shown, digits, strict=True):
+            gray = np.repeat(digit[..., None] / 255.0, 3, axis=-1)
+            picture.set_data(np.where(kept[..., None], gray, np.array([0.25, 0.35, 0.75])))
+        figure.suptitle(f"Input pixels (seed {seed}), epoch {epoch}: {kept.sum()} of {kept.size} kept", fontsize=11)
+
+    _write_gif(path, figure, show, [(snapshot.epoch, rate) for snapshot, rate in zip(snapshots, rates, strict=True)])
+
+
+def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int) -> None:
+    """How the log dropout rates of each layer's groups lie about the chosen threshold."""
+    figure, grid = plt.subplots(1, len(thresholds), figsize=(3.6 * len(thresholds), 3.6), dpi=100, layout="constrained", squeeze=False)
+    for panel, name in zip(grid[0], sorted(thresholds), strict=True):
+        rates, threshold = snapshot.log_dropout_rates[name], thresholds[name]
+        kept = rates < threshold
+        edges = np.histogram_bin_edges(rates, bins=40)
+        panel.hist([rates[kept], rates[~kept]], bins=edges, stacked=True, color=["#2a6f97", "#c9c9c9"], label=[f"kept: {kept.sum()}", f"pruned: {(~kept).sum()}"])
+        if np.isfinite(threshold):
+            panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
+        panel.set_title(f"{name}: {rates.size} input units")
+        panel.set_xlabel("log dropout rate")
+        panel.set_ylabel("number of units")
+        panel.legend(fontsize=8)
+    figure.suptitle(f"Log dropout rates after epoch {snapshot.epoch} (seed {seed})")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    plt.close(figure)
+
+
+def _write_gif(path: Path, figure: Any, show: Callable[[Any], None], frames: Iterable[Any]) -> None:
+    pictures = []
+    for frame in frames:
+        show(frame)
+        figure.canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(128, dither=Image.Dither.NONE))
+    plt.close(figure)
+    durations = [_MILLISECONDS_PER_FRAME] * (len(pictures) - 1) + [_MILLISECONDS_LAST_FRAME]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))

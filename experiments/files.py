@@ -1,0 +1,107 @@
+"""The files of a run: each is written under a temporary name and then renamed, so that none is ever half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+from experiments.errors import UserError
+
+
+def prepare_out(out: str, overwrite: bool, names: list[str]) -> Path:
+    """Makes the output directory, or clears it of an earlier run's files.
+
+    Args:
+      out: the directory.
+      overwrite: whether an earlier run's files may be replaced.
+      names: the files that a run writes; no other file is ever removed.
+
+    Raises:
+      UserError: it is not empty and ``overwrite`` is False, it is a file, or it cannot be written.
+    """
+    directory = Path(out)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--out {out} is a file; it must be a directory.")
+    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+        raise UserError(f"--out {out} exists and is not empty; name another directory or add --overwrite.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+        for name in names:
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
+    return directory
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls ``write`` with an open file that becomes ``path`` only once it is complete."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Adds one line in a single write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def write_arrays(path: Path, tree: Any) -> None:
+    """Writes a tree of arrays as .npz, under their paths: "Dense_0/kernel_mean". Integers take the smallest type that holds them."""
+    arrays = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        if np.issubdtype(array.dtype, np.signedinteger):
+            array = array.astype(np.result_type(*map(np.min_scalar_type, (array.min(), array.max(), -1))) if array.size else np.int8)
+        arrays[jax.tree_util.keystr(key_path, simple=True, separator="/").replace("posterior/", "")] = array
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+TRAINED_ON = "trained_on"
+
+
+def read_pretrained(path: str, dataset: str, full_train_sets: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Reads weights by "layer/kernel" and "layer/bias" from an .npz file.
+
+    Args:
+      path: the file; its optional entry "trained_on" names the data set that the weights were trained on.
+      dataset: the data set of this run.
+      full_train_sets: data sets of which this run's test images may be training images of the pretrained net.
+
+    Raises:
+      UserError: it cannot be read, or it may have seen this run's test images.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"--pretrained {path} cannot be read as an .npz file of arrays: {detail}.") from error
+    trained_on = str(arrays.pop(TRAINED_ON)) if TRAINED_ON in arrays else None
+    if dataset in full_train_sets and trained_on != dataset:
+        raise UserError(
+            f"--pretrained {path} says it was trained on {trained_on or 'nothing that it names'}; on {dataset} only a net trained on {dataset} "
+            f'(entry "{TRAINED_ON}" in the file) is accepted, since all its digits, test digits too, are training images of full MNIST.'
+        )
+    return arrays
