@@ -181,7 +181,9 @@ class Conv(_VariationalLayer):
         if isinstance(padding, str) and padding == "CAUSAL":
             padding = [(reach[0], 0)]
         elif isinstance(padding, str) and padding in _PAD_MODES:
-            pad_mode, padding = _PAD_MODES[padding], "VALID"
+            pad_mode, padding = _PAD_MODES[padding], [(0, 0)] * rank
+        elif padding == "SAME" and max(input_dilation) > 1:
+            raise ValueError(f"{self._where()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead.")
         convolve = convolution_map(strides, padding, input_dilation, kernel_dilation, self.feature_group_count, self.precision)
 
         def linear_map(values: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -208,7 +210,7 @@ class Conv(_VariationalLayer):
             allowed = ["SAME", "VALID", *_PAD_MODES, *(["CAUSAL"] if rank == 1 else [])]
             if padding not in allowed:
                 raise ValueError(f"{self._where()} has padding {padding!r}; allowed are {', '.join(allowed)}, ints and (low, high) pairs.")
-            return padding
+            return [(0, 0)] * rank if padding == "VALID" else padding
         entries = [padding] * rank if isinstance(padding, int) else list(padding)
         pairs = [(entry, entry) if isinstance(entry, int) else tuple(entry) for entry in entries]
         if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):

@@ -99,6 +99,11 @@ def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float])
         if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
             raise ValueError(f"relative_step of layer {name} is {value}; it must be a positive number.")
 
+    return _reduce_precision(params, {name: jnp.asarray(relative[name], jnp.float32) for name in names})
+
+
+@jax.jit
+def _reduce_precision(params: PyTree, relative: dict[str, jax.Array]) -> PyTree:
     def quantize(name: str, posterior: Posterior) -> QuantizedLayer:
         def rounded(moments: tuple[jax.Array, jax.Array], mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
             mean, variance = moments
@@ -113,6 +118,7 @@ def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float])
     return map_named_layers(quantize, params, Posterior)  # type: ignore[type-abstract]
 
 
+@jax.jit
 def reduce_precision_by_round_off(params: PyTree) -> PyTree:
     """The rule of the paper's public code, for comparison: as many significand bits as the mean posterior variance allows.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,11 +36,13 @@ def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = 
     Raises:
       ValueError: a layer without threshold, a threshold or a chain entry for an unknown layer, or a chain whose widths do not fit.
     """
-    layers = posteriors(params)
-    by_layer = thresholds_by_layer(thresholds, list(layers))
-    masks = {
-        name: (posterior.group_mask > 0) & (posterior.log_dropout_rate() < by_layer[name]) for name, posterior in layers.items()
-    }
+    by_layer = thresholds_by_layer(thresholds, list(posteriors(params)))
+    return _prune(params, by_layer, tuple(chain or ()))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _prune(params: PyTree, thresholds: dict[str, jax.Array], chain: tuple[str, ...]) -> PyTree:
+    masks = {name: posterior.log_dropout_rate() < thresholds[name] for name, posterior in posteriors(params).items()}
     return set_group_masks(params, masks, chain)
 
 

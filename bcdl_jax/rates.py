@@ -14,6 +14,7 @@ from bcdl_jax.precision import QuantizedLayer
 _FLOAT_BITS = 32
 
 
+@jax.jit
 def rate_paper(params: PyTree) -> jax.Array:
     """The paper's rate: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
 
@@ -32,6 +33,7 @@ def rate_paper(params: PyTree) -> jax.Array:
     return before / after
 
 
+@jax.jit
 def rate(params: PyTree) -> jax.Array:
     """The rate with everything counted: bits of all parameters in float32 / bits of all that must be stored.
 
@@ -51,6 +53,7 @@ def rate(params: PyTree) -> jax.Array:
     return before / after
 
 
+@jax.jit
 def layer_bits(params: PyTree) -> dict[str, jax.Array]:
     """Bits per kept weight of each layer, int32 by layer name."""
     return {name: jnp.asarray(_bits(layer), jnp.int32) for name, layer in _layers(params).items()}

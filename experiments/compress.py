@@ -163,7 +163,9 @@ def compress(
         model, recipe, recipe.epochs, num_examples, recipe.learning_rate, variance_factors, recipe.warmup_epochs
     )
 
-    def create(seed: int) -> bcdl_jax.TrainState:
+    @jax.jit
+    @jax.vmap
+    def create(seed: jax.Array) -> bcdl_jax.TrainState:
         init_key, train_key = jax.random.split(jax.random.key(seed))
         params = model.init(init_key, train[0][:1])["params"]
         if pretrained is not None:
@@ -171,7 +173,7 @@ def compress(
         return bcdl_jax.create_train_state(params, optimizer, train_key)
 
     try:
-        states = bcdl_jax.stack_states([create(seed) for seed in seeds])
+        states = create(jnp.array(seeds))
     except ValueError as error:
         if pretrained is None:
             raise
@@ -347,9 +349,15 @@ def _on_device(split: Split) -> tuple[jax.Array, jax.Array]:
 
 
 def _snapshot(epoch: int, stacked_params: Any) -> Snapshot:
+    kernels, rates = jax.device_get(_snapshot_arrays(stacked_params))
+    return Snapshot(epoch, kernels, rates)
+
+
+@jax.jit
+def _snapshot_arrays(stacked_params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     params = bcdl_jax.unstack(stacked_params, 0)
-    kernels = {name: np.asarray(posterior.kernel_moments()[0], np.float16) for name, posterior in bcdl_jax.posteriors(params).items()}
-    return Snapshot(epoch, kernels, {name: np.asarray(rates) for name, rates in bcdl_jax.log_dropout_rates(params).items()})
+    layers = bcdl_jax.posteriors(params).items()
+    return {name: layer.kernel_moments()[0].astype(jnp.float16) for name, layer in layers}, bcdl_jax.log_dropout_rates(params)
 
 
 def _machine() -> str:

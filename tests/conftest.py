@@ -1,0 +1,113 @@
+"""Shared by the tests: a key, and small networks."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from bcdl_jax.posterior import Posterior, map_layers
+
+
+class SmallNet(nn.Module):
+    """6-5-4-3 with ReLU."""
+
+    clip_var: float | None = None
+
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        x = nn.relu(bcdl_jax.Dense(5, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(x, deterministic=deterministic))
+        x = nn.relu(bcdl_jax.Dense(4)(x, deterministic=deterministic))
+        return bcdl_jax.Dense(3)(x, deterministic=deterministic)
+
+
+class SmallConvNet(nn.Module):
+    """Two convolutions, a flatten and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        x = nn.relu(bcdl_jax.Conv(4, (3, 3))(x, deterministic=deterministic))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(bcdl_jax.Conv(6, (3, 3), padding="VALID")(x, deterministic=deterministic))
+        return bcdl_jax.Dense(3)(x.reshape(x.shape[0], -1), deterministic=deterministic)
+
+
+CHAIN = ["Dense_0", "Dense_1", "Dense_2"]
+CONV_CHAIN = ["Conv_0", "Conv_1", "Dense_0"]
+
+
+@pytest.fixture(scope="session")
+def key():
+    return jax.random.key(20170523)
+
+
+def spread(params, key):
+    """The params with every array moved to a value of its own, as after training; masks stay."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
+    moved = jax.tree.map(lambda leaf, leaf_key: leaf + 0.5 * jax.random.normal(leaf_key, leaf.shape), params, keys)
+
+    def finish(pair):
+        variances = {name: jnp.clip(getattr(pair, name) + 5, -6, 0) for name in ("kernel_log_variance", "bias_log_variance", "scale_log_variance")}
+        return pair.replace(input_mask=jnp.ones_like(pair.input_mask), output_mask=jnp.ones_like(pair.output_mask), **variances)
+
+    return map_layers(finish, moved, Posterior)
+
+
+@pytest.fixture(scope="session")
+def net(key):
+    """(model, params with values of their own, inputs [7, 6])."""
+    return _network(SmallNet(), key, (7, 6))
+
+
+@pytest.fixture(scope="session")
+def conv_net(key):
+    """(model, params with values of their own, inputs [3, 8, 8, 2])."""
+    return _network(SmallConvNet(), key, (3, 8, 8, 2))
+
+
+def _network(model, key, shape):
+    inputs = jax.random.normal(jax.random.fold_in(key, 1), shape)
+    return model, jax.jit(lambda: spread(model.init(key, inputs)["params"], key))(), inputs
+
+
+def run(model, params, inputs, key=None):
+    """The compiled forward pass: at the means, or sampled if there is a key."""
+    return _run(model, params, inputs) if key is None else _run(model, params, inputs, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(model, params, inputs, key=None):
+    if key is None:
+        return model.apply({"params": params}, inputs)
+    return model.apply({"params": params}, inputs, deterministic=False, rngs={"noise": key})
+
+
+def make_posterior(key, kernel_shape, group_axis, *, use_bias=True, feature_group_count=1):
+    """A group normal-Jeffreys posterior with values of its own."""
+    kernel = jax.random.normal(key, kernel_shape)
+    bias = jax.random.normal(jax.random.fold_in(key, 1), kernel_shape[-1:]) if use_bias else None
+    posterior = bcdl_jax.GroupNormalJeffreys().create(key, kernel, bias, group_axis, feature_group_count)
+    values = np.random.default_rng(0)
+    replaced = {
+        "kernel_log_variance": values.uniform(-4, 0, kernel_shape),
+        "scale_mean": values.uniform(-1.5, 1.5, posterior.scale_mean.shape),
+        "scale_log_variance": values.uniform(-4, 0, posterior.scale_mean.shape),
+    }
+    if use_bias:
+        replaced["bias_log_variance"] = values.uniform(-4, 0, kernel_shape[-1:])
+    return posterior.replace(**{name: jnp.asarray(value, jnp.float32) for name, value in replaced.items()})
+
+
+def assert_trees_close(a, b, rtol=1e-6, atol=0.0):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert left.dtype == right.dtype
+        if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
+            left, right = jax.random.key_data(left), jax.random.key_data(right)
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=atol)

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from bcdl_jax.posterior import kernel_mask, map_named_layers
+from tests.conftest import make_posterior
+
+CASES = [((4, 3), "input"), ((3, 2, 4), "output"), ((3, 3, 2, 4), "output"), ((2, 3, 3, 2, 4), "output")]
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_moments_against_monte_carlo(key, shape, axis):
+    posterior = make_posterior(key, shape, axis)
+    draws = 100_000
+    keys = jax.random.split(key, 3)
+    weights = posterior.kernel_mean + jnp.exp(0.5 * posterior.kernel_log_variance) * jax.random.normal(keys[0], (draws, *shape))
+    biases = posterior.bias_mean + jnp.exp(0.5 * posterior.bias_log_variance) * jax.random.normal(keys[1], (draws, shape[-1]))
+    scales = posterior.sample_scale(keys[2], draws)
+    if axis == "input":
+        weights = weights * scales[:, :, None]
+    else:
+        weights = weights * scales.reshape(draws, *(1,) * (len(shape) - 1), shape[-1])
+        biases = biases * scales
+    for sample, (mean, variance) in [(weights, posterior.kernel_moments()), (biases, posterior.bias_moments())]:
+        error = 5 * np.sqrt(np.max(variance) / draws)
+        np.testing.assert_allclose(sample.mean(0), mean, atol=error)
+        np.testing.assert_allclose(sample.var(0), variance, rtol=0.06, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_pruned_moments_are_zero_and_kl_counts_the_rest_only(key, shape, axis):
+    posterior = make_posterior(key, shape, axis)
+    kept = np.arange(posterior.group_mask.size) != 1
+    side = "input_mask" if axis == "input" else "output_mask"
+    pruned = posterior.replace(**{side: jnp.asarray(kept, jnp.float32)})
+    smaller = make_posterior(key, shape, axis)
+    cut = (lambda a: a[kept]) if axis == "input" else (lambda a: a[..., kept])
+    smaller = smaller.replace(
+        **{name: cut(getattr(posterior, name)) for name in ("kernel_mean", "kernel_log_variance")},
+        **{name: getattr(posterior, name)[kept] for name in ("scale_mean", "scale_log_variance")},
+        **({} if axis == "input" else {name: getattr(posterior, name)[kept] for name in ("bias_mean", "bias_log_variance")}),
+        **{side: jnp.ones(kept.sum())},
+    )
+    np.testing.assert_allclose(pruned.kl_divergence(), smaller.kl_divergence(), rtol=1e-5)
+    for moment, expected in zip(pruned.kernel_moments(), smaller.kernel_moments(), strict=True):
+        np.testing.assert_array_equal(cut(moment), expected)
+        assert float(jnp.abs(moment).sum()) == pytest.approx(float(jnp.abs(expected).sum()), rel=1e-5)
+    if axis == "output":
+        assert float(pruned.bias_moments()[0][1]) == float(pruned.bias_moments()[1][1]) == 0
+
+
+def test_masks_have_no_gradient_and_pruned_groups_neither(key):
+    posterior = make_posterior(key, (4, 3), "input").replace(input_mask=jnp.array([1.0, 0.0, 1.0, 1.0]))
+    gradient = jax.grad(lambda p: p.kl_divergence() + p.kernel_moments()[0].sum())(posterior)
+    np.testing.assert_array_equal(gradient.input_mask, 0)
+    np.testing.assert_array_equal(gradient.output_mask, 0)
+    np.testing.assert_array_equal(gradient.kernel_mean[1], 0)
+    np.testing.assert_array_equal(gradient.scale_mean[1], 0)
+    assert np.all(np.asarray(gradient.kernel_mean[0]) != 0)
+
+
+@pytest.mark.parametrize("feature_groups", [1, 2, 3])
+def test_kernel_mask_against_loops(feature_groups):
+    inputs, features = 6, 12
+    values = np.random.default_rng(1)
+    input_mask, output_mask = (jnp.asarray(values.integers(0, 2, size), jnp.float32) for size in (inputs, features))
+    mask = kernel_mask((3, inputs // feature_groups, features), input_mask, output_mask)
+    per_group_in, per_group_out = inputs // feature_groups, features // feature_groups
+    for o in range(features):
+        for i in range(per_group_in):
+            assert bool(mask[i, o]) == bool(input_mask[o // per_group_out * per_group_in + i] and output_mask[o])
+
+
+def test_layers_are_found_by_type_in_any_tree(net, key):
+    _, params, _ = net
+    assert list(bcdl_jax.posteriors(params)) == ["Dense_0", "Dense_1", "Dense_2"]
+    tree = {"block": [{"a": params["Dense_0"]["posterior"]}, {"posterior": params["Dense_1"]["posterior"]}], "bias": jnp.ones(3)}
+    assert list(bcdl_jax.posteriors(tree)) == ["block/0/a", "block/1"]
+    named = map_named_layers(lambda name, _: name, tree, bcdl_jax.Posterior)
+    assert named["block"][0]["a"] == "block/0/a"
+    np.testing.assert_array_equal(named["bias"], 1)
+
+
+@pytest.mark.parametrize("tree", [{}, {"Dense_0": {"kernel": jnp.ones((2, 2))}}, jnp.ones(2)])
+def test_a_tree_without_variational_layers_is_refused(tree):
+    for function in (bcdl_jax.posteriors, bcdl_jax.kl_divergence, bcdl_jax.log_dropout_rates, bcdl_jax.posterior_moments):
+        with pytest.raises(ValueError, match="params holds no variational layers"):
+            function(tree)
+    with pytest.raises(ValueError, match="params holds no variational layers"):
+        bcdl_jax.prune(tree, 0.0)
+    with pytest.raises(ValueError, match="params holds no variational layers"):
+        bcdl_jax.reduce_precision(tree, 0.25)
+    with pytest.raises(ValueError, match="params holds no variational layers"):
+        bcdl_jax.rate(tree)

@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from tests.conftest import assert_trees_close, run
+
+
+@pytest.mark.parametrize("kind", ["net", "conv_net"])
+def test_the_mean_network_computes_what_the_trained_one_did(kind, request, key):
+    model, params, inputs = request.getfixturevalue(kind)
+    trained, _ = bcdl_jax.posterior_moments(params)
+    fresh = jax.jit(model.init)(key, inputs)["params"]
+    started = bcdl_jax.from_trained(fresh, trained)
+    np.testing.assert_allclose(run(model, started, inputs), run(model, params, inputs), rtol=1e-4, atol=1e-5)
+    for name, posterior in bcdl_jax.posteriors(started).items():
+        before = bcdl_jax.posteriors(fresh)[name]
+        np.testing.assert_array_equal(posterior.kernel_log_variance, before.kernel_log_variance)
+        np.testing.assert_array_equal(posterior.scale_mean, before.scale_mean)
+
+
+def test_flat_arrays_and_other_parameters(net):
+    _, params, _ = net
+    extra = params | {"norm": {"scale": jnp.ones(2)}}
+    trained, _ = bcdl_jax.posterior_moments(extra)
+    flat = {f"{layer}/{name}": np.asarray(array) for layer, arrays in trained.items() for name, array in arrays.items()}
+    flat["norm/scale"] = np.full(2, 7.0)
+    started = bcdl_jax.from_trained(extra, flat)
+    np.testing.assert_array_equal(started["norm"]["scale"], 7)
+    assert started["norm"]["scale"].dtype == jnp.float32
+    assert_trees_close(bcdl_jax.posterior_moments(started)[0]["Dense_1"], trained["Dense_1"], rtol=1e-5)
+
+
+def test_what_does_not_fit_is_named(net):
+    _, params, _ = net
+    trained, _ = bcdl_jax.posterior_moments(params)
+    with pytest.raises(ValueError, match=r"lacks Dense_1/bias, which must have shape \(4,\)"):
+        bcdl_jax.from_trained(params, trained | {"Dense_1": {"kernel": trained["Dense_1"]["kernel"]}})
+    with pytest.raises(ValueError, match=r"Dense_1/kernel of the trained net has shape \(4, 5\); it must have \(5, 4\)"):
+        bcdl_jax.from_trained(params, trained | {"Dense_1": trained["Dense_1"] | {"kernel": jnp.ones((4, 5))}})
+    with pytest.raises(ValueError, match=r"holds Dense_9/kernel, which this network does not have"):
+        bcdl_jax.from_trained(params, trained | {"Dense_9": {"kernel": jnp.ones(1)}})
