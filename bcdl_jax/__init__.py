@@ -23,7 +23,16 @@ from bcdl_jax.training import (
     unstack,
 )
 
-__all__ = [name for name in dir() if not name.startswith("_") and name[0] in "CDEGPQT"] + [
+__all__ = [
+    "Conv",
+    "Dense",
+    "EnsembleReport",
+    "EpochReport",
+    "GroupNormalJeffreys",
+    "GroupNormalJeffreysPosterior",
+    "Posterior",
+    "QuantizedLayer",
+    "TrainState",
     "choose_relative_step",
     "choose_thresholds",
     "clip_variances",

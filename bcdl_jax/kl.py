@@ -48,7 +48,9 @@ def posterior_moments(params: PyTree) -> tuple[PyTree, PyTree]:
     posteriors(params)
 
     def is_layer(node: Any) -> bool:
-        return isinstance(node, Posterior) or (isinstance(node, Mapping) and isinstance(node.get("posterior"), Posterior))
+        return isinstance(node, Posterior) or (
+            isinstance(node, Mapping) and isinstance(node.get("posterior"), Posterior)
+        )
 
     def moment(index: int) -> PyTree:
         def replace(node: Any) -> Any:
@@ -68,5 +70,4 @@ def posterior_moments(params: PyTree) -> tuple[PyTree, PyTree]:
 @jax.jit
 def clip_variances(params: PyTree) -> PyTree:
     """Brings the variances of every layer down to its family's limit; to be called after each optimiser step."""
-    return map_layers(lambda posterior: posterior.clip_variances(), params, Posterior)
-
+    return map_layers(lambda posterior: posterior.clip_variances(), params, Posterior)  # type: ignore[type-abstract]

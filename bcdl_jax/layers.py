@@ -27,7 +27,12 @@ class Family(Protocol):
     """A kind of prior and posterior, such as ``GroupNormalJeffreys()``."""
 
     def create(
-        self, key: jax.Array, kernel: jax.Array, bias: jax.Array | None, group_axis: GroupAxis, feature_group_count: int = 1
+        self,
+        key: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array | None,
+        group_axis: GroupAxis,
+        feature_group_count: int = 1,
     ) -> Posterior: ...
 
 
@@ -35,7 +40,12 @@ class _VariationalLayer(nn.Module):
     """What dense layers and convolutions share: the posterior in the params tree, and the choice between mean and sample."""
 
     def _posterior(
-        self, family: Family, kernel_shape: tuple[int, ...], group_axis: GroupAxis, feature_group_count: int, options: Any
+        self,
+        family: Family,
+        kernel_shape: tuple[int, ...],
+        group_axis: GroupAxis,
+        feature_group_count: int,
+        options: Any,
     ) -> WeightsNode:
         def create(key: jax.Array) -> Posterior:
             family_key, kernel_key, bias_key = jax.random.split(key, 3)
@@ -47,21 +57,27 @@ class _VariationalLayer(nn.Module):
             return self.param("posterior", create)
         # Not self.param, which would insist on the leaves of a fresh posterior: the tree may hold another kind of node, such as a
         # quantised layer, and is trusted for everything but the shape of its kernel.
-        node = self.get_variable("params", "posterior")
+        node: WeightsNode = self.get_variable("params", "posterior")
         if node.kernel_shape != kernel_shape:
             raise ValueError(
                 f"{self._where()} was given a posterior with kernel shape {node.kernel_shape}; this input and these features need {kernel_shape}."
             )
         return node
 
-    def _apply(self, node: WeightsNode, inputs: jax.Array, dtype: Any, deterministic: bool, linear_map: LinearMap) -> jax.Array:
+    def _apply(
+        self, node: WeightsNode, inputs: jax.Array, dtype: Any, deterministic: bool, linear_map: LinearMap
+    ) -> jax.Array:
         inputs = inputs.astype(dtype if dtype is not None else jnp.promote_types(inputs.dtype, node.dtype))
         if deterministic:
             return apply_mean(node, inputs, linear_map)
         if not isinstance(node, Posterior):
-            raise ValueError(f"{self._where()} holds a {type(node).__name__}, which has no noise to sample; use deterministic=True.")
+            raise ValueError(
+                f"{self._where()} holds a {type(node).__name__}, which has no noise to sample; use deterministic=True."
+            )
         if not self.has_rng("noise"):
-            raise ValueError(f'{self._where()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True.')
+            raise ValueError(
+                f'{self._where()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True.'
+            )
         return apply_sampled(node, inputs, self.make_rng("noise"), linear_map)
 
     def _where(self) -> str:
@@ -183,16 +199,20 @@ class Conv(_VariationalLayer):
         elif isinstance(padding, str) and padding in _PAD_MODES:
             pad_mode, padding = _PAD_MODES[padding], [(0, 0)] * rank
         elif padding == "SAME" and max(input_dilation) > 1:
-            raise ValueError(f"{self._where()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead.")
-        convolve = convolution_map(strides, padding, input_dilation, kernel_dilation, self.feature_group_count, self.precision)
+            raise ValueError(
+                f"{self._where()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead."
+            )
+        convolve = convolution_map(
+            strides, padding, input_dilation, kernel_dilation, self.feature_group_count, self.precision
+        )
 
-        def linear_map(values: jax.Array, kernel: jax.Array) -> jax.Array:
-            leading, rest = values.shape[: -rank - 1], values.shape[-rank - 1 :]
-            values = values.reshape(-1, *rest)
+        def linear_map(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+            leading, rest = inputs.shape[: -rank - 1], inputs.shape[-rank - 1 :]
+            inputs = inputs.reshape(-1, *rest)
             if pad_mode is not None:
                 sides = [(length // 2, length - length // 2) for length in reach]
-                values = jnp.pad(values, [(0, 0), *sides, (0, 0)], mode=pad_mode)
-            outputs = convolve(values, kernel)
+                inputs = jnp.pad(inputs, [(0, 0), *sides, (0, 0)], mode=pad_mode)
+            outputs = convolve(inputs, kernel)
             return outputs.reshape(*leading, *outputs.shape[1:])
 
         return self._apply(node, inputs, self.dtype, deterministic, linear_map)
@@ -209,11 +229,14 @@ class Conv(_VariationalLayer):
         if isinstance(padding, str):
             allowed = ["SAME", "VALID", *_PAD_MODES, *(["CAUSAL"] if rank == 1 else [])]
             if padding not in allowed:
-                raise ValueError(f"{self._where()} has padding {padding!r}; allowed are {', '.join(allowed)}, ints and (low, high) pairs.")
+                raise ValueError(
+                    f"{self._where()} has padding {padding!r}; allowed are {', '.join(allowed)}, ints and (low, high) pairs."
+                )
             return [(0, 0)] * rank if padding == "VALID" else padding
         entries = [padding] * rank if isinstance(padding, int) else list(padding)
         pairs = [(entry, entry) if isinstance(entry, int) else tuple(entry) for entry in entries]
         if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"{self._where()} has padding {padding!r}; it needs one int or (low, high) pair for each of {rank} axes.")
+            raise ValueError(
+                f"{self._where()} has padding {padding!r}; it needs one int or (low, high) pair for each of {rank} axes."
+            )
         return pairs  # type: ignore[return-value]
-

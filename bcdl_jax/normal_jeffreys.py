@@ -79,7 +79,9 @@ class GroupNormalJeffreys:
 
     def __post_init__(self):
         if self.clip_var is not None and not 0 < self.clip_var < math.inf:
-            raise ValueError(f"clip_var is {self.clip_var}; it must be a positive finite variance, or None for no limit.")
+            raise ValueError(
+                f"clip_var is {self.clip_var}; it must be a positive finite variance, or None for no limit."
+            )
 
     def create(
         self,

@@ -58,7 +58,11 @@ def kl_warmup(steps: int, shape: Literal["linear", "cosine"] = "linear", delay: 
         raise ValueError(f"shape is {shape!r}; it must be 'linear' or 'cosine'.")
 
     def weight(step: jax.Array | int) -> jax.Array:
-        progress = jnp.clip((jnp.asarray(step) - delay) / steps, 0.0, 1.0) if steps else jnp.where(jnp.asarray(step) >= delay, 1.0, 0.0)
+        progress = (
+            jnp.clip((jnp.asarray(step) - delay) / steps, 0.0, 1.0)
+            if steps
+            else jnp.where(jnp.asarray(step) >= delay, 1.0, 0.0)
+        )
         return 0.5 - 0.5 * jnp.cos(jnp.pi * progress) if shape == "cosine" else progress
 
     return weight

@@ -120,8 +120,9 @@ class Posterior(abc.ABC):
 
         With w and z independent: E[wz] = E[w] E[z] and Var[wz] = E[z]^2 Var[w] + Var[z] (E[w]^2 + Var[w]).
         """
-        return self._masked_moments(
-            self.kernel_mean, self.kernel_log_variance, *map(self.spread_over_kernel, self.scale_moments()), self.kernel_mask
+        scale_mean, scale_variance = map(self.spread_over_kernel, self.scale_moments())
+        return _product_moments(
+            self.kernel_mean, self.kernel_log_variance, scale_mean, scale_variance, self.kernel_mask
         )
 
     def bias_moments(self) -> tuple[jax.Array, jax.Array] | None:
@@ -134,13 +135,9 @@ class Posterior(abc.ABC):
         scale_mean, scale_variance = self.scale_moments()
         if self.group_axis == "input":
             scale_mean, scale_variance = jnp.ones((), scale_mean.dtype), jnp.zeros((), scale_mean.dtype)
-        return self._masked_moments(self.bias_mean, self.bias_log_variance, scale_mean, scale_variance, self.output_mask > 0)
-
-    @staticmethod
-    def _masked_moments(mean, log_variance, scale_mean, scale_variance, mask):
-        variance = jnp.exp(log_variance)
-        product_variance = scale_mean**2 * variance + scale_variance * (mean**2 + variance)
-        return jnp.where(mask, mean * scale_mean, 0), jnp.where(mask, product_variance, 0)
+        return _product_moments(
+            self.bias_mean, self.bias_log_variance, scale_mean, scale_variance, self.output_mask > 0
+        )
 
     def gaussian_kl(self) -> jax.Array:
         """KL of the Gaussian weights and biases from N(0, 1), summed over what is not pruned: the part that families share.
@@ -165,6 +162,14 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
     return jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & (output_mask > 0)
 
 
+def _product_moments(
+    mean: jax.Array, log_variance: jax.Array, scale_mean: jax.Array, scale_variance: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    variance = jnp.exp(log_variance)
+    product_variance = scale_mean**2 * variance + scale_variance * (mean**2 + variance)
+    return jnp.where(mask, mean * scale_mean, 0), jnp.where(mask, product_variance, 0)
+
+
 def _sum_standard_normal_kl(mean: jax.Array, log_variance: jax.Array, mask: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(jnp.where(mask, jnp.exp(log_variance) + mean**2 - 1 - log_variance, 0))
 
@@ -172,7 +177,9 @@ def _sum_standard_normal_kl(mean: jax.Array, log_variance: jax.Array, mask: jax.
 def map_layers(function: Callable[[T], Any], params: PyTree, node_type: type[T]) -> PyTree:
     """Replaces every node of ``node_type`` in the tree by ``function(node)``; other leaves stay as they are."""
     return jax.tree.map(
-        lambda leaf: function(leaf) if isinstance(leaf, node_type) else leaf, params, is_leaf=lambda leaf: isinstance(leaf, node_type)
+        lambda leaf: function(leaf) if isinstance(leaf, node_type) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, node_type),
     )
 
 
@@ -197,9 +204,9 @@ def find_layers(params: PyTree, node_type: type[T]) -> dict[str, T]:
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_type))
     found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_type)}
     if not found:
-        kinds = {Posterior: "variational layers (bcdl_jax.Dense, bcdl_jax.Conv)"}
+        layers = "variational" if node_type is Posterior else node_type.__name__
         top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"params holds no {kinds.get(node_type, node_type.__name__ + ' nodes')}; it holds: {top or 'nothing'}.")
+        raise ValueError(f"params holds no {layers} layers; it holds: {top or 'nothing'}.")
     return found
 
 

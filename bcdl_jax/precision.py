@@ -185,7 +185,9 @@ def _round_to_step(mean: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Arr
 def _quantized(posterior: Posterior, rounded: Callable[..., Any]) -> QuantizedLayer:
     kernel, kernel_step, kernel_bits = rounded(posterior.kernel_moments(), posterior.kernel_mask)
     bias_moments = posterior.bias_moments()
-    bias, bias_step, bias_bits = (None, None, None) if bias_moments is None else rounded(bias_moments, posterior.output_mask > 0)
+    bias, bias_step, bias_bits = (
+        (None, None, None) if bias_moments is None else rounded(bias_moments, posterior.output_mask > 0)
+    )
     return QuantizedLayer(
         kernel=kernel,
         kernel_step=kernel_step,

@@ -83,7 +83,8 @@ def kept_groups(params: PyTree, thresholds: Thresholds | None = None) -> dict[st
         else thresholds_by_layer(thresholds, list(layers))
     )
     return {
-        name: jnp.sum((posterior.group_mask > 0) & (posterior.log_dropout_rate() < by_layer[name])) for name, posterior in layers.items()
+        name: jnp.sum((posterior.group_mask > 0) & (posterior.log_dropout_rate() < by_layer[name]))
+        for name, posterior in layers.items()
     }
 
 
@@ -140,8 +141,10 @@ def choose_thresholds(
 
     @jax.jit
     def masked(counts: dict[str, jax.Array]) -> tuple[PyTree, jax.Array]:
-        pruned = set_group_masks(params, {name: jnp.asarray(ranks[name]) < count for name, count in counts.items()}, chain)
-        return pruned, sum(_kept_weights(posterior) for posterior in posteriors(pruned).values())
+        pruned = set_group_masks(
+            params, {name: jnp.asarray(ranks[name]) < count for name, count in counts.items()}, chain
+        )
+        return pruned, sum(map(_kept_weights, posteriors(pruned).values()), start=jnp.zeros((), jnp.int32))
 
     def measure(counts: Mapping[str, int]) -> tuple[float, float]:
         pruned, size = masked({name: jnp.int32(count) for name, count in counts.items()})
@@ -154,7 +157,11 @@ def choose_thresholds(
     start_error, size = measure(counts)
     current_error = start_error
 
-    common = np.unique(np.concatenate([values[np.isfinite(values)] for values in ordered.values()])) if any(counts.values()) else np.zeros(0)
+    common = (
+        np.unique(np.concatenate([values[np.isfinite(values)] for values in ordered.values()]))
+        if any(counts.values())
+        else np.zeros(0)
+    )
     low, high = 0, len(common)  # common[low] may cost too much, common[high] (everything kept) is known to be fine
     while high - low > 1:
         middle = (low + high) // 2
@@ -191,7 +198,11 @@ def _midway(ordered: np.ndarray, count: int) -> float:
     finite = ordered[np.isfinite(ordered)]
     if count >= len(finite):
         return math.inf
-    return float(ordered[count]) if count == 0 or ordered[count - 1] == ordered[count] else float((ordered[count - 1] + ordered[count]) / 2)
+    return (
+        float(ordered[count])
+        if count == 0 or ordered[count - 1] == ordered[count]
+        else float((ordered[count - 1] + ordered[count]) / 2)
+    )
 
 
 def _kept_weights(posterior: Posterior) -> jax.Array:
@@ -205,5 +216,7 @@ def _checked_chain(chain: Sequence[str], layers: Mapping[str, Posterior]) -> Seq
     for first, second in itertools.pairwise(chain):
         outputs, inputs = layers[first].output_mask.shape[-1], layers[second].input_mask.shape[-1]
         if inputs % outputs:
-            raise ValueError(f"chain has {first} before {second}, but {second} has {inputs} inputs, not a multiple of {first}'s {outputs} outputs.")
+            raise ValueError(
+                f"chain has {first} before {second}, but {second} has {inputs} inputs, not a multiple of {first}'s {outputs} outputs."
+            )
     return chain

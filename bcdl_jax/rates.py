@@ -47,9 +47,13 @@ def rate(params: PyTree) -> jax.Array:
       ValueError: there are neither.
     """
     layers = _layers(params).values()
-    others = sum(jnp.size(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)) * _FLOAT_BITS
+    others = (
+        sum(jnp.size(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)) * _FLOAT_BITS
+    )
     before = others + sum(math.prod(layer.kernel_shape) + _bias_size(layer) for layer in layers) * _FLOAT_BITS
-    after = others + jnp.stack([_kernel_bits(layer) + _bias_bits(layer) + _overhead_bits(layer) for layer in layers]).sum()
+    after = (
+        others + jnp.stack([_kernel_bits(layer) + _bias_bits(layer) + _overhead_bits(layer) for layer in layers]).sum()
+    )
     return before / after
 
 
@@ -67,7 +71,11 @@ def _is_layer(node: Any) -> bool:
 
 
 def _layers(params: PyTree) -> dict[str, Layer]:
-    kind = QuantizedLayer if any(isinstance(leaf, QuantizedLayer) for leaf in jax.tree.leaves(params, is_leaf=_is_layer)) else Posterior
+    kind = (
+        QuantizedLayer
+        if any(isinstance(leaf, QuantizedLayer) for leaf in jax.tree.leaves(params, is_leaf=_is_layer))
+        else Posterior
+    )
     return find_layers(params, kind)
 
 
@@ -88,7 +96,7 @@ def _bias_size(layer: Layer) -> int:
 def _bias_bits(layer: Layer) -> jax.Array | int:
     if not _bias_size(layer):
         return 0
-    bits = layer.bias_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
+    bits: Any = layer.bias_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
     return jnp.sum(layer.output_mask > 0, dtype=jnp.float32) * bits
 
 

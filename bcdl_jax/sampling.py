@@ -99,7 +99,9 @@ def convolution_map(
     def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         axes = tuple(range(1, inputs.ndim - 1))
         channels_last = (0, inputs.ndim - 1, *axes)
-        numbers = jax.lax.ConvDimensionNumbers(channels_last, (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)), channels_last)
+        numbers = jax.lax.ConvDimensionNumbers(
+            channels_last, (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)), channels_last
+        )
         return jax.lax.conv_general_dilated(
             inputs,
             kernel,

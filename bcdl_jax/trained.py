@@ -33,9 +33,13 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
 
     def take(path: str, like: jax.Array) -> jax.Array:
         if path not in given:
-            raise ValueError(f"The trained net lacks {path}, which must have shape {jnp.shape(like)}; it holds {', '.join(given) or 'nothing'}.")
+            raise ValueError(
+                f"The trained net lacks {path}, which must have shape {jnp.shape(like)}; it holds {', '.join(given) or 'nothing'}."
+            )
         if jnp.shape(given[path]) != jnp.shape(like):
-            raise ValueError(f"{path} of the trained net has shape {jnp.shape(given[path])}; it must have {jnp.shape(like)}.")
+            raise ValueError(
+                f"{path} of the trained net has shape {jnp.shape(given[path])}; it must have {jnp.shape(like)}."
+            )
         used.add(path)
         return jnp.asarray(given[path], jnp.result_type(like))
 

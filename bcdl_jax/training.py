@@ -9,13 +9,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bcdl_jax.kl import clip_variances, kl_divergence_per_layer
 from bcdl_jax.objective import Schedule, check_num_examples
 from bcdl_jax.posterior import Posterior, PyTree, layer_name, posteriors
-from bcdl_jax.pruning import kept_groups
+from bcdl_jax.pruning import Thresholds, kept_groups
 
 NegativeLogLikelihood = Callable[[PyTree, Any, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
@@ -120,18 +119,27 @@ def make_train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step)
         weight = kl_weight(state.step) if callable(kl_weight) else kl_weight
-        (value, (nll, kl, per_layer)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key, weight)
+        (value, (nll, kl, per_layer)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, batch, key, weight
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = clip_variances(_keep_masks(optax.apply_updates(state.params, updates), state.params))
 
-        bad_kl = jnp.stack([~jnp.isfinite(per_layer[name]) if name in per_layer else jnp.array(False) for name in part_names(params)])
+        bad_kl = jnp.stack(
+            [~jnp.isfinite(per_layer[name]) if name in per_layer else jnp.array(False) for name in part_names(params)]
+        )
         bad_gradient = jnp.stack([_not_finite(part) for part in _parts(gradients)])
         bad = ~jnp.isfinite(value) | jnp.any(bad_gradient)
         # A layer whose own KL overflowed is the culprit; gradients are then broken everywhere.
         blamed = jnp.where(jnp.any(bad_kl), bad_kl, bad_gradient)
         go_on = ~(bad | state.halted)
         new_state = TrainState(
-            step=state.step + 1, params=params, optimizer_state=optimizer_state, key=state.key, halted=state.halted, blamed=state.blamed
+            step=state.step + 1,
+            params=params,
+            optimizer_state=optimizer_state,
+            key=state.key,
+            halted=state.halted,
+            blamed=state.blamed,
         )
         old_state = state.replace(halted=state.halted | bad, blamed=jnp.where(state.halted, state.blamed, blamed))  # type: ignore[attr-defined]
         state = jax.tree.map(lambda new, old: jnp.where(go_on, new, old), new_state, old_state)
@@ -161,10 +169,14 @@ def make_train_epoch(
         examples = jax.tree.leaves(data)[0].shape[0]
         steps = examples // batch_size if batch_size > 0 else 0
         if steps == 0:
-            raise ValueError(f"batch_size is {batch_size}; it must be between 1 and the number of examples, {examples}.")
+            raise ValueError(
+                f"batch_size is {batch_size}; it must be between 1 and the number of examples, {examples}."
+            )
         order_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // steps)
         order = jax.random.permutation(order_key, examples)[: steps * batch_size].reshape(steps, batch_size)
-        state, metrics = jax.lax.scan(lambda s, rows: step(s, jax.tree.map(lambda array: array[rows], data)), state, order)
+        state, metrics = jax.lax.scan(
+            lambda s, rows: step(s, jax.tree.map(lambda array: array[rows], data)), state, order
+        )
         return state, jax.tree.map(jnp.mean, metrics)
 
     return epoch
@@ -191,7 +203,7 @@ class EpochReport:
       nll: cross-entropy part.
       kl: KL / num_examples, unweighted.
       validation_error: in percent, at the posterior means.
-      kept: groups per layer that would be kept at the family's default threshold.
+      kept: groups per layer that would be kept at the families' default thresholds, or at the given ones.
       failure: one sentence if the run was halted by a value that is not finite, else None.
     """
 
@@ -223,6 +235,7 @@ def train_ensemble(
     validation_data: PyTree,
     seeds: Sequence[int],
     first_epoch: int = 1,
+    thresholds: Thresholds | None = None,
 ) -> Iterator[tuple[TrainState, EnsembleReport]]:
     """Trains many seeds at once and reports after each epoch.
 
@@ -235,6 +248,7 @@ def train_ensemble(
       validation_data: what ``validation_error`` is measured on, a tree of arrays.
       seeds: a name per seed.
       first_epoch: number of the first epoch in the reports.
+      thresholds: by which the kept groups of the reports are counted, as for ``kept_groups``.
 
     Yields:
       The states and the report of each epoch. A seed whose loss or gradient is not finite stays at its last good state while the others go
@@ -246,17 +260,24 @@ def train_ensemble(
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
     run_epoch = jax.jit(jax.vmap(train_epoch, in_axes=(0, None)), donate_argnums=0)
-    measure = jax.jit(jax.vmap(lambda params, held_out: (validation_error(params, held_out), kept_groups(params)), in_axes=(0, None)))
+    measure = jax.jit(
+        jax.vmap(
+            lambda params, held_out: (validation_error(params, held_out), kept_groups(params, thresholds)),
+            in_axes=(0, None),
+        )
+    )
     names = part_names(states.params)
     totals = {name: posterior.group_mask.shape[-1] for name, posterior in posteriors(states.params).items()}
     told: set[tuple[int, str]] = set()
+    failures: dict[int, str] = {}
 
     for epoch in range(first_epoch, first_epoch + epochs):
         states, metrics = run_epoch(states, data)
         metrics, (errors, kept), halted, blamed, steps = jax.device_get(
             (metrics, measure(states.params, validation_data), states.halted, states.blamed, states.step)
         )
-        reports, messages = [], []
+        reports: list[EpochReport] = []
+        messages: list[str] = []
 
         def tell(seed: int, subject: str, message: str, messages: list[str] = messages) -> None:
             if (seed, subject) not in told:
@@ -265,12 +286,15 @@ def train_ensemble(
 
         for index, seed in enumerate(seeds):
             kept_here = {name: int(counts[index]) for name, counts in kept.items()}
-            failure = None
             if halted[index]:
-                failure = _failure_sentence(epoch, int(steps[index]) + 1, seed, [n for n, b in zip(names, blamed[index], strict=True) if b], names)
-                tell(seed, "failure", failure)
+                if seed not in failures:
+                    culprits = [name for name, bad in zip(names, blamed[index], strict=True) if bad]
+                    failures[seed] = _failure_sentence(epoch, int(steps[index]) + 1, seed, culprits, names)
+                tell(seed, "failure", failures[seed])
             else:
-                for warning in _pruning_warnings(epoch, seed, kept_here, totals, halfway=epoch - first_epoch + 1 >= max(10, (epochs + 1) // 2)):
+                for warning in _pruning_warnings(
+                    epoch, seed, kept_here, totals, halfway=epoch - first_epoch + 1 >= max(10, (epochs + 1) // 2)
+                ):
                     tell(seed, warning, warning.replace("EPOCH", str(epoch)))
             reports.append(
                 EpochReport(
@@ -281,7 +305,7 @@ def train_ensemble(
                     kl=float(metrics["kl"][index]),
                     validation_error=float(errors[index]),
                     kept=kept_here,
-                    failure=failure,
+                    failure=failures.get(seed),
                 )
             )
         yield states, EnsembleReport(tuple(reports), tuple(messages))

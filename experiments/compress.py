@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import platform
 import resource
 import sys
@@ -27,9 +28,8 @@ from experiments.data import Dataset, Split
 from experiments.errors import UserError
 
 STAGES = ("trained", "pruned", "reduced")
-METRICS, RESULT = "metrics.jsonl", "result.json"
+METRICS, RESULT, INTERRUPTED = "metrics.jsonl", "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
-_KEPT_VARIANCE_FACTORS = {"kernel_log_variance": 0.0, "bias_log_variance": 0.0, "scale_log_variance": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Run:
     thresholds: list[dict[str, float]]
     relative_steps: list[float]
     by_round_off: list[Any]
+    failures: list[str | None]
     snapshots: list[Snapshot]
     seconds: float
 
@@ -104,29 +105,18 @@ class Progress:
 def error_percent(model: nn.Module, params: Any, data: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Share of wrong predictions at the mean weights, in percent."""
     images, labels = data
-    wrong = jnp.argmax(model.apply({"params": params}, images), axis=-1) != labels
+    logits: Any = model.apply({"params": params}, images)
+    wrong = jnp.argmax(logits, axis=-1) != labels
     return 100 * jnp.mean(wrong)
 
 
-def sampled_cross_entropy(model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+def sampled_cross_entropy(
+    model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array
+) -> jax.Array:
     """Mean cross-entropy of a batch in nats, with weights sampled per example."""
     images, labels = batch
-    logits = model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})
+    logits: Any = model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def make_epoch(model: nn.Module, recipe: Recipe, epochs: int, num_examples: int, learning_rate: float, factors: dict[str, float], warmup: int):
-    """The optimiser and the epoch function of one phase: Adam with a cosine schedule and a step size per kind of parameter."""
-    steps = num_examples // recipe.batch_size
-    schedule = optax.cosine_decay_schedule(learning_rate, max(1, epochs * steps))
-    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors))
-    step = bcdl_jax.make_train_step(
-        functools.partial(sampled_cross_entropy, model),
-        optimizer,
-        num_examples=num_examples,
-        kl_weight=bcdl_jax.kl_warmup(warmup * steps) if warmup else 1.0,
-    )
-    return optimizer, bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size)
 
 
 def compress(
@@ -153,99 +143,139 @@ def compress(
       pretrained: weights to start from, by "layer/kernel" and "layer/bias".
 
     Raises:
-      UserError: pretrained weights that do not fit the model, or seeds that were all stopped by values that are not finite.
+      UserError: pretrained weights that do not fit the model, or seeds that were all stopped by values that are not
+        finite.
     """
     start = time.perf_counter()
-    train, validation = (_on_device(split) for split in (dataset.train, dataset.validation))
-    num_examples = len(dataset.train)
-    variance_factors = dict.fromkeys(_KEPT_VARIANCE_FACTORS, recipe.log_variance_factor)
-    optimizer, epoch = make_epoch(
-        model, recipe, recipe.epochs, num_examples, recipe.learning_rate, variance_factors, recipe.warmup_epochs
-    )
+    train, validation = _on_device(dataset.train), _on_device(dataset.validation)
+    measure = jax.jit(functools.partial(error_percent, model))
 
-    @jax.jit
-    @jax.vmap
-    def create(seed: jax.Array) -> bcdl_jax.TrainState:
-        init_key, train_key = jax.random.split(jax.random.key(seed))
-        params = model.init(init_key, train[0][:1])["params"]
-        if pretrained is not None:
-            params = bcdl_jax.from_trained(params, pretrained)
-        return bcdl_jax.create_train_state(params, optimizer, train_key)
-
-    try:
-        states = create(jnp.array(seeds))
-    except ValueError as error:
-        if pretrained is None:
-            raise
-        raise UserError(f"--pretrained does not fit: {error}") from error
-
-    evaluate = functools.partial(error_percent, model)
-    measure = jax.jit(evaluate)
-    snapshots = [_snapshot(0, states.params)]
-    every = math.ceil(recipe.epochs / (_MOST_FRAMES - 1))
-
-    def train_phase(states, title: str, phase: str, epoch_function, epochs: int, first_epoch: int):
-        with Progress(epochs, title) as progress:
-            try:
-                for states, report in bcdl_jax.train_ensemble(
-                    states,
-                    train,
-                    train_epoch=epoch_function,
-                    epochs=epochs,
-                    validation_error=evaluate,
-                    validation_data=validation,
-                    seeds=seeds,
-                    first_epoch=first_epoch,
-                ):
-                    progress.show(report)
-                    for seed_report in report.reports:
-                        files.append_json_line(out / METRICS, {"phase": phase} | _without_nan(dataclasses.asdict(seed_report)))
-                    number = report.reports[0].epoch
-                    if phase == "train" and (number % every == 0 or number == epochs):
-                        snapshots.append(_snapshot(number, states.params))
-                    if all(seed_report.failure for seed_report in report.reports):
-                        break
-            except KeyboardInterrupt:
-                files.write_arrays(out / "interrupted.npz", states.params)
-                raise
-        return states, report
-
-    states, report = train_phase(states, "train", "train", epoch, recipe.epochs, 1)
-    if all(seed_report.failure for seed_report in report.reports):
-        raise UserError(f"No seed could be trained to the end. {report.reports[0].failure}")
-    trained = [bcdl_jax.unstack(states.params, index) for index in range(len(seeds))]
-
-    def error(params: Any) -> float:
+    def validation_error(params: Any) -> float:
         return float(measure(params, validation))
 
+    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out)
+    snapshots: list[Snapshot] = []
+    params, failures = run_phase(
+        "train", _fresh_params(model, train[0][:1], seeds, pretrained), first_epoch=1, snapshots=snapshots
+    )
+    if all(failures):
+        raise UserError(f"No seed could be trained to the end. {failures[0]}")
+    trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
+    _write_params(out, "trained", trained, seeds)
     chosen = [
-        thresholds or bcdl_jax.choose_thresholds(params, error, max_increase=recipe.max_increase, chain=chain)
-        for params in tqdm(trained, desc="choose thresholds", unit="seed", disable=not sys.stderr.isatty())
+        thresholds or bcdl_jax.choose_thresholds(net, validation_error, max_increase=recipe.max_increase, chain=chain)
+        for net in tqdm(trained, desc="choose thresholds", unit="seed", disable=not sys.stderr.isatty())
     ]
-    pruned = [bcdl_jax.prune(params, by_layer, chain) for params, by_layer in zip(trained, chosen, strict=True)]
+    pruned = [bcdl_jax.prune(net, by_layer, chain) for net, by_layer in zip(trained, chosen, strict=True)]
     if recipe.fine_tune_epochs:
-        optimizer, epoch = make_epoch(
-            model, recipe, recipe.fine_tune_epochs, num_examples, recipe.fine_tune_learning_rate, _KEPT_VARIANCE_FACTORS, 0
-        )
-        keys = [jax.random.fold_in(jax.random.key(seed), 1) for seed in seeds]
-        states = bcdl_jax.stack_states([bcdl_jax.create_train_state(params, optimizer, key) for params, key in zip(pruned, keys, strict=True)])
-        states, _ = train_phase(states, "fine-tune", "fine_tune", epoch, recipe.fine_tune_epochs, recipe.epochs + 1)
-        pruned = [bcdl_jax.unstack(states.params, index) for index in range(len(seeds))]
-
-    steps = [bcdl_jax.choose_relative_step(params, error, max_increase=recipe.max_rounding_increase) for params in pruned]
-    reduced = [bcdl_jax.reduce_precision(params, step) for params, step in zip(pruned, steps, strict=True)]
-    by_round_off = [bcdl_jax.reduce_precision_by_round_off(params) for params in pruned]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pruned)
+        params, later_failures = run_phase("fine_tune", stacked, first_epoch=recipe.epochs + 1, snapshots=[])
+        failures = [first or later for first, later in zip(failures, later_failures, strict=True)]
+        pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
+    _write_params(out, "pruned", pruned, seeds)
+    steps = [
+        bcdl_jax.choose_relative_step(net, validation_error, max_increase=recipe.max_rounding_increase)
+        for net in pruned
+    ]
+    reduced = [bcdl_jax.reduce_precision(net, step) for net, step in zip(pruned, steps, strict=True)]
+    _write_params(out, "reduced", reduced, seeds)
     return Run(
         params={"trained": trained, "pruned": pruned, "reduced": reduced},
         thresholds=chosen,
         relative_steps=steps,
-        by_round_off=by_round_off,
+        by_round_off=[bcdl_jax.reduce_precision_by_round_off(net) for net in pruned],
+        failures=failures,
         snapshots=snapshots,
         seconds=time.perf_counter() - start,
     )
 
 
-def score(model: nn.Module, run: Run, dataset: Dataset, seeds: Sequence[int], chain: Sequence[str]) -> list[dict[str, Any]]:
+def _fresh_params(
+    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: dict[str, np.ndarray] | None
+) -> Any:
+    """Start values of all seeds, stacked."""
+
+    @jax.jit
+    @jax.vmap
+    def create(seed: jax.Array) -> Any:
+        params = model.init(jax.random.key(seed), images)["params"]
+        return params if pretrained is None else bcdl_jax.from_trained(params, pretrained)
+
+    return create(jnp.array(seeds))
+
+
+def _run_phase(
+    model: nn.Module,
+    recipe: Recipe,
+    train: tuple[jax.Array, jax.Array],
+    validation: tuple[jax.Array, jax.Array],
+    seeds: Sequence[int],
+    out: Path,
+    phase: str,
+    params: Any,
+    *,
+    first_epoch: int,
+    snapshots: list[Snapshot],
+) -> tuple[Any, list[str | None]]:
+    """Trains all parameters ("train"), or the means alone ("fine_tune"), of all seeds at once.
+
+    Returns:
+      Stacked params, and per seed the sentence that says why it was stopped, or None.
+    """
+    fine_tune = phase == "fine_tune"
+    epochs = recipe.fine_tune_epochs if fine_tune else recipe.epochs
+    num_examples = len(train[1])
+    steps = num_examples // recipe.batch_size
+    schedule = optax.cosine_decay_schedule(
+        recipe.fine_tune_learning_rate if fine_tune else recipe.learning_rate, max(1, epochs * steps)
+    )
+    log_variances = ("kernel_log_variance", "bias_log_variance", "scale_log_variance")
+    factors = dict.fromkeys(log_variances, 0.0 if fine_tune else recipe.log_variance_factor)
+    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors))
+    step = bcdl_jax.make_train_step(
+        functools.partial(sampled_cross_entropy, model),
+        optimizer,
+        num_examples=num_examples,
+        kl_weight=1.0 if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps),
+    )
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
+    start = jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key))(params, keys)
+    every = math.ceil(epochs / (_MOST_FRAMES - 1))
+    snapshots.append(_snapshot(0, params))
+    latest = jax.device_get(params)
+    with Progress(epochs, phase.replace("_", "-")) as progress:
+        try:
+            for states, report in bcdl_jax.train_ensemble(
+                start,
+                train,
+                train_epoch=bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size),
+                epochs=epochs,
+                validation_error=functools.partial(error_percent, model),
+                validation_data=validation,
+                seeds=seeds,
+                first_epoch=first_epoch,
+                thresholds=math.inf if fine_tune else None,
+            ):
+                progress.show(report)
+                for seed_report in report.reports:
+                    files.append_json_line(out / METRICS, {"phase": phase} | _jsonable(dataclasses.asdict(seed_report)))
+                # A copy: the next epoch takes over the buffers of these states.
+                latest = jax.device_get(states.params)
+                done = report.reports[0].epoch - first_epoch + 1
+                if done % every == 0 or done == epochs:
+                    snapshots.append(_snapshot(report.reports[0].epoch, states.params))
+                failures = [seed_report.failure for seed_report in report.reports]
+                if all(failures):
+                    break
+        except KeyboardInterrupt:
+            files.write_arrays(out / INTERRUPTED, latest)
+            raise
+    return states.params, failures
+
+
+def score(
+    model: nn.Module, run: Run, dataset: Dataset, seeds: Sequence[int], chain: Sequence[str]
+) -> list[dict[str, Any]]:
     """Reads the test set, once, and collects the figures of every seed."""
     test = _on_device(dataset.test)
     measure = jax.jit(functools.partial(error_percent, model))
@@ -258,15 +288,20 @@ def score(model: nn.Module, run: Run, dataset: Dataset, seeds: Sequence[int], ch
 
     results = []
     for index, seed in enumerate(seeds):
-        masks = {name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()}
+        masks = {
+            name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
+        }
         round_off = run.by_round_off[index]
         results.append(
             {
                 "seed": seed,
+                "failure": run.failures[index],
                 "test_error": {stage: round(float(measure(run.params[stage][index], test)), 4) for stage in STAGES},
                 "kept_units": in_order({name: int((mask > 0).sum()) for name, mask in masks.items()}),
                 "total_units": in_order({name: mask.size for name, mask in masks.items()}),
-                "bits": in_order({name: int(bits) for name, bits in bcdl_jax.layer_bits(run.params["reduced"][index]).items()}),
+                "bits": in_order(
+                    {name: int(bits) for name, bits in bcdl_jax.layer_bits(run.params["reduced"][index]).items()}
+                ),
                 "rate": rates(bcdl_jax.rate, index),
                 "rate_paper": rates(bcdl_jax.rate_paper, index),
                 "seconds": round(run.seconds / len(seeds), 1),
@@ -283,10 +318,18 @@ def score(model: nn.Module, run: Run, dataset: Dataset, seeds: Sequence[int], ch
     return results
 
 
-def result(experiment: str, method: str, dataset: Dataset, recipe: Recipe, command: str, runs: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def result(
+    experiment: str,
+    method: str,
+    dataset: Dataset,
+    recipe: Recipe,
+    command: str,
+    runs: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
     """The content of result.json."""
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
-    averaged = [{key: run[key] for key in ("test_error", "rate", "rate_paper")} for run in runs]
+    averaged = [{key: run[key] for key in ("test_error", "rate", "rate_paper")} for run in runs if not run["failure"]]
     return {
         "experiment": experiment,
         "method": method,
@@ -295,10 +338,11 @@ def result(experiment: str, method: str, dataset: Dataset, recipe: Recipe, comma
         "recipe": dataclasses.asdict(recipe),
         "seconds": round(seconds, 1),
         "machine": _machine(),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
         "runs": runs,
-        "mean": _combine(averaged, lambda values: sum(values) / len(values)),
-        "range": _combine(averaged, lambda values: [min(values), max(values)]),
+        "mean": _combine(averaged, lambda values: sum(values) / len(values)) if averaged else None,
+        "range": _combine(averaged, lambda values: [min(values), max(values)]) if averaged else None,
     }
 
 
@@ -310,9 +354,30 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
         full, kept = ("-".join(map(str, run[key])) for key in ("total_units", "kept_units"))
         rows = [
             ("after training", run["test_error"]["trained"], 1.0, 1.0, full, [32] * len(run["bits"])),
-            ("after pruning", run["test_error"]["pruned"], run["rate"]["pruned"], run["rate_paper"]["pruned"], kept, [32] * len(run["bits"])),
-            ("after precision reduction", run["test_error"]["reduced"], run["rate"]["reduced"], run["rate_paper"]["reduced"], kept, run["bits"]),
-            ("  by the paper's rule", run["round_off_rule"]["test_error"], None, run["round_off_rule"]["rate_paper"], kept, run["round_off_rule"]["bits"]),
+            (
+                "after pruning",
+                run["test_error"]["pruned"],
+                run["rate"]["pruned"],
+                run["rate_paper"]["pruned"],
+                kept,
+                [32] * len(run["bits"]),
+            ),
+            (
+                "after precision reduction",
+                run["test_error"]["reduced"],
+                run["rate"]["reduced"],
+                run["rate_paper"]["reduced"],
+                kept,
+                run["bits"],
+            ),
+            (
+                "  by the paper's rule",
+                run["round_off_rule"]["test_error"],
+                None,
+                run["round_off_rule"]["rate_paper"],
+                kept,
+                run["round_off_rule"]["bits"],
+            ),
         ]
         for stage, error, rate, rate_paper, units, bits in rows:
             print(
@@ -321,19 +386,18 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
             )
     errors = {stage: np.array([run["test_error"][stage] for run in runs]) for stage in STAGES}
     print(
-        "mean test error over seeds: " + ", ".join(f"{stage} {values.mean():.2f} % ({values.min():.2f} to {values.max():.2f})" for stage, values in errors.items()),
+        "mean test error over seeds: "
+        + ", ".join(
+            f"{stage} {values.mean():.2f} % ({values.min():.2f} to {values.max():.2f})"
+            for stage, values in errors.items()
+        ),
         file=file,
     )
 
 
-def write_params(out: Path, run: Run, seeds: Sequence[int]) -> list[str]:
-    """Writes the parameters of every stage and seed; returns the names of the files."""
-    names = []
-    for stage in STAGES:
-        for index, seed in enumerate(seeds):
-            names.append(params_file(stage, seed))
-            files.write_arrays(out / names[-1], run.params[stage][index])
-    return names
+def _write_params(out: Path, stage: str, params: Sequence[Any], seeds: Sequence[int]) -> None:
+    for net, seed in zip(params, seeds, strict=True):
+        files.write_arrays(out / params_file(stage, seed), net)
 
 
 def params_file(stage: str, seed: int) -> str:
@@ -357,7 +421,9 @@ def _snapshot(epoch: int, stacked_params: Any) -> Snapshot:
 def _snapshot_arrays(stacked_params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     params = bcdl_jax.unstack(stacked_params, 0)
     layers = bcdl_jax.posteriors(params).items()
-    return {name: layer.kernel_moments()[0].astype(jnp.float16) for name, layer in layers}, bcdl_jax.log_dropout_rates(params)
+    return {name: layer.kernel_moments()[0].astype(jnp.float16) for name, layer in layers}, bcdl_jax.log_dropout_rates(
+        params
+    )
 
 
 def _machine() -> str:
@@ -366,8 +432,6 @@ def _machine() -> str:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -376,9 +440,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _without_nan(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: _jsonable(entry) for key, entry in value.items()}
     return _finite(value) if isinstance(value, float) else value
 
 

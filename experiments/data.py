@@ -88,8 +88,12 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
                 f"{name}/, or use --dataset {EMBEDDED}."
             ) from None
         if name != "mnist":
-            raise UserError(f"--dataset {name} cannot be had: {reason}. Give --data-dir, or use --dataset {EMBEDDED}.") from None
-        return _load_embedded(f"Full MNIST is not at hand ({reason}): this run uses the 5,000 embedded MNIST digits instead.")
+            raise UserError(
+                f"--dataset {name} cannot be had: {reason}. Give --data-dir, or use --dataset {EMBEDDED}."
+            ) from None
+        return _load_embedded(
+            f"Full MNIST is not at hand ({reason}): this run uses the 5,000 embedded MNIST digits instead."
+        )
 
 
 def _load_embedded(notice: str | None) -> Dataset:
@@ -114,11 +118,11 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
         directory = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser()
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--data-dir {directory} is a file; it must be a directory.")
-        builder = _builder(tfds, name, directory)
         try:
+            builder = _builder(tfds, name, directory)
             prepared = builder.is_prepared()
         except Exception as error:
-            raise _damaged(builder.data_dir, error) from error
+            raise _damaged(directory / name, error) from error
         if not prepared:
             _prepare(builder, directory)
         try:
@@ -129,12 +133,19 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
     # The order of the records depends on who prepared them; by content, the split is the same everywhere.
     order = np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in train.images], kind="stable")
     chosen, held_out = order[_FULL_VALIDATION:], order[:_FULL_VALIDATION]
-    return Dataset(name, Split(train.images[chosen], train.labels[chosen]), Split(train.images[held_out], train.labels[held_out]), test)
+    return Dataset(
+        name,
+        Split(train.images[chosen], train.labels[chosen]),
+        Split(train.images[held_out], train.labels[held_out]),
+        test,
+    )
 
 
 def _damaged(directory: Any, error: Exception) -> UserError:
     detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return UserError(f"The data in {directory} is damaged and cannot be read ({detail}); delete that directory to have it prepared again.")
+    return UserError(
+        f"The data in {directory} is damaged and cannot be read ({detail}); delete that directory to have it prepared again."
+    )
 
 
 def _read(builder: Any, split: str, count: int) -> Split:
@@ -156,7 +167,7 @@ def _builder(tfds: Any, name: str, directory: Path) -> Any:
     }
     builder_name = name
 
-    class NumpyBuilder(stock, skip_registration=True):  # type: ignore[misc, valid-type]
+    class NumpyBuilder(stock, skip_registration=True):  # type: ignore[misc, valid-type, call-arg]
         name = builder_name
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -166,7 +177,9 @@ def _builder(tfds: Any, name: str, directory: Path) -> Any:
         def _generate_examples(self, image_path: Any, label_path: Any) -> Any:
             from PIL import Image
 
-            images = np.frombuffer(gzip.decompress(Path(image_path).read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
+            images = np.frombuffer(gzip.decompress(Path(image_path).read_bytes()), np.uint8, offset=16).reshape(
+                -1, 28, 28
+            )
             labels = np.frombuffer(gzip.decompress(Path(label_path).read_bytes()), np.uint8, offset=8)
             for row, (image, label) in enumerate(zip(images, labels, strict=True)):
                 # An encoded image: the feature encodes arrays with TensorFlow, but takes PNG bytes as they are.
@@ -195,7 +208,9 @@ def _reachable(url: str) -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url + "train-labels-idx1-ubyte.gz", method="HEAD"), timeout=_OFFLINE_SECONDS)
+            urllib.request.urlopen(
+                urllib.request.Request(url + "train-labels-idx1-ubyte.gz", method="HEAD"), timeout=_OFFLINE_SECONDS
+            )
             answers.append(True)
         except Exception:  # any answer but success means that the download would fail too
             answers.append(False)

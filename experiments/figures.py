@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ _SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c
 _DIGITS = (0, 3, 4, 7, 8)
 
 
-def draw(out: Path, snapshots: list[Snapshot], thresholds: dict[str, float], images: np.ndarray, labels: np.ndarray, seed: int) -> None:
+def draw(
+    out: Path,
+    snapshots: list[Snapshot],
+    thresholds: dict[str, float],
+    images: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+) -> None:
     """Draws all pictures of one seed.
 
     Args:
@@ -36,23 +44,41 @@ def draw(out: Path, snapshots: list[Snapshot], thresholds: dict[str, float], ima
       labels: [n].
       seed: for the titles.
     """
-    names = sorted(thresholds)
-    for number, (name, following) in enumerate(zip(names[:2], names[1:3], strict=True), start=1):
+    names = list(thresholds)
+    for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
         weights_gif(out / f"weights_layer{number}.gif", snapshots, name, following, thresholds, number, seed)
-    digits = np.stack([images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0] for digit in _DIGITS])
+    digits = np.stack(
+        [
+            images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0]
+            for digit in _DIGITS
+        ]
+    )
     importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed)
     dropout_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed)
 
 
 def weights_gif(
-    path: Path, snapshots: list[Snapshot], name: str, following: str, thresholds: dict[str, float], number: int, seed: int
+    path: Path,
+    snapshots: list[Snapshot],
+    name: str,
+    following: str,
+    thresholds: dict[str, float],
+    number: int,
+    seed: int,
 ) -> None:
     """The mean weights of a layer over the epochs: one column per input unit, one row per output unit."""
     frames = []
     for snapshot in snapshots:
         kept_inputs = snapshot.log_dropout_rates[name] < thresholds[name]
         kept_outputs = snapshot.log_dropout_rates[following] < thresholds[following]
-        frames.append((snapshot.epoch, np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32), kept_inputs.sum(), kept_outputs.sum()))
+        frames.append(
+            (
+                snapshot.epoch,
+                np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32),
+                kept_inputs.sum(),
+                kept_outputs.sum(),
+            )
+        )
     # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
     limit = float(np.percentile(np.abs(frames[-1][1][frames[-1][1] != 0]), 99)) if np.any(frames[-1][1]) else 1.0
     outputs, inputs = frames[0][1].shape
@@ -65,12 +91,16 @@ def weights_gif(
     def show(frame: Any) -> None:
         epoch, weights, kept_inputs, kept_outputs = frame
         picture.set_data(weights)
-        axes.set_title(f"Layer {number} (seed {seed}), epoch {epoch}: {kept_inputs} of {inputs} inputs, {kept_outputs} of {outputs} outputs kept\nnegative blue, positive red, pruned white", fontsize=11)
+        kept = f"{kept_inputs} of {inputs} inputs, {kept_outputs} of {outputs} outputs kept"
+        colours = "negative blue, positive red, pruned white"
+        axes.set_title(f"Layer {number} (seed {seed}), epoch {epoch}: {kept}\n{colours}", fontsize=11)
 
     _write_gif(path, figure, show, frames)
 
 
-def importance_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int) -> None:
+def importance_gif(
+    path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int
+) -> None:
     """Which pixels the network reads: minus the log dropout rate of each input, the kept inputs, and five digits as the network sees them."""
     rates = [np.asarray(snapshot.log_dropout_rates[name], np.float32).reshape(28, 28) for snapshot in snapshots]
     low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-np.stack(rates)))
@@ -107,12 +137,20 @@ def importance_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: 
 
 def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int) -> None:
     """How the log dropout rates of each layer's groups lie about the chosen threshold."""
-    figure, grid = plt.subplots(1, len(thresholds), figsize=(3.6 * len(thresholds), 3.6), dpi=100, layout="constrained", squeeze=False)
-    for panel, name in zip(grid[0], sorted(thresholds), strict=True):
+    figure, grid = plt.subplots(
+        1, len(thresholds), figsize=(3.6 * len(thresholds), 3.6), dpi=100, layout="constrained", squeeze=False
+    )
+    for panel, name in zip(grid[0], thresholds, strict=True):
         rates, threshold = snapshot.log_dropout_rates[name], thresholds[name]
         kept = rates < threshold
         edges = np.histogram_bin_edges(rates, bins=40)
-        panel.hist([rates[kept], rates[~kept]], bins=edges, stacked=True, color=["#2a6f97", "#c9c9c9"], label=[f"kept: {kept.sum()}", f"pruned: {(~kept).sum()}"])
+        panel.hist(
+            [rates[kept], rates[~kept]],
+            bins=edges,
+            stacked=True,
+            color=["#2a6f97", "#c9c9c9"],
+            label=[f"kept: {kept.sum()}", f"pruned: {(~kept).sum()}"],
+        )
         if np.isfinite(threshold):
             panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
         panel.set_title(f"{name}: {rates.size} input units")
@@ -129,7 +167,9 @@ def _write_gif(path: Path, figure: Any, show: Callable[[Any], None], frames: Ite
     for frame in frames:
         show(frame)
         figure.canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(128, dither=Image.Dither.NONE))
+        pictures.append(
+            Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(128, dither=Image.Dither.NONE)
+        )
     plt.close(figure)
     durations = [_MILLISECONDS_PER_FRAME] * (len(pictures) - 1) + [_MILLISECONDS_LAST_FRAME]
     buffer = io.BytesIO()

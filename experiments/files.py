@@ -73,9 +73,15 @@ def write_arrays(path: Path, tree: Any) -> None:
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
         if np.issubdtype(array.dtype, np.signedinteger):
-            array = array.astype(np.result_type(*map(np.min_scalar_type, (array.min(), array.max(), -1))) if array.size else np.int8)
+            array = array.astype(_smallest_type(array))
         arrays[jax.tree_util.keystr(key_path, simple=True, separator="/").replace("posterior/", "")] = array
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+
+
+def _smallest_type(integers: np.ndarray) -> type[np.signedinteger]:
+    low, high = (int(integers.min()), int(integers.max())) if integers.size else (0, 0)
+    types = (np.int8, np.int16, np.int32, np.int64)
+    return next(kind for kind in types if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
 
 
 TRAINED_ON = "trained_on"
@@ -93,7 +99,7 @@ def read_pretrained(path: str, dataset: str, full_train_sets: tuple[str, ...]) -
       UserError: it cannot be read, or it may have seen this run's test images.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

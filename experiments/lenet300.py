@@ -32,18 +32,57 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Trains a variational LeNet-300-100, prunes it, reduces its precision, and writes a result file, parameters and pictures. "
         "Without the full MNIST and without a network it runs on 5,000 embedded digits.",
     )
-    parser.add_argument("--dataset", default="mnist", metavar="|".join(NAMES), help="data set to train on (default: mnist)")
-    parser.add_argument("--data-dir", help="directory of prepared tensorflow-datasets data, or where to prepare it (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)")
-    parser.add_argument("--epochs", type=int, help="epochs of training before pruning (default: the recipe's, 150 on full MNIST)")
-    parser.add_argument("--fine-tune-epochs", type=int, help="epochs of fine-tuning the means after pruning (default: the recipe's, 30 on full MNIST)")
-    parser.add_argument("--batch-size", type=int, help="examples per training step (default: 128; 64 on the embedded digits)")
-    parser.add_argument("--learning-rate", type=float, help="Adam's step size at the start; it falls to 0 along a cosine (default: 0.001)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each seed, all trained at once (default: 0 1 2)")
-    parser.add_argument("--thresholds", type=float, nargs="+", metavar="T", help="three log dropout rates, one per layer, above which a unit is pruned (default: chosen on the validation data)")
-    parser.add_argument("--pretrained", metavar="FILE.npz", help="start from trained weights: arrays Dense_0/kernel, Dense_0/bias and so on, and the name of their data set in trained_on")
-    parser.add_argument("--out", default=DEFAULT_OUT, help=f"directory for the files of the run (default: {DEFAULT_OUT})")
+    parser.add_argument(
+        "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to train on (default: mnist)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        help="directory of prepared tensorflow-datasets data, or where to prepare it (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of training before pruning (default: the recipe's, 150 on full MNIST)"
+    )
+    parser.add_argument(
+        "--fine-tune-epochs",
+        type=int,
+        help="epochs of fine-tuning the means after pruning (default: the recipe's, 30 on full MNIST)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="examples per training step (default: 128; 64 on the embedded digits)"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help="Adam's step size at the start; it falls to 0 along a cosine (default: 0.001)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="one run for each seed, all trained at once (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="three log dropout rates, one per layer, above which a unit is pruned (default: chosen on the validation data)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE.npz",
+        help="start from trained weights: arrays Dense_0/kernel, Dense_0/bias and so on, and the name of their data set in trained_on",
+    )
+    parser.add_argument(
+        "--out", default=DEFAULT_OUT, help=f"directory for the files of the run (default: {DEFAULT_OUT})"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
-    parser.add_argument("--quick", action="store_true", help="a few epochs and one seed, to see everything work; its figures mean nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few epochs and one seed, to see everything work; its figures mean nothing",
+    )
     args = parser.parse_args(arguments)
     check(args)
     return args
@@ -83,24 +122,30 @@ def run(args: argparse.Namespace, command: str) -> None:
     given = {name: getattr(args, name) for name in ("epochs", "fine_tune_epochs", "batch_size", "learning_rate")}
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     if settings.batch_size > len(dataset.train):
-        raise UserError(f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}.")
+        raise UserError(
+            f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}."
+        )
     pretrained = None
     if args.pretrained is not None:
         pretrained = files.read_pretrained(args.pretrained, dataset.name, (EMBEDDED,))
         check_pretrained(args.pretrained, pretrained)
     thresholds = None if args.thresholds is None else dict(zip(CHAIN, args.thresholds, strict=True))
     params_files = [compress.params_file(stage, seed) for stage in compress.STAGES for seed in seeds]
-    out = files.prepare_out(args.out, args.overwrite, [compress.RESULT, compress.METRICS, "interrupted.npz", *params_files, *PICTURES])
+    out = files.prepare_out(
+        args.out, args.overwrite, [compress.RESULT, compress.METRICS, compress.INTERRUPTED, *params_files, *PICTURES]
+    )
 
-    print(f"LeNet-300-100, group normal-Jeffreys prior, {dataset.name}: {len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on; seeds {' '.join(map(str, seeds))}, {settings.epochs} + {settings.fine_tune_epochs} epochs", flush=True)
+    sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
+    length = f"{settings.epochs} + {settings.fine_tune_epochs} epochs, seeds {' '.join(map(str, seeds))}"
+    print(f"LeNet-300-100, group normal-Jeffreys prior, {dataset.name}: {sizes}; {length}", flush=True)
     try:
         model = LeNet300()
         compressed = compress.compress(
             model, dataset, settings, chain=CHAIN, seeds=seeds, out=out, thresholds=thresholds, pretrained=pretrained
         )
         runs = compress.score(model, compressed, dataset, seeds, CHAIN)
-        compress.write_params(out, compressed, seeds)
-        figures.draw(out, compressed.snapshots, compressed.thresholds[0], dataset.test.images, dataset.test.labels, seeds[0])
+        first_thresholds = {name: compressed.thresholds[0][name] for name in CHAIN}
+        figures.draw(out, compressed.snapshots, first_thresholds, dataset.test.images, dataset.test.labels, seeds[0])
         result = compress.result("lenet300", "gnj", dataset, settings, command, runs, time.perf_counter() - start)
         files.write_json(out / compress.RESULT, result)
     except KeyboardInterrupt:
@@ -114,7 +159,7 @@ def run(args: argparse.Namespace, command: str) -> None:
 
 def check_pretrained(path: str, arrays: dict) -> None:
     """Raises UserError unless the arrays are just those of the network."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for name, inputs, outputs in zip(CHAIN, WIDTHS[:-1], WIDTHS[1:], strict=True):
         expected |= {f"{name}/kernel": (inputs, outputs), f"{name}/bias": (outputs,)}
     for name, shape in expected.items():
@@ -123,14 +168,19 @@ def check_pretrained(path: str, arrays: dict) -> None:
         if arrays[name].shape != shape:
             raise UserError(f"--pretrained {path} has {name} of shape {arrays[name].shape}; it must be {shape}.")
     if extra := sorted(set(arrays) - set(expected)):
-        raise UserError(f"--pretrained {path} holds {', '.join(extra)}; allowed are {', '.join(expected)} and trained_on.")
+        raise UserError(
+            f"--pretrained {path} holds {', '.join(extra)}; allowed are {', '.join(expected)} and trained_on."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the experiment; returns the exit status."""
     try:
         args = parse(arguments)
-        run(args, shlex.join(["python", "-m", "experiments.lenet300", *(sys.argv[1:] if arguments is None else arguments)]))
+        run(
+            args,
+            shlex.join(["python", "-m", "experiments.lenet300", *(sys.argv[1:] if arguments is None else arguments)]),
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

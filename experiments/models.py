@@ -21,6 +21,10 @@ class LeNet300(nn.Module):
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = images.reshape(images.shape[0], -1).astype(jnp.float32) / 127.5 - 1
-        hidden = nn.relu(bcdl_jax.Dense(300, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(hidden, deterministic=deterministic))
+        hidden = nn.relu(
+            bcdl_jax.Dense(300, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(
+                hidden, deterministic=deterministic
+            )
+        )
         hidden = nn.relu(bcdl_jax.Dense(100)(hidden, deterministic=deterministic))
         return bcdl_jax.Dense(10)(hidden, deterministic=deterministic)

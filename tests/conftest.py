@@ -21,7 +21,11 @@ class SmallNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, deterministic=True):
-        x = nn.relu(bcdl_jax.Dense(5, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(x, deterministic=deterministic))
+        x = nn.relu(
+            bcdl_jax.Dense(5, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(
+                x, deterministic=deterministic
+            )
+        )
         x = nn.relu(bcdl_jax.Dense(4)(x, deterministic=deterministic))
         return bcdl_jax.Dense(3)(x, deterministic=deterministic)
 
@@ -53,8 +57,13 @@ def spread(params, key):
     moved = jax.tree.map(lambda leaf, leaf_key: leaf + 0.5 * jax.random.normal(leaf_key, leaf.shape), params, keys)
 
     def finish(pair):
-        variances = {name: jnp.clip(getattr(pair, name) + 5, -6, 0) for name in ("kernel_log_variance", "bias_log_variance", "scale_log_variance")}
-        return pair.replace(input_mask=jnp.ones_like(pair.input_mask), output_mask=jnp.ones_like(pair.output_mask), **variances)
+        variances = {
+            name: jnp.clip(getattr(pair, name) + 5, -6, 0)
+            for name in ("kernel_log_variance", "bias_log_variance", "scale_log_variance")
+        }
+        return pair.replace(
+            input_mask=jnp.ones_like(pair.input_mask), output_mask=jnp.ones_like(pair.output_mask), **variances
+        )
 
     return map_layers(finish, moved, Posterior)
 

@@ -26,12 +26,16 @@ def test_kl_under_vmap_and_grad(net):
     gradient = jax.grad(bcdl_jax.kl_divergence)(params)["Dense_1"]["posterior"]
     posterior = params["Dense_1"]["posterior"]
     np.testing.assert_allclose(gradient.kernel_mean, posterior.kernel_mean, rtol=1e-5)
-    np.testing.assert_allclose(gradient.kernel_log_variance, 0.5 * (np.exp(posterior.kernel_log_variance) - 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient.kernel_log_variance, 0.5 * (np.exp(posterior.kernel_log_variance) - 1), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_parameters_without_a_posterior_do_not_count(net):
     _, params, _ = net
-    assert float(bcdl_jax.kl_divergence(params | {"BatchNorm_0": {"scale": jnp.ones(3)}})) == float(bcdl_jax.kl_divergence(params))
+    assert float(bcdl_jax.kl_divergence(params | {"BatchNorm_0": {"scale": jnp.ones(3)}})) == float(
+        bcdl_jax.kl_divergence(params)
+    )
 
 
 def test_log_dropout_rates_by_layer(net):
@@ -51,9 +55,13 @@ def test_posterior_means_run_on_plain_flax_layers(conv_net):
 
     model, params, inputs = conv_net
     means, variances = bcdl_jax.posterior_moments(params)
-    assert jax.tree.structure(means) == jax.tree.structure(jax.eval_shape(Twin().init, jax.random.key(0), inputs)["params"])
+    assert jax.tree.structure(means) == jax.tree.structure(
+        jax.eval_shape(Twin().init, jax.random.key(0), inputs)["params"]
+    )
     assert jax.tree.map(jnp.shape, means) == jax.tree.map(jnp.shape, variances)
-    np.testing.assert_allclose(Twin().apply({"params": means}, inputs), run(model, params, inputs), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        Twin().apply({"params": means}, inputs), run(model, params, inputs), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_posterior_moments_keep_what_has_no_posterior(net):

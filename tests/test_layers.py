@@ -34,7 +34,9 @@ def conv_case(name, key, examples):
     inputs = jax.random.normal(jax.random.fold_in(key, 5), (examples, *shape))
     fresh = jax.eval_shape(layer.init, key, inputs)["params"]["posterior"]
     groups = arguments.get("feature_group_count", 1)
-    posterior = make_posterior(key, fresh.kernel_mean.shape, "output", use_bias=arguments.get("use_bias", True), feature_group_count=groups)
+    posterior = make_posterior(
+        key, fresh.kernel_mean.shape, "output", use_bias=arguments.get("use_bias", True), feature_group_count=groups
+    )
     return layer, nn.Conv(features=8, **arguments), {"posterior": posterior}, inputs
 
 
@@ -76,7 +78,9 @@ def test_mean_dense_is_that_of_flax(key):
         params = {"posterior": make_posterior(key, (5, 4), "input", use_bias=use_bias)}
         means, _ = bcdl_jax.posterior_moments(params)
         outputs = bcdl_jax.Dense(4, use_bias=use_bias).apply({"params": params}, inputs)
-        np.testing.assert_allclose(outputs, nn.Dense(4, use_bias=use_bias).apply({"params": means}, inputs), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            outputs, nn.Dense(4, use_bias=use_bias).apply({"params": means}, inputs), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -88,7 +92,10 @@ def test_sampled_dense_has_the_predicted_moments(key, use_bias):
     expected_mean = example @ means["kernel"] + means.get("bias", 0)
     expected_variance = example**2 @ variances["kernel"] + variances.get("bias", 0)
     outputs = bcdl_jax.Dense(4, use_bias=use_bias).apply(
-        {"params": {"posterior": posterior}}, jnp.broadcast_to(example, (draws, 5)), deterministic=False, rngs={"noise": key}
+        {"params": {"posterior": posterior}},
+        jnp.broadcast_to(example, (draws, 5)),
+        deterministic=False,
+        rngs={"noise": key},
     )
     assert np.max(np.abs(outputs.mean(0) - expected_mean) / np.sqrt(expected_variance / draws)) < 5
     np.testing.assert_allclose(outputs.var(0), expected_variance, rtol=0.05)
@@ -140,8 +147,14 @@ def test_layers_work_under_jit_vmap_and_grad(kind, request, key):
 def test_gradients_are_finite_where_everything_vanishes(key):
     layer, inputs = bcdl_jax.Dense(3), jnp.zeros((2, 4))
     params = jax.jit(layer.init)(key, inputs)["params"]["posterior"]
-    params = {"posterior": params.replace(scale_mean=jnp.zeros(4), kernel_log_variance=jnp.full((4, 3), -200.0), bias_log_variance=jnp.full(3, -200.0))}
-    gradient = jax.grad(lambda p: layer.apply({"params": p}, inputs, deterministic=False, rngs={"noise": key}).sum())(params)
+    params = {
+        "posterior": params.replace(
+            scale_mean=jnp.zeros(4), kernel_log_variance=jnp.full((4, 3), -200.0), bias_log_variance=jnp.full(3, -200.0)
+        )
+    }
+    gradient = jax.grad(lambda p: layer.apply({"params": p}, inputs, deterministic=False, rngs={"noise": key}).sum())(
+        params
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -185,13 +198,37 @@ def test_integer_inputs_are_promoted(key):
     [
         (bcdl_jax.Dense(2), (3,), r"inputs of shape \(3,\); it needs \[examples, ..., in\]"),
         (bcdl_jax.Conv(2, (3, 3)), (5, 5, 1), r"inputs of shape \(5, 5, 1\); with kernel_size \(3, 3\) it needs"),
-        (bcdl_jax.Conv(2, (3, 3), strides=(1, 1, 1)), (1, 5, 5, 1), r"has strides \(1, 1, 1\); it must be a positive int, or 2 of them"),
+        (
+            bcdl_jax.Conv(2, (3, 3), strides=(1, 1, 1)),
+            (1, 5, 5, 1),
+            r"has strides \(1, 1, 1\); it must be a positive int, or 2 of them",
+        ),
         (bcdl_jax.Conv(2, (3, 3), kernel_dilation=0), (1, 5, 5, 1), r"has kernel_dilation 0"),
-        (bcdl_jax.Conv(2, (3, 3), padding="CAUSAL"), (1, 5, 5, 1), r"padding 'CAUSAL'; allowed are SAME, VALID, CIRCULAR, REFLECT"),
-        (bcdl_jax.Conv(2, (3, 3), input_dilation=2), (1, 5, 5, 1), r"padding 'SAME' with input_dilation \(2, 2\); give \(low, high\) pairs"),
-        (bcdl_jax.Conv(2, (3, 3), padding=((1, 1),)), (1, 5, 5, 1), r"needs one int or \(low, high\) pair for each of 2 axes"),
-        (bcdl_jax.Conv(2, (3, 3), feature_group_count=2), (1, 5, 5, 3), r"3 input channels, which feature_group_count 2 does not divide"),
-        (bcdl_jax.Conv(3, (3, 3), feature_group_count=2), (1, 5, 5, 2), r"3 output channels, which feature_group_count 2 does not divide"),
+        (
+            bcdl_jax.Conv(2, (3, 3), padding="CAUSAL"),
+            (1, 5, 5, 1),
+            r"padding 'CAUSAL'; allowed are SAME, VALID, CIRCULAR, REFLECT",
+        ),
+        (
+            bcdl_jax.Conv(2, (3, 3), input_dilation=2),
+            (1, 5, 5, 1),
+            r"padding 'SAME' with input_dilation \(2, 2\); give \(low, high\) pairs",
+        ),
+        (
+            bcdl_jax.Conv(2, (3, 3), padding=((1, 1),)),
+            (1, 5, 5, 1),
+            r"needs one int or \(low, high\) pair for each of 2 axes",
+        ),
+        (
+            bcdl_jax.Conv(2, (3, 3), feature_group_count=2),
+            (1, 5, 5, 3),
+            r"3 input channels, which feature_group_count 2 does not divide",
+        ),
+        (
+            bcdl_jax.Conv(3, (3, 3), feature_group_count=2),
+            (1, 5, 5, 2),
+            r"3 output channels, which feature_group_count 2 does not divide",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(layer, shape, message, key):
@@ -203,5 +240,7 @@ def test_a_missing_noise_key_and_a_wrong_posterior_are_named(net):
     model, params, inputs = net
     with pytest.raises(ValueError, match=r"Layer Dense_0 samples its weights and needs a key: pass rngs="):
         model.apply({"params": params}, inputs, deterministic=False)
-    with pytest.raises(ValueError, match=r"Layer Dense_0 was given a posterior with kernel shape \(6, 5\); .* need \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"Layer Dense_0 was given a posterior with kernel shape \(6, 5\); .* need \(4, 5\)"
+    ):
         model.apply({"params": params}, inputs[:, :4])

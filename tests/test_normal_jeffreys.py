@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,12 @@ def exact_log_uniform_kl(log_alpha: float) -> float:
     def integrand(z):
         return np.exp(-0.5 * ((z - 1) / deviation) ** 2) / (deviation * np.sqrt(2 * np.pi)) * np.log(np.abs(z))
 
-    edges = [1 - 12 * deviation, 0.0, 1.0, 1 + 12 * deviation] if deviation > 1 / 12 else [1 - 12 * deviation, 1.0, 1 + 12 * deviation]
-    mean_log = sum(integrate.quad(integrand, low, high, limit=200)[0] for low, high in zip(edges[:-1], edges[1:], strict=True))
+    edges = (
+        [1 - 12 * deviation, 0.0, 1.0, 1 + 12 * deviation]
+        if deviation > 1 / 12
+        else [1 - 12 * deviation, 1.0, 1 + 12 * deviation]
+    )
+    mean_log = sum(integrate.quad(integrand, low, high, limit=200)[0] for low, high in itertools.pairwise(edges))
     return mean_log - 0.5 * log_alpha + (np.euler_gamma + np.log(2)) / 2
 
 
@@ -34,7 +40,10 @@ def test_scale_kl_against_quadrature(log_alpha):
 def test_weight_kl_against_quadrature(key):
     posterior = make_posterior(key, (3, 2), "input")
     total = 0.0
-    for mean, log_variance in [(posterior.kernel_mean, posterior.kernel_log_variance), (posterior.bias_mean, posterior.bias_log_variance)]:
+    for mean, log_variance in [
+        (posterior.kernel_mean, posterior.kernel_log_variance),
+        (posterior.bias_mean, posterior.bias_log_variance),
+    ]:
         for m, v in zip(np.ravel(mean), np.ravel(log_variance), strict=True):
             s = np.exp(v / 2)
             w = np.linspace(m - 12 * s, m + 12 * s, 20_001)
@@ -46,7 +55,9 @@ def test_weight_kl_against_quadrature(key):
 
 
 def test_log_dropout_rate_by_hand(key):
-    posterior = make_posterior(key, (2, 2), "input").replace(scale_mean=jnp.array([2.0, 0.5]), scale_log_variance=jnp.array([-1.0, -3.0]))
+    posterior = make_posterior(key, (2, 2), "input").replace(
+        scale_mean=jnp.array([2.0, 0.5]), scale_log_variance=jnp.array([-1.0, -3.0])
+    )
     np.testing.assert_allclose(posterior.log_dropout_rate(), [-1 - np.log(4), -3 - np.log(0.25)], rtol=1e-6)
 
 
@@ -57,7 +68,9 @@ def test_log_dropout_rate_is_finite_where_the_scale_vanishes(key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize(("shape", "axis", "groups"), [((4, 3), "input", 4), ((3, 4, 5), "output", 5), ((3, 3, 4, 5), "output", 5)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "groups"), [((4, 3), "input", 4), ((3, 4, 5), "output", 5), ((3, 3, 4, 5), "output", 5)]
+)
 def test_start_values(key, shape, axis, groups):
     kernel = jnp.ones(shape)
     posterior = bcdl_jax.GroupNormalJeffreys().create(key, kernel, None, axis)
@@ -81,8 +94,12 @@ def test_clip_variances(key):
     posterior = make_posterior(key, (4, 3), "input").replace(clip_var=0.04)
     clipped = posterior.clip_variances()
     assert float(jnp.exp(clipped.kernel_log_variance).max()) == pytest.approx(0.04)
-    np.testing.assert_array_equal(clipped.kernel_log_variance, np.minimum(posterior.kernel_log_variance, np.log(0.04).astype(np.float32)))
-    np.testing.assert_array_equal(clipped.bias_log_variance, np.minimum(posterior.bias_log_variance, np.log(0.04).astype(np.float32)))
+    np.testing.assert_array_equal(
+        clipped.kernel_log_variance, np.minimum(posterior.kernel_log_variance, np.log(0.04).astype(np.float32))
+    )
+    np.testing.assert_array_equal(
+        clipped.bias_log_variance, np.minimum(posterior.bias_log_variance, np.log(0.04).astype(np.float32))
+    )
     np.testing.assert_array_equal(clipped.scale_log_variance, posterior.scale_log_variance)
 
 

@@ -9,8 +9,12 @@ import bcdl_jax
 def test_negative_elbo_divides_the_kl_by_the_number_of_examples(net):
     _, params, _ = net
     kl = float(bcdl_jax.kl_divergence(params))
-    assert float(bcdl_jax.negative_elbo(jnp.float32(0.7), params, num_examples=50)) == pytest.approx(0.7 + kl / 50, rel=1e-6)
-    assert float(bcdl_jax.negative_elbo(jnp.float32(0.7), params, num_examples=50, kl_weight=0.1)) == pytest.approx(0.7 + kl / 500, rel=1e-6)
+    assert float(bcdl_jax.negative_elbo(jnp.float32(0.7), params, num_examples=50)) == pytest.approx(
+        0.7 + kl / 50, rel=1e-6
+    )
+    assert float(bcdl_jax.negative_elbo(jnp.float32(0.7), params, num_examples=50, kl_weight=0.1)) == pytest.approx(
+        0.7 + kl / 500, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("num_examples", [0, -3, float("nan"), float("inf")])

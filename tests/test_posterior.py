@@ -15,8 +15,12 @@ def test_moments_against_monte_carlo(key, shape, axis):
     posterior = make_posterior(key, shape, axis)
     draws = 100_000
     keys = jax.random.split(key, 3)
-    weights = posterior.kernel_mean + jnp.exp(0.5 * posterior.kernel_log_variance) * jax.random.normal(keys[0], (draws, *shape))
-    biases = posterior.bias_mean + jnp.exp(0.5 * posterior.bias_log_variance) * jax.random.normal(keys[1], (draws, shape[-1]))
+    weights = posterior.kernel_mean + jnp.exp(0.5 * posterior.kernel_log_variance) * jax.random.normal(
+        keys[0], (draws, *shape)
+    )
+    biases = posterior.bias_mean + jnp.exp(0.5 * posterior.bias_log_variance) * jax.random.normal(
+        keys[1], (draws, shape[-1])
+    )
     scales = posterior.sample_scale(keys[2], draws)
     if axis == "input":
         weights = weights * scales[:, :, None]
@@ -40,7 +44,11 @@ def test_pruned_moments_are_zero_and_kl_counts_the_rest_only(key, shape, axis):
     smaller = smaller.replace(
         **{name: cut(getattr(posterior, name)) for name in ("kernel_mean", "kernel_log_variance")},
         **{name: getattr(posterior, name)[kept] for name in ("scale_mean", "scale_log_variance")},
-        **({} if axis == "input" else {name: getattr(posterior, name)[kept] for name in ("bias_mean", "bias_log_variance")}),
+        **(
+            {}
+            if axis == "input"
+            else {name: getattr(posterior, name)[kept] for name in ("bias_mean", "bias_log_variance")}
+        ),
         **{side: jnp.ones(kept.sum())},
     )
     np.testing.assert_allclose(pruned.kl_divergence(), smaller.kl_divergence(), rtol=1e-5)
@@ -76,7 +84,10 @@ def test_kernel_mask_against_loops(feature_groups):
 def test_layers_are_found_by_type_in_any_tree(net, key):
     _, params, _ = net
     assert list(bcdl_jax.posteriors(params)) == ["Dense_0", "Dense_1", "Dense_2"]
-    tree = {"block": [{"a": params["Dense_0"]["posterior"]}, {"posterior": params["Dense_1"]["posterior"]}], "bias": jnp.ones(3)}
+    tree = {
+        "block": [{"a": params["Dense_0"]["posterior"]}, {"posterior": params["Dense_1"]["posterior"]}],
+        "bias": jnp.ones(3),
+    }
     assert list(bcdl_jax.posteriors(tree)) == ["block/0/a", "block/1"]
     named = map_named_layers(lambda name, _: name, tree, bcdl_jax.Posterior)
     assert named["block"][0]["a"] == "block/0/a"
@@ -85,7 +96,12 @@ def test_layers_are_found_by_type_in_any_tree(net, key):
 
 @pytest.mark.parametrize("tree", [{}, {"Dense_0": {"kernel": jnp.ones((2, 2))}}, jnp.ones(2)])
 def test_a_tree_without_variational_layers_is_refused(tree):
-    for function in (bcdl_jax.posteriors, bcdl_jax.kl_divergence, bcdl_jax.log_dropout_rates, bcdl_jax.posterior_moments):
+    for function in (
+        bcdl_jax.posteriors,
+        bcdl_jax.kl_divergence,
+        bcdl_jax.log_dropout_rates,
+        bcdl_jax.posterior_moments,
+    ):
         with pytest.raises(ValueError, match="params holds no variational layers"):
             function(tree)
     with pytest.raises(ValueError, match="params holds no variational layers"):

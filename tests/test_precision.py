@@ -9,7 +9,20 @@ from tests.conftest import CHAIN, assert_trees_close, make_posterior, run
 
 
 @pytest.mark.parametrize(
-    ("values", "bits"), [([0, 0], 0), ([0, 1], 2), ([-1], 1), ([-1, 0], 1), ([1, -2], 2), ([3], 3), ([-4, 3], 3), ([-5, 3], 4), ([127, -128], 8), ([128], 9), ([32767], 16)]
+    ("values", "bits"),
+    [
+        ([0, 0], 0),
+        ([0, 1], 2),
+        ([-1], 1),
+        ([-1, 0], 1),
+        ([1, -2], 2),
+        ([3], 3),
+        ([-4, 3], 3),
+        ([-5, 3], 4),
+        ([127, -128], 8),
+        ([128], 9),
+        ([32767], 16),
+    ],
 )
 def test_integer_bits_is_the_shortest_twos_complement(values, bits):
     assert int(integer_bits(jnp.array(values, jnp.int16))) == bits
@@ -19,13 +32,17 @@ def test_integer_bits_is_the_shortest_twos_complement(values, bits):
 
 
 def test_step_is_a_multiple_of_the_geometric_mean_deviation_of_the_kept_weights(key):
-    posterior = make_posterior(key, (5, 4), "input").replace(input_mask=jnp.array([1.0, 1, 0, 1, 1]), output_mask=jnp.array([1.0, 0, 1, 1]))
+    posterior = make_posterior(key, (5, 4), "input").replace(
+        input_mask=jnp.array([1.0, 1, 0, 1, 1]), output_mask=jnp.array([1.0, 0, 1, 1])
+    )
     reduced = bcdl_jax.reduce_precision({"posterior": posterior}, 0.3)["posterior"]
     kept = np.ix_([0, 1, 3, 4], [0, 2, 3])
     means, variances = (np.asarray(moment, np.float64) for moment in posterior.kernel_moments())
     step = 0.3 * np.exp(np.mean(0.5 * np.log(variances[kept])))
     assert float(reduced.kernel_step) == pytest.approx(step, rel=1e-5)
-    np.testing.assert_array_equal(reduced.kernel, np.where(np.asarray(posterior.kernel_mask), np.round(means / float(reduced.kernel_step)), 0))
+    np.testing.assert_array_equal(
+        reduced.kernel, np.where(np.asarray(posterior.kernel_mask), np.round(means / float(reduced.kernel_step)), 0)
+    )
     bias_variances = np.asarray(posterior.bias_moments()[1], np.float64)[[0, 2, 3]]
     assert float(reduced.bias_step) == pytest.approx(0.3 * np.exp(np.mean(0.5 * np.log(bias_variances))), rel=1e-5)
     assert int(reduced.kernel_bits) == int(integer_bits(reduced.kernel))
@@ -43,7 +60,9 @@ def test_reduced_networks_run_and_are_off_by_half_a_step_at_most(kind, request):
         assert np.abs(kernel - layer["kernel"]).max() <= 0.51 * node.kernel_step
         assert np.abs(bias - layer["bias"]).max() <= 0.51 * node.bias_step
     np.testing.assert_allclose(run(model, reduced, inputs), run(model, params, inputs), rtol=0.05, atol=0.1)
-    with pytest.raises(ValueError, match=r"_0 holds a QuantizedLayer, which has no noise to sample; use deterministic=True"):
+    with pytest.raises(
+        ValueError, match=r"_0 holds a QuantizedLayer, which has no noise to sample; use deterministic=True"
+    ):
         model.apply({"params": reduced}, inputs, deterministic=False, rngs={"noise": jax.random.key(0)})
 
 
@@ -58,7 +77,9 @@ def test_reduction_works_under_jit_and_vmap(net):
 def test_steps_never_overflow_the_integers(net):
     _, params, _ = net
     reduced = bcdl_jax.reduce_precision(params, 1e-12)
-    for node, posterior in zip((layer["posterior"] for layer in reduced.values()), bcdl_jax.posteriors(params).values(), strict=True):
+    for node, posterior in zip(
+        (layer["posterior"] for layer in reduced.values()), bcdl_jax.posteriors(params).values(), strict=True
+    ):
         assert int(jnp.abs(node.kernel.astype(jnp.int32)).max()) == 2**15 - 1
         np.testing.assert_allclose(node.mean_weights()[0], posterior.mean_weights()[0], atol=float(node.kernel_step))
 
@@ -80,7 +101,9 @@ def test_round_off_rule_by_hand(key):
 def test_round_off_rule_is_never_nan_for_small_weights(net):
     _, params, _ = net
     small = jax.tree.map(lambda leaf: leaf, params)
-    small["Dense_0"]["posterior"] = params["Dense_0"]["posterior"].replace(kernel_mean=params["Dense_0"]["posterior"].kernel_mean * 1e-3)
+    small["Dense_0"]["posterior"] = params["Dense_0"]["posterior"].replace(
+        kernel_mean=params["Dense_0"]["posterior"].kernel_mean * 1e-3
+    )
     assert int(bcdl_jax.layer_bits(bcdl_jax.reduce_precision_by_round_off(small))["Dense_0"]) > 0
     assert np.isfinite(bcdl_jax.rate_paper(bcdl_jax.reduce_precision_by_round_off(small)))
 
@@ -103,7 +126,7 @@ def test_choose_relative_step_takes_the_largest_that_is_good_enough(net):
 
 @pytest.mark.parametrize("step", [0.0, -1.0, float("nan"), float("inf")])
 def test_relative_step_must_be_positive(net, step):
-    with pytest.raises(ValueError, match="relative_step of layer Dense_0 is .*; it must be a positive number"):
+    with pytest.raises(ValueError, match=r"relative_step of layer Dense_0 is .*; it must be a positive number"):
         bcdl_jax.reduce_precision(net[1], step)
 
 

@@ -14,7 +14,11 @@ from tests.conftest import CHAIN, CONV_CHAIN, assert_trees_close, run
 def rated(params, rates):
     """The params with the given log dropout rates by layer."""
     return {
-        name: {"posterior": layer["posterior"].replace(scale_mean=jnp.ones(len(rates[name])), scale_log_variance=jnp.asarray(rates[name], jnp.float32))}
+        name: {
+            "posterior": layer["posterior"].replace(
+                scale_mean=jnp.ones(len(rates[name])), scale_log_variance=jnp.asarray(rates[name], jnp.float32)
+            )
+        }
         for name, layer in params.items()
     }
 
@@ -23,7 +27,10 @@ RATES = {"Dense_0": [-5, 1, -4, -1, 2, -3], "Dense_1": [-5, -4, 1, -2, 2], "Dens
 
 
 def weights_left(params):
-    return sum(int(posterior.kernel_mask.sum()) * math.prod(posterior.kernel_shape[:-2]) for posterior in bcdl_jax.posteriors(params).values())
+    return sum(
+        int(posterior.kernel_mask.sum()) * math.prod(posterior.kernel_shape[:-2])
+        for posterior in bcdl_jax.posteriors(params).values()
+    )
 
 
 def test_prune_masks_own_groups(net):
@@ -32,7 +39,11 @@ def test_prune_masks_own_groups(net):
     masks = {name: posterior.input_mask.tolist() for name, posterior in bcdl_jax.posteriors(pruned).items()}
     assert masks == {"Dense_0": [1, 0, 1, 0, 0, 1], "Dense_1": [1, 1, 0, 1, 0], "Dense_2": [1, 0, 0, 1]}
     assert all(posterior.output_mask.all() for posterior in bcdl_jax.posteriors(pruned).values())
-    assert {name: int(count) for name, count in bcdl_jax.kept_groups(pruned).items()} == {"Dense_0": 3, "Dense_1": 3, "Dense_2": 2}
+    assert {name: int(count) for name, count in bcdl_jax.kept_groups(pruned).items()} == {
+        "Dense_0": 3,
+        "Dense_1": 3,
+        "Dense_2": 2,
+    }
     by_layer = bcdl_jax.prune(rated(params, RATES), {"Dense_0": 10.0, "Dense_1": -1.5, "Dense_2": -4.0})
     assert [int(posterior.input_mask.sum()) for posterior in bcdl_jax.posteriors(by_layer).values()] == [6, 3, 1]
 
@@ -61,7 +72,9 @@ def test_a_chain_prunes_what_nobody_reads_without_changing_the_output(net, noise
     np.testing.assert_array_equal(layers["Dense_1"].output_mask, layers["Dense_2"].input_mask)
     assert weights_left(chained) == 3 * 3 + 3 * 2 + 2 * 3 < weights_left(alone)
     noise_key = key if noise else None
-    np.testing.assert_allclose(run(model, chained, inputs, noise_key), run(model, alone, inputs, noise_key), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        run(model, chained, inputs, noise_key), run(model, alone, inputs, noise_key), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_chain_of_convolutions_and_a_flatten(conv_net, key):
@@ -70,7 +83,9 @@ def test_a_chain_of_convolutions_and_a_flatten(conv_net, key):
         "Conv_0": jnp.array([True, False, True, True]),
         "Conv_1": jnp.array([True, True, False, True, True, True]),
         # Four positions of six channels: channel 5 is not read at any of them, channel 0 at one only.
-        "Dense_0": jnp.array([[True, True, True, False, True, False]] + [[False, True, True, True, True, False]] * 3).ravel(),
+        "Dense_0": jnp.array(
+            [[True, True, True, False, True, False]] + [[False, True, True, True, True, False]] * 3
+        ).ravel(),
     }
     alone, chained = set_group_masks(params, masks), set_group_masks(params, masks, CONV_CHAIN)
     layers = bcdl_jax.posteriors(chained)
@@ -107,7 +122,10 @@ def brute_force(params, error, max_increase):
     limit = float(error(params)) + max_increase
     best = None
     for counts in itertools.product(*(range(1, len(ranked) + 1) for ranked in order.values())):
-        masks = {name: jnp.zeros(len(ranked), bool).at[ranked[:count]].set(True) for (name, ranked), count in zip(order.items(), counts, strict=True)}
+        masks = {
+            name: jnp.zeros(len(ranked), bool).at[ranked[:count]].set(True)
+            for (name, ranked), count in zip(order.items(), counts, strict=True)
+        }
         pruned = set_group_masks(params, masks, CHAIN)
         if float(error(pruned)) <= limit and (best is None or weights_left(pruned) < best):
             best = weights_left(pruned)
@@ -122,7 +140,10 @@ def test_chosen_thresholds_against_brute_force(net, max_increase):
 
     @jax.jit
     def error(tree):
-        penalties = [jnp.sum(jnp.where(posterior.input_mask > 0, 0, 2.0 - posterior.log_dropout_rate())) for posterior in bcdl_jax.posteriors(tree).values()]
+        penalties = [
+            jnp.sum(jnp.where(posterior.input_mask > 0, 0, 2.0 - posterior.log_dropout_rate()))
+            for posterior in bcdl_jax.posteriors(tree).values()
+        ]
         return sum(penalties)
 
     chosen = bcdl_jax.choose_thresholds(params, error, max_increase=max_increase, chain=CHAIN)
@@ -153,7 +174,7 @@ def test_chosen_thresholds_leave_nothing_to_take(net):
 
 @pytest.mark.parametrize("max_increase", [-0.1, float("nan")])
 def test_max_increase_must_not_be_negative(net, max_increase):
-    with pytest.raises(ValueError, match="max_increase is .*; it must be 0 or more"):
+    with pytest.raises(ValueError, match=r"max_increase is .*; it must be 0 or more"):
         bcdl_jax.choose_thresholds(net[1], lambda _: 0.0, max_increase=max_increase)
 
 
@@ -165,5 +186,7 @@ def test_wrong_names_are_named(net):
         bcdl_jax.prune(params, dict.fromkeys([*CHAIN, "Dense_7"], 0.0))
     with pytest.raises(ValueError, match="chain names layer Dense_7, which does not exist"):
         bcdl_jax.prune(params, 0.0, ["Dense_7"])
-    with pytest.raises(ValueError, match="Dense_0 before Dense_2, but Dense_2 has 4 inputs, not a multiple of Dense_0's 5 outputs"):
+    with pytest.raises(
+        ValueError, match="Dense_0 before Dense_2, but Dense_2 has 4 inputs, not a multiple of Dense_0's 5 outputs"
+    ):
         bcdl_jax.prune(params, 0.0, ["Dense_0", "Dense_2"])

@@ -21,7 +21,9 @@ def test_rates_after_pruning_by_hand(net):
     kept_weights = 4 * 3 + 3 * 4 + 4 * 3
     assert float(bcdl_jax.rate_paper(pruned)) == pytest.approx(WEIGHTS / kept_weights)
     kept_biases, index_bits = 3 + 4 + 3, 6 + 5 + 0
-    assert float(bcdl_jax.rate(pruned)) == pytest.approx(32 * (WEIGHTS + BIASES) / (32 * (kept_weights + kept_biases) + index_bits))
+    assert float(bcdl_jax.rate(pruned)) == pytest.approx(
+        32 * (WEIGHTS + BIASES) / (32 * (kept_weights + kept_biases) + index_bits)
+    )
     assert {name: int(bits) for name, bits in bcdl_jax.layer_bits(pruned).items()} == dict.fromkeys(CHAIN, 32)
 
 

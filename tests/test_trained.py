@@ -37,7 +37,9 @@ def test_what_does_not_fit_is_named(net):
     trained, _ = bcdl_jax.posterior_moments(params)
     with pytest.raises(ValueError, match=r"lacks Dense_1/bias, which must have shape \(4,\)"):
         bcdl_jax.from_trained(params, trained | {"Dense_1": {"kernel": trained["Dense_1"]["kernel"]}})
-    with pytest.raises(ValueError, match=r"Dense_1/kernel of the trained net has shape \(4, 5\); it must have \(5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"Dense_1/kernel of the trained net has shape \(4, 5\); it must have \(5, 4\)"
+    ):
         bcdl_jax.from_trained(params, trained | {"Dense_1": trained["Dense_1"] | {"kernel": jnp.ones((4, 5))}})
     with pytest.raises(ValueError, match=r"holds Dense_9/kernel, which this network does not have"):
         bcdl_jax.from_trained(params, trained | {"Dense_9": {"kernel": jnp.ones(1)}})

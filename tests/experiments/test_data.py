@@ -1,0 +1,140 @@
+import functools
+import gzip
+import http.server
+import threading
+
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.errors import UserError
+
+
+def test_embedded_digits_are_split_by_class_and_always_the_same():
+    dataset = data.load("mnist_5k")
+    assert dataset.summary() == {"name": "mnist_5k", "train": 3500, "validation": 500, "test": 1000}
+    assert dataset.notice is None
+    for split, per_class in ((dataset.train, 350), (dataset.validation, 50), (dataset.test, 100)):
+        assert split.images.dtype == np.uint8
+        assert split.images.shape == (len(split), 28, 28, 1)
+        np.testing.assert_array_equal(np.bincount(split.labels), per_class)
+    seen = [image.tobytes() for split in (dataset.train, dataset.validation, dataset.test) for image in split.images]
+    assert len(set(seen)) == len(seen) == 5000
+    again = data.load("mnist_5k")
+    np.testing.assert_array_equal(again.test.images, dataset.test.images)
+    # Real digits: the mean picture of a one is a stroke in the middle, that of a zero is not.
+    mean = {digit: dataset.train.images[dataset.train.labels == digit].mean(0)[14, 14, 0] for digit in (0, 1)}
+    assert mean[1] > 150 > 50 > mean[0]
+
+
+def test_unknown_data_set():
+    with pytest.raises(UserError, match="--dataset is 'emnist'; allowed are mnist, mnist_5k, fashion_mnist"):
+        data.load("emnist")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(data, "_reachable", lambda url: False)
+
+
+def test_without_network_full_mnist_falls_back_and_says_so(tmp_path, monkeypatch, offline):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    dataset = data.load("mnist")
+    assert dataset.name == "mnist_5k"
+    assert "no prepared copy was found and there is no network" in dataset.notice
+    assert "uses the 5,000 embedded MNIST digits" in dataset.notice
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_cannot_be_replaced_is_refused(tmp_path, monkeypatch, offline):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="--dataset fashion_mnist cannot be had: no prepared copy"):
+        data.load("fashion_mnist")
+    with pytest.raises(UserError, match=r"--data-dir .*empty holds no prepared mnist, and it could not be put there"):
+        data.load("mnist", str(tmp_path / "empty"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--data-dir .*file is a file; it must be a directory"):
+        data.load("mnist", str(tmp_path / "file"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_without_tensorflow_datasets_the_embedded_digits_are_used(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
+    dataset = data.load("mnist")
+    assert dataset.name == "mnist_5k"
+    assert "tensorflow-datasets is not installed" in dataset.notice
+
+
+def test_a_host_that_does_not_answer_is_not_reachable():
+    assert not data._reachable("http://127.0.0.1:9/")
+
+
+TRAIN, TEST, VALIDATION = 300, 60, 40
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A web server on this machine that offers small idx files, in place of MNIST's; its folder."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    embedded = data.load("mnist_5k")
+    for prefix, count, split in (("train", TRAIN, embedded.train), ("t10k", TEST, embedded.test)):
+        rows = np.random.default_rng(count).permutation(len(split))[:count]
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + split.images[rows].tobytes()))
+        labels = split.labels[rows].astype(np.uint8)
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        tfds = pytest.importorskip("tensorflow_datasets")
+        monkeypatch.setattr(tfds.builder_cls("mnist"), "URL", f"http://127.0.0.1:{server.server_address[1]}/")
+        for name, value in (("_FULL_TRAIN", TRAIN), ("_FULL_TEST", TEST), ("_FULL_VALIDATION", VALIDATION)):
+            monkeypatch.setattr(data, name, value)
+        yield folder
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.filterwarnings("default")
+def test_download_prepare_read_and_damage(served, tmp_path, capfd):
+    directory = tmp_path / "tfds"
+    dataset = data.load("mnist", str(directory))
+    assert "Downloading and preparing mnist in" in capfd.readouterr().out
+    assert dataset.summary() == {"name": "mnist", "train": TRAIN - VALIDATION, "validation": VALIDATION, "test": TEST}
+    for prefix, parts in (("train", (dataset.train, dataset.validation)), ("t10k", (dataset.test,))):
+        images = np.frombuffer(gzip.decompress((served / f"{prefix}-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
+        labels = np.frombuffer(gzip.decompress((served / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())[8:], np.uint8)
+        expected = sorted((i.tobytes(), int(c)) for i, c in zip(images.reshape(-1, 784), labels, strict=True))
+        assert expected == sorted((i.tobytes(), int(c)) for part in parts for i, c in zip(part.images, part.labels))
+
+    # Prepared once, it is read without a network, in the same order.
+    for file in served.iterdir():
+        file.unlink()
+    again = data.load("mnist", str(directory))
+    np.testing.assert_array_equal(again.train.images, dataset.train.images)
+    np.testing.assert_array_equal(again.validation.labels, dataset.validation.labels)
+
+    (record,) = (directory / "mnist").glob("*/mnist-train.array_record*")
+    content = bytearray(record.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 2000] = bytes(2000)
+    record.write_bytes(content)
+    with pytest.raises(UserError, match=r"The data in .*mnist.* is damaged and cannot be read \(.*\); delete that dir"):
+        data.load("mnist", str(directory))
+    record.write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged and cannot be read"):
+        data.load("mnist", str(directory))
+    next((directory / "mnist").glob("*/dataset_info.json")).write_text("{")
+    with pytest.raises(UserError, match="is damaged and cannot be read"):
+        data.load("mnist", str(directory))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_failed_download_is_said_in_one_sentence(served, tmp_path):
+    (served / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(UserError, match=r"could not be put there: downloading or preparing it failed, .*404"):
+        data.load("mnist", str(tmp_path / "tfds"))

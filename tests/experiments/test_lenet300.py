@@ -1,0 +1,224 @@
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import bcdl_jax
+from experiments import compress, lenet300
+from experiments.models import LeNet300
+
+
+def test_the_network_has_266610_weights_and_biases():
+    params = jax.eval_shape(LeNet300().init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
+    layers = bcdl_jax.posteriors(params)
+    assert sum(layer.kernel_mean.size + layer.bias_mean.size for layer in layers.values()) == 266_610
+    assert [layer.kernel_mean.shape for layer in layers.values()] == [(784, 300), (300, 100), (100, 10)]
+    assert [layer.clip_var for layer in layers.values()] == [0.04, None, None]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A quick run of two seeds: (exit status, output directory)."""
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
+    return lenet300.main(arguments), out
+
+
+def test_all_files_are_there(finished):
+    status, out = finished
+    assert status == 0
+    params = [f"{stage}_seed{seed}.npz" for stage in ("trained", "pruned", "reduced") for seed in (3, 5)]
+    expected = ["result.json", "metrics.jsonl", *params, *lenet300.PICTURES]
+    assert sorted(path.name for path in out.iterdir()) == sorted(expected)
+
+
+def test_result_file(finished):
+    _, out = finished
+    result = json.loads((out / "result.json").read_text())
+    assert result["experiment"] == "lenet300"
+    assert result["method"] == "gnj"
+    assert result["dataset"] == {"name": "mnist_5k", "train": 3500, "validation": 500, "test": 1000}
+    assert result["command"].startswith("python -m experiments.lenet300 --dataset mnist_5k --quick")
+    assert [run["seed"] for run in result["runs"]] == [3, 5]
+    for run in result["runs"]:
+        assert set(run["test_error"]) == {"trained", "pruned", "reduced"}
+        assert all(0 < error < 60 for error in run["test_error"].values())
+        assert run["total_units"] == [784, 300, 100]
+        assert all(0 < kept <= total for kept, total in zip(run["kept_units"], run["total_units"], strict=True))
+        inputs, hidden, last = run["kept_units"]
+        weights = [inputs * hidden, hidden * last, last * 10]
+        assert run["rate_paper"]["pruned"] == pytest.approx(266_200 / sum(weights), rel=1e-5)
+        reduced = 266_200 * 32 / sum(count * bits for count, bits in zip(weights, run["bits"], strict=True))
+        assert run["rate_paper"]["reduced"] == pytest.approx(reduced, rel=1e-5)
+        assert run["rate"]["pruned"] < run["rate_paper"]["pruned"]
+        assert run["seconds"] > 0
+        assert run["peak_memory_mb"] > 100
+    for stage in ("trained", "pruned", "reduced"):
+        errors = [run["test_error"][stage] for run in result["runs"]]
+        assert result["mean"]["test_error"][stage] == pytest.approx(sum(errors) / 2)
+        assert result["range"]["test_error"][stage] == [min(errors), max(errors)]
+    assert {"python", "jax", "flax", "optax"} <= set(result["versions"])
+
+
+def test_metrics_file(finished):
+    _, out = finished
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["epoch"], line["seed"]) for line in lines] == [
+        *[("train", epoch, seed) for epoch in range(1, 5) for seed in (3, 5)],
+        *[("fine_tune", 5, seed) for seed in (3, 5)],
+    ]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["nll"] + line["kl"], rel=1e-4)
+        assert set(line["kept"]) == {"Dense_0", "Dense_1", "Dense_2"}
+    assert lines[6]["validation_error"] < lines[0]["validation_error"]
+
+
+def test_reduced_parameters_score_as_reported(finished):
+    """The error is computed again in plain numpy from the integers and steps in the file."""
+    from experiments import data
+
+    _, out = finished
+    test = data.load("mnist_5k").test
+    with np.load(out / "reduced_seed5.npz", allow_pickle=False) as file:
+        hidden = test.images.reshape(len(test), -1) / 127.5 - 1
+        for name in ("Dense_0", "Dense_1", "Dense_2"):
+            assert np.issubdtype(file[f"{name}/kernel"].dtype, np.integer)
+            hidden = hidden @ (file[f"{name}/kernel"] * file[f"{name}/kernel_step"])
+            hidden = hidden + file[f"{name}/bias"] * file[f"{name}/bias_step"]
+            hidden = np.maximum(hidden, 0) if name != "Dense_2" else hidden
+            kept = int(file[f"{name}/input_mask"].sum())
+            assert not file[f"{name}/kernel"][~file[f"{name}/input_mask"]].any()
+            largest = int(np.abs(file[f"{name}/kernel"]).max())
+            assert file[f"{name}/kernel_bits"] in (
+                math.ceil(math.log2(largest + 1)) + 1,
+                math.ceil(math.log2(largest)) + 1,
+            )
+    error = 100 * np.mean(np.argmax(hidden, -1) != test.labels)
+    run = json.loads((out / "result.json").read_text())["runs"][1]
+    assert error == pytest.approx(run["test_error"]["reduced"], abs=0.11)
+    assert kept == run["kept_units"][2]
+
+
+def test_pictures(finished):
+    _, out = finished
+    for name in lenet300.PICTURES:
+        with Image.open(out / name) as picture:
+            assert min(picture.size) >= 300
+            if name.endswith(".gif"):
+                assert picture.n_frames == 5  # the start and four epochs
+                first = np.asarray(picture.convert("RGB"), np.int32)
+                picture.seek(4)
+                assert np.abs(np.asarray(picture.convert("RGB"), np.int32) - first).max() > 50
+
+
+def test_an_existing_directory_is_not_touched(finished, capsys):
+    _, out = finished
+    before = (out / "result.json").read_bytes()
+    assert lenet300.main(["--dataset", "mnist_5k", "--quick", "--out", str(out)]) == 2
+    assert "exists and is not empty; name another directory or add --overwrite" in capsys.readouterr().err
+    assert (out / "result.json").read_bytes() == before
+
+
+def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+    def interrupt(self, report):
+        if report.reports[0].epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(compress.Progress, "show", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        lenet300.main(["--dataset", "mnist_5k", "--quick", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 130
+    assert "Interrupted; what was finished so far is in" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["interrupted.npz", "metrics.jsonl"]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+    with np.load(tmp_path / "out" / "interrupted.npz", allow_pickle=False) as file:
+        assert file["Dense_0/kernel_mean"].shape == (1, 784, 300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "cifar"], "--dataset is 'cifar'; allowed are mnist, mnist_5k, fashion_mnist"),
+        (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--epochs", "-3"], "--epochs is -3; it must be at least 1"),
+        (["--fine-tune-epochs", "-1"], "--fine-tune-epochs is -1; it must be at least 0"),
+        (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["--batch-size", "3501"], "--batch-size is 3501; it must be at most the number of training examples, 3500"),
+        (["--learning-rate", "-0.1"], "--learning-rate is -0.1; it must be a positive number"),
+        (["--thresholds", "-2", "-3"], "--thresholds has 2 values; it must have 3, one per layer"),
+        (["--thresholds", "nan", "0", "0"], "--thresholds holds a value that is not a number"),
+        (["--seeds", "1", "1"], "--seeds names a seed twice"),
+        (["--seeds", "-1"], "--seeds holds -1; seeds must be 0 or more"),
+        (["--pretrained", "no/such.npz"], "--pretrained no/such.npz cannot be read"),
+        (["--out", "/proc/nothing"], "--out /proc/nothing cannot be written"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dataset = [] if "--dataset" in arguments else ["--dataset", "mnist_5k"]
+    assert lenet300.main([*dataset, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretrained_weights_of_another_network_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arrays = {
+        f"Dense_{index}/{name}": np.zeros((a, b) if name == "kernel" else (b,), np.float32)
+        for index, (a, b) in enumerate([(784, 300), (300, 100), (100, 10)])
+        for name in ("kernel", "bias")
+    }
+
+    def attempt(**changes):
+        np.savez(
+            "net.npz", trained_on="mnist_5k", **{name: a for name, a in (arrays | changes).items() if a is not None}
+        )
+        assert lenet300.main(["--dataset", "mnist_5k", "--pretrained", "net.npz"]) == 2
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["net.npz"]
+        return capsys.readouterr().err
+
+    assert "has no array Dense_1/bias; it must hold Dense_0/kernel" in attempt(**{"Dense_1/bias": None})
+    assert "has Dense_1/kernel of shape (300, 50); it must be (300, 100)" in attempt(
+        **{"Dense_1/kernel": np.zeros((300, 50))}
+    )
+    assert "holds Dense_3/kernel; allowed are" in attempt(**{"Dense_3/kernel": np.zeros(1)})
+
+
+@pytest.mark.slow
+def test_a_pretrained_net_is_where_training_starts(tmp_path):
+    """Weights of a finished run start another one at its error."""
+    finished = tmp_path / "first"
+    assert lenet300.main(["--dataset", "mnist_5k", "--seeds", "0", "--epochs", "20", "--out", str(finished)]) == 0
+    with np.load(finished / "trained_seed0.npz") as file:
+        weights = {
+            f"{name}/{part}": file[f"{name}/{part}_mean"]
+            * (file[f"{name}/scale_mean"][:, None] if part == "kernel" else 1)
+            for name in lenet300.CHAIN
+            for part in ("kernel", "bias")
+        }
+    np.savez(tmp_path / "net.npz", trained_on="mnist_5k", **weights)
+    arguments = [
+        "--dataset",
+        "mnist_5k",
+        "--seeds",
+        "0",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "1e-9",
+        "--fine-tune-epochs",
+        "0",
+    ]
+    arguments += ["--pretrained", str(tmp_path / "net.npz"), "--out", str(tmp_path / "second")]
+    assert lenet300.main(arguments) == 0
+    errors = [
+        json.loads((tmp_path / name / "result.json").read_text())["runs"][0]["test_error"]["trained"]
+        for name in ("first", "second")
+    ]
+    assert errors[0] == pytest.approx(errors[1], abs=0.2)

@@ -1,0 +1,303 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bcdl_jax
+from tests.conftest import SmallNet, assert_trees_close
+
+EXAMPLES, BATCH = 40, 8
+
+
+@pytest.fixture(scope="module")
+def data(key):
+    inputs = jax.random.normal(key, (EXAMPLES, 6))
+    return inputs, jnp.argmax(inputs[:, :3], axis=-1)
+
+
+def nll(params, batch, key):
+    logits = SmallNet().apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def validation_error(params, held_out):
+    return 100 * jnp.mean(jnp.argmax(SmallNet().apply({"params": params}, held_out[0]), -1) != held_out[1])
+
+
+def setup(optimizer, seeds=(0, 1, 2), likelihood=nll, model=None, **options):
+    model = model or SmallNet()
+    step = bcdl_jax.make_train_step(likelihood, optimizer, num_examples=EXAMPLES, **options)
+    epoch = bcdl_jax.make_train_epoch(step, batch_size=BATCH)
+
+    @jax.jit
+    @jax.vmap
+    def create(seed):
+        key = jax.random.key(seed)
+        return bcdl_jax.create_train_state(
+            model.init(key, jnp.ones((1, 6)))["params"], optimizer, jax.random.fold_in(key, 1)
+        )
+
+    return step, epoch, create(jnp.array(seeds))
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def test_step_is_the_gradient_step_on_the_negative_elbo(data):
+    optimizer = optax.sgd(0.01)
+    step, _, states = setup(optimizer, kl_weight=bcdl_jax.kl_warmup(4))
+    state = bcdl_jax.unstack(states, 0).replace(step=jnp.int32(2))
+    after, metrics = jax.jit(step)(state, data)
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 2)
+
+    def loss(params):
+        return bcdl_jax.negative_elbo(nll(params, data, key), params, num_examples=EXAMPLES, kl_weight=0.5)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    expected = jax.tree.map(lambda leaf, slope: leaf - 0.01 * slope, state.params, gradient)
+    assert_trees_close(after.params, expected, rtol=1e-4, atol=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics["nll"] + 0.5 * metrics["kl"]), rel=1e-5)
+    assert int(after.step) == 3
+    assert not after.halted
+
+
+def test_each_seed_of_an_ensemble_equals_training_it_alone(data):
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(1e-2), bcdl_jax.scale_by_kind({"kernel_log_variance": 2.0})
+    )
+    _, epoch, states = setup(optimizer)
+    together, alone = jax.jit(jax.vmap(epoch, in_axes=(0, None))), jax.jit(epoch)
+    ensemble = states
+    for _ in range(4):  # 20 steps
+        ensemble, _ = together(ensemble, data)
+    for index in range(3):
+        state = bcdl_jax.unstack(states, index)
+        for _ in range(4):
+            state, _ = alone(state, data)
+        assert int(state.step) == 20
+        for left, right in zip(
+            jax.tree.leaves(bcdl_jax.unstack(ensemble, index).params), jax.tree.leaves(state.params), strict=True
+        ):
+            assert float(jnp.abs(left - right).max()) <= 1e-5 * float(jnp.abs(right).max())
+    first, second = (bcdl_jax.unstack(ensemble, index).params["Dense_0"]["posterior"].kernel_mean for index in (0, 1))
+    assert float(jnp.abs(first - second).max()) > 1e-2
+
+
+def test_an_epoch_shows_each_example_at_most_once_in_an_order_of_its_own(data):
+    """A likelihood that reads only the example's number leaves its trace in the metrics."""
+    optimizer = optax.sgd(0.0)
+    step = bcdl_jax.make_train_step(
+        lambda params, batch, key: jnp.sum(2.0 ** -batch[1]), optimizer, num_examples=EXAMPLES
+    )
+    epoch = bcdl_jax.make_train_epoch(step, batch_size=5)
+    _, _, states = setup(optimizer)
+    state = bcdl_jax.unstack(states, 0)
+    numbers = (data[0][:20], jnp.arange(20.0))
+    totals = [metrics["nll"] * 4 for _, metrics in [epoch(state, numbers)]]
+    assert float(totals[0]) == pytest.approx(float(jnp.sum(2.0 ** -numbers[1])), rel=1e-5)
+
+    seen = []
+    spy = bcdl_jax.make_train_epoch(
+        lambda s, batch: (s.replace(step=s.step + 1), {"first": batch[1][0]}), batch_size=20
+    )
+    for _ in range(5):
+        state, metrics = spy(state, numbers)
+        seen.append(float(metrics["first"]))
+    assert len(set(seen)) > 1
+
+
+def test_batch_size_must_fit(data):
+    step, _, states = setup(optax.sgd(0.1))
+    for batch_size in (0, -1, EXAMPLES + 1):
+        with pytest.raises(
+            ValueError,
+            match=rf"batch_size is {batch_size}; it must be between 1 and the number of examples, {EXAMPLES}",
+        ):
+            bcdl_jax.make_train_epoch(step, batch_size=batch_size)(bcdl_jax.unstack(states, 0), data)
+
+
+def test_parameter_kinds_and_a_learning_rate_per_kind(data):
+    _, _, states = setup(optax.sgd(1.0), seeds=(0,))
+    params = bcdl_jax.unstack(states, 0).params | {"other": jnp.ones(2)}
+    kinds = bcdl_jax.parameter_kinds(params)
+    assert kinds["other"] == "deterministic"
+    assert kinds["Dense_0"]["posterior"].kernel_log_variance == "kernel_log_variance"
+    ones = jax.tree.map(jnp.ones_like, params)
+    factors = {"kernel_log_variance": 4.0, "scale_mean": 0.0}
+    scaled, _ = bcdl_jax.scale_by_kind(factors).update(ones, optax.EmptyState())
+    by_optax = optax.partition(
+        {kind: optax.scale(factors.get(kind, 1.0)) for kind in set(jax.tree.leaves(kinds))}, bcdl_jax.parameter_kinds
+    )
+    expected, _ = by_optax.update(ones, by_optax.init(params))
+    assert_trees_close(scaled, expected, rtol=0)
+    assert float(scaled["Dense_1"]["posterior"].kernel_log_variance[0, 0]) == 4
+    assert float(scaled["Dense_1"]["posterior"].scale_mean[0]) == 0
+
+
+def test_variances_are_clipped_and_masks_kept_whatever_the_optimiser(data):
+    optimizer = optax.adamw(0.5, weight_decay=0.5)
+    step, _, states = setup(optimizer, seeds=(0,), model=SmallNet(clip_var=2e-4))
+    state = bcdl_jax.unstack(states, 0)
+    state = state.replace(params=bcdl_jax.prune(state.params, {"Dense_0": -9.0, "Dense_1": 0.0, "Dense_2": 0.0}))
+    step = jax.jit(step)
+    for _ in range(3):
+        after, _ = step(state, data)
+        for name, posterior in bcdl_jax.posteriors(after.params).items():
+            before = bcdl_jax.posteriors(state.params)[name]
+            np.testing.assert_array_equal(posterior.input_mask, before.input_mask)
+            np.testing.assert_array_equal(posterior.output_mask, before.output_mask)
+        state = after
+    assert float(jnp.exp(state.params["Dense_0"]["posterior"].kernel_log_variance).max()) == pytest.approx(
+        2e-4, rel=1e-5
+    )
+    assert float(jnp.exp(state.params["Dense_1"]["posterior"].kernel_log_variance).max()) > 3e-4
+
+
+def test_training_reports_every_epoch_and_learns(data):
+    _, epoch, states = setup(optax.adam(0.03), seeds=(3, 4), kl_weight=0.001)
+    history = [
+        report
+        for _, report in bcdl_jax.train_ensemble(
+            states,
+            data,
+            train_epoch=epoch,
+            epochs=30,
+            validation_error=validation_error,
+            validation_data=data,
+            seeds=(3, 4),
+        )
+    ]
+    assert [report.reports[0].epoch for report in history] == list(range(1, 31))
+    for index, seed in enumerate((3, 4)):
+        first, last = history[0].reports[index], history[-1].reports[index]
+        assert last.seed == seed
+        assert last.nll < 0.5 * first.nll
+        assert last.validation_error < first.validation_error
+        assert set(last.kept) == {"Dense_0", "Dense_1", "Dense_2"}
+        assert last.failure is None
+
+
+def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
+    """Seed 1's likelihood explodes through layer Dense_1 at its seventh step: the second step of the second epoch."""
+    optimizer = optax.adam(1e-3)
+
+    def likelihood(params, batch, key):
+        poison = params["Dense_1"]["posterior"].kernel_mean[0, 0] * jax.lax.stop_gradient(params["bomb"]["fuse"])
+        return nll({name: layer for name, layer in params.items() if name != "bomb"}, batch, key) + poison
+
+    _, _, states = setup(optax.sgd(0.0))
+    params = states.params | {"bomb": {"fuse": jnp.zeros(3)}}
+    keys = states.key
+    states = jax.vmap(lambda p, k: bcdl_jax.create_train_state(p, optimizer, k))(params, keys)
+    step = bcdl_jax.make_train_step(likelihood, optimizer, num_examples=EXAMPLES)
+
+    def armed(state, batch):
+        is_one = jnp.all(jax.random.key_data(state.key) == jax.random.key_data(keys[1]))
+        fuse = jnp.where(is_one & (state.step == 6), jnp.nan, 0.0)
+        after, metrics = step(state.replace(params=state.params | {"bomb": {"fuse": fuse}}), batch)
+        return after.replace(params=after.params | {"bomb": {"fuse": jnp.zeros(())}}), metrics
+
+    epoch = bcdl_jax.make_train_epoch(armed, batch_size=BATCH)
+    plain = copy(states)
+    arguments = {"validation_error": lambda p, d: jnp.float32(0), "validation_data": data, "seeds": (7, 8, 9)}
+    history = list(bcdl_jax.train_ensemble(states, data, train_epoch=epoch, epochs=3, **arguments))
+    final, report = history[-1]
+    assert [seed.failure is not None for seed in report.reports] == [False, True, False]
+    sentence = report.reports[1].failure
+    assert sentence.startswith(
+        "Seed 8 was stopped in epoch 2, step 7: the loss or its gradient was not finite in layer Dense_1."
+    )
+    assert [len(each.messages) for _, each in history] == [0, 1, 0]
+    assert final.step.tolist() == [15, 6, 15]
+    # The others are not disturbed, and the stopped one holds what it had after its sixth step.
+    one = jax.jit(lambda state: bcdl_jax.make_train_epoch(step, batch_size=BATCH)(state, data)[0])
+    alone = one(one(one(bcdl_jax.unstack(plain, 2))))
+    assert_trees_close(bcdl_jax.unstack(final, 2).params, alone.params, rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bcdl_jax.unstack(final, 1).params))
+
+
+def test_the_layer_that_overflows_is_named(data):
+    step, _, states = setup(optax.sgd(0.1), seeds=(0,))
+    state = bcdl_jax.unstack(states, 0)
+    broken = state.params["Dense_1"]["posterior"]
+    params = state.params | {
+        "Dense_1": {"posterior": broken.replace(kernel_log_variance=broken.kernel_log_variance.at[0, 0].set(200.0))}
+    }
+    after, metrics = jax.jit(step)(state.replace(params=params), data)
+    assert not np.isfinite(metrics["loss"])
+    assert after.halted
+    assert int(after.step) == 0
+    assert after.blamed.tolist() == [False, True, False]
+    assert_trees_close(after.params, params, rtol=0)
+
+
+def test_inputs_that_are_not_finite_blame_no_single_layer(data):
+    _, epoch, states = setup(optax.sgd(0.1), seeds=(5,))
+    bad = (data[0].at[:, 0].set(jnp.nan), data[1])
+    arguments = {"validation_error": validation_error, "validation_data": data, "seeds": (5,)}
+    ((_, report),) = bcdl_jax.train_ensemble(states, bad, train_epoch=epoch, epochs=1, **arguments)
+    assert "Seed 5 was stopped in epoch 1, step 1" in report.messages[0]
+    assert "in all layers (inputs that are not finite" in report.messages[0]
+
+
+def test_everything_pruned_and_nothing_pruned_are_warned_of_once(data):
+    _, epoch, states = setup(optax.sgd(0.0), seeds=(0, 1))
+    first = states.params["Dense_1"]["posterior"]
+    lost = first.replace(scale_log_variance=first.scale_log_variance.at[1].set(5.0))
+    states = states.replace(params=states.params | {"Dense_1": {"posterior": lost}})
+    arguments = {"validation_error": validation_error, "validation_data": data, "seeds": (0, 1)}
+    messages = [
+        message
+        for _, report in bcdl_jax.train_ensemble(states, data, train_epoch=epoch, epochs=12, **arguments)
+        for message in report.messages
+    ]
+    assert len(messages) == 2
+    assert messages[0].startswith("Seed 1, epoch 1: everything is pruned in layer Dense_1 (0 of 5 groups left)")
+    assert messages[1].startswith("Seed 0, epoch 10: nothing is pruned yet (all 15 groups are kept)")
+
+
+def test_training_goes_on_from_a_pruned_net(data):
+    """Fine-tuning the means: frozen variances stay, pruned groups stay pruned, the likelihood falls."""
+    frozen = {"kernel_log_variance": 0.0, "bias_log_variance": 0.0, "scale_log_variance": 0.0}
+    optimizer = optax.chain(optax.adam(0.03), bcdl_jax.scale_by_kind(frozen))
+    _, epoch, states = setup(optimizer, seeds=(0,), kl_weight=0.001)
+    params = bcdl_jax.prune(
+        bcdl_jax.unstack(states, 0).params,
+        {"Dense_0": 0.0, "Dense_1": -9.0, "Dense_2": 0.0},
+        ["Dense_0", "Dense_1", "Dense_2"],
+    )
+    state = bcdl_jax.create_train_state(params, optimizer, jax.random.key(0))
+    run = jax.jit(epoch)
+    losses = []
+    for _ in range(20):
+        state, metrics = run(state, data)
+        losses.append(float(metrics["nll"]))
+    assert losses[-1] < 0.7 * losses[0]
+    after, before = state.params["Dense_1"]["posterior"], params["Dense_1"]["posterior"]
+    np.testing.assert_array_equal(after.kernel_log_variance, before.kernel_log_variance)
+    np.testing.assert_array_equal(after.scale_log_variance, before.scale_log_variance)
+    np.testing.assert_array_equal(after.input_mask, before.input_mask)
+    assert float(jnp.abs(after.kernel_mean - before.kernel_mean).max()) > 0
+
+
+def test_bad_arguments(data):
+    with pytest.raises(ValueError, match="num_examples is 0"):
+        bcdl_jax.make_train_step(nll, optax.sgd(0.1), num_examples=0)
+    with pytest.raises(ValueError, match="params holds no variational layers"):
+        bcdl_jax.create_train_state({"Dense_0": {"kernel": jnp.ones((2, 2))}}, optax.sgd(0.1), jax.random.key(0))
+    _, epoch, states = setup(optax.sgd(0.1), seeds=(0,))
+    with pytest.raises(ValueError, match="epochs is 0; it must be at least 1"):
+        next(
+            bcdl_jax.train_ensemble(
+                states,
+                data,
+                train_epoch=epoch,
+                epochs=0,
+                validation_error=validation_error,
+                validation_data=data,
+                seeds=(0,),
+            )
+        )
