@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax.noise import example_normal
 from bcdl_jax.posterior import GroupAxis, Posterior
 
 # Constants of the fit to KL(N(1, alpha) || log-uniform) [Molchanov et al. 2017, eq. 14]; off by at most 0.009 nats.
@@ -49,7 +50,7 @@ class GroupNormalJeffreysPosterior(Posterior):
         return self.scale_mean, jnp.exp(self.scale_log_variance)
 
     def sample_scale(self, key: jax.Array, num_examples: int) -> jax.Array:
-        noise = jax.random.normal(key, (num_examples, *self.scale_mean.shape), self.scale_mean.dtype)
+        noise = example_normal(key, (num_examples, *self.scale_mean.shape), self.scale_mean.dtype)
         return self.scale_mean + jnp.exp(0.5 * self.scale_log_variance) * noise
 
     def clip_variances(self) -> Self:

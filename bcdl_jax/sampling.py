@@ -3,8 +3,8 @@
 Sampling uses the local reparametrisation trick [Kingma et al. 2015, section 2.2]: the noise is drawn for the outputs, not for the weights.
 An *example* is an entry of the leading axis of the inputs; further leading axes (time, positions) share the example's group scales.
 
-All noise is drawn as arrays whose leading axis is the example. JAX's default generator computes each number from the key and its position,
-so the noise of example i does not depend on the batch size, nor on how the batch is spread over devices.
+The noise of example i depends on the key and on i alone, see ``noise``: not on the batch size, nor on how the batch is
+spread over devices.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax.noise import example_normal
 from bcdl_jax.posterior import Posterior, WeightsNode
 
 # Keeps the derivative of sqrt finite where the variance vanishes.
@@ -75,7 +76,7 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     if posterior.bias_mean is not None and posterior.bias_log_variance is not None:
         mean += posterior.bias_mean.astype(dtype)
         variance += jnp.exp(posterior.bias_log_variance).astype(dtype)
-    outputs = mean + jnp.sqrt(variance + _VARIANCE_FLOOR) * jax.random.normal(noise_key, mean.shape, dtype)
+    outputs = mean + jnp.sqrt(variance + _VARIANCE_FLOOR) * example_normal(noise_key, mean.shape, dtype)
     if posterior.group_axis == "output":
         outputs = outputs * scale
     return _masked(outputs, posterior.output_mask)

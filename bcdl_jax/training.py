@@ -29,7 +29,7 @@ class TrainState:
       params: tree with variational layers.
       optimizer_state: of the optax optimiser.
       key: the PRNG key that all noise and the data order of this run derive from.
-      halted: True once a loss or a gradient was not finite; from then on the state stays the last good one.
+      halted: True once a loss or an update was not finite; from then on the state stays the last good one.
       blamed: [parts] of bool, which parts of the params (in the order of ``part_names``) were not finite at that step.
     """
 
@@ -102,7 +102,7 @@ def make_train_step(
 
     Returns:
       ``step(state, batch) -> (state, metrics)``, pure, to be used under ``jit``, ``vmap`` and ``lax.scan``. Metrics: "loss", "nll", "kl"
-      in nats per example, "kl" already divided by ``num_examples`` but not weighted. If the loss or a gradient is not finite, the state
+      in nats per example, "kl" already divided by ``num_examples`` but not weighted. If the loss or an update is not finite, the state
       keeps the values it had before the step and is halted.
 
     Raises:
@@ -128,10 +128,10 @@ def make_train_step(
         bad_kl = jnp.stack(
             [~jnp.isfinite(per_layer[name]) if name in per_layer else jnp.array(False) for name in part_names(params)]
         )
-        bad_gradient = jnp.stack([_not_finite(part) for part in _parts(gradients)])
-        bad = ~jnp.isfinite(value) | jnp.any(bad_gradient)
+        bad_update = jnp.stack([_not_finite(part) for part in _parts(updates)])
+        bad = ~jnp.isfinite(value) | jnp.any(bad_update)
         # A layer whose own KL overflowed is the culprit; gradients are then broken everywhere.
-        blamed = jnp.where(jnp.any(bad_kl), bad_kl, bad_gradient)
+        blamed = jnp.where(jnp.any(bad_kl), bad_kl, bad_update)
         go_on = ~(bad | state.halted)
         new_state = TrainState(
             step=state.step + 1,
@@ -324,8 +324,16 @@ def _parts(tree: PyTree) -> list[PyTree]:
     return jax.tree.leaves(tree, is_leaf=_is_posterior)
 
 
-def _not_finite(tree: PyTree) -> jax.Array:
-    return jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).any()
+def _not_finite(part: PyTree) -> jax.Array:
+    """Whether the update of a part is not finite.
+
+    Of a variational layer the kernel is left out, which spares a pass over nearly all parameters: whatever is not finite
+    in what flows back into the layer is summed into the updates of its biases and scales, and a kernel that overflows by
+    itself shows in the KL.
+    """
+    if _is_posterior(part):
+        part = part.replace(kernel_mean=None, kernel_log_variance=None)
+    return jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]).any()
 
 
 def _keep_masks(new: PyTree, old: PyTree) -> PyTree:
@@ -345,7 +353,7 @@ def _failure_sentence(epoch: int, step: int, seed: int, blamed: list[str], names
     else:
         where = f"in layer{'s' * (len(blamed) > 1)} {', '.join(blamed)}"
     return (
-        f"Seed {seed} was stopped in epoch {epoch}, step {step}: the loss or its gradient was not finite {where}. "
+        f"Seed {seed} was stopped in epoch {epoch}, step {step}: the loss or an update was not finite {where}. "
         "Its last good state is kept; lower the learning rate, clip gradients, or warm up the KL."
     )
 

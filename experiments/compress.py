@@ -55,8 +55,8 @@ class Recipe:
     fine_tune_learning_rate: float = 1e-3
     log_variance_factor: float = 4.0
     warmup_epochs: int = 0
-    max_increase: float = 0.4
-    max_rounding_increase: float = 0.1
+    max_increase: float = 0.3
+    max_rounding_increase: float = 0.04
 
 
 @dataclasses.dataclass(frozen=True)

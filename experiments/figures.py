@@ -82,7 +82,7 @@ def weights_gif(
     # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
     limit = float(np.percentile(np.abs(frames[-1][1][frames[-1][1] != 0]), 99)) if np.any(frames[-1][1]) else 1.0
     outputs, inputs = frames[0][1].shape
-    figure, axes = plt.subplots(figsize=(8.4, 4.6 if number == 1 else 4.2), dpi=100, layout="constrained")
+    figure, axes = plt.subplots(figsize=(10.4, 4.9 if number == 1 else 4.2), dpi=100, layout="constrained")
     picture = axes.imshow(frames[0][1], cmap=_SIGNED, vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
     axes.set_xlabel(f"input unit ({inputs})")
     axes.set_ylabel(f"output unit ({outputs})")
@@ -103,12 +103,12 @@ def importance_gif(
 ) -> None:
     """Which pixels the network reads: minus the log dropout rate of each input, the kept inputs, and five digits as the network sees them."""
     rates = [np.asarray(snapshot.log_dropout_rates[name], np.float32).reshape(28, 28) for snapshot in snapshots]
-    low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-np.stack(rates)))
+    low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-rates[-1]))
     figure, grid = plt.subplots(2, 4, figsize=(8.4, 4.8), dpi=100, layout="constrained")
     panels = grid.ravel()
     importance = panels[0].imshow(-rates[0], cmap="viridis", vmin=low, vmax=max(high, low + 1e-3))
     panels[0].set_title("importance\n(-log dropout rate)", fontsize=10)
-    figure.colorbar(importance, ax=panels[0], shrink=0.8)
+    figure.colorbar(importance, ax=panels[0], shrink=0.8, extend="both")
     mask = panels[1].imshow(np.ones((28, 28)), cmap="gray", vmin=0, vmax=1)
     panels[1].set_title("kept pixels (white)", fontsize=10)
     shown = []

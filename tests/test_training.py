@@ -208,7 +208,7 @@ def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     assert [seed.failure is not None for seed in report.reports] == [False, True, False]
     sentence = report.reports[1].failure
     assert sentence.startswith(
-        "Seed 8 was stopped in epoch 2, step 7: the loss or its gradient was not finite in layer Dense_1."
+        "Seed 8 was stopped in epoch 2, step 7: the loss or an update was not finite in layer Dense_1."
     )
     assert [len(each.messages) for _, each in history] == [0, 1, 0]
     assert final.step.tolist() == [15, 6, 15]
