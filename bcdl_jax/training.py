@@ -348,7 +348,9 @@ def _keep_masks(new: PyTree, old: PyTree) -> PyTree:
 
 
 def _failure_sentence(epoch: int, step: int, seed: int, blamed: list[str], names: list[str]) -> str:
-    if not blamed or (len(blamed) == len(names) and len(names) > 1):
+    if not blamed:
+        where = "although no layer is at fault (look at the loss function and its inputs)"
+    elif len(blamed) == len(names) and len(names) > 1:
         where = "in all layers (inputs that are not finite, or a learning rate that is too high?)"
     else:
         where = f"in layer{'s' * (len(blamed) > 1)} {', '.join(blamed)}"

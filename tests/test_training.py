@@ -185,7 +185,7 @@ def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     optimizer = optax.adam(1e-3)
 
     def likelihood(params, batch, key):
-        poison = params["Dense_1"]["posterior"].kernel_mean[0, 0] * jax.lax.stop_gradient(params["bomb"]["fuse"])
+        poison = params["Dense_1"]["posterior"].bias_mean[0] * jax.lax.stop_gradient(params["bomb"]["fuse"])
         return nll({name: layer for name, layer in params.items() if name != "bomb"}, batch, key) + poison
 
     _, _, states = setup(optax.sgd(0.0))
