@@ -18,7 +18,7 @@ from bcdl_jax.training import (
     make_train_step,
     parameter_kinds,
     scale_by_kind,
-    stack_states,
+    stack,
     train_ensemble,
     unstack,
 )
@@ -56,7 +56,7 @@ __all__ = [
     "reduce_precision",
     "reduce_precision_by_round_off",
     "scale_by_kind",
-    "stack_states",
+    "stack",
     "train_ensemble",
     "unstack",
 ]

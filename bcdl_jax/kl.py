@@ -69,5 +69,10 @@ def posterior_moments(params: PyTree) -> tuple[PyTree, PyTree]:
 
 @jax.jit
 def clip_variances(params: PyTree) -> PyTree:
-    """Brings the variances of every layer down to its family's limit; to be called after each optimiser step."""
+    """Brings the variances of every layer down to its family's limit; to be called after each optimiser step.
+
+    Raises:
+      ValueError: the tree holds no variational layer.
+    """
+    posteriors(params)
     return map_layers(lambda posterior: posterior.clip_variances(), params, Posterior)  # type: ignore[type-abstract]

@@ -40,18 +40,13 @@ class _VariationalLayer(nn.Module):
     """What dense layers and convolutions share: the posterior in the params tree, and the choice between mean and sample."""
 
     def _posterior(
-        self,
-        family: Family,
-        kernel_shape: tuple[int, ...],
-        group_axis: GroupAxis,
-        feature_group_count: int,
-        options: Any,
+        self: Any, kernel_shape: tuple[int, ...], group_axis: GroupAxis, feature_group_count: int = 1
     ) -> WeightsNode:
         def create(key: jax.Array) -> Posterior:
             family_key, kernel_key, bias_key = jax.random.split(key, 3)
-            kernel = options.kernel_init(kernel_key, kernel_shape, options.param_dtype)
-            bias = options.bias_init(bias_key, kernel_shape[-1:], options.param_dtype) if options.use_bias else None
-            return family.create(family_key, kernel, bias, group_axis, feature_group_count)
+            kernel = self.kernel_init(kernel_key, kernel_shape, self.param_dtype)
+            bias = self.bias_init(bias_key, kernel_shape[-1:], self.param_dtype) if self.use_bias else None
+            return self.family.create(family_key, kernel, bias, group_axis, feature_group_count)
 
         if not self.has_variable("params", "posterior"):
             return self.param("posterior", create)
@@ -124,7 +119,7 @@ class Dense(_VariationalLayer):
         inputs = jnp.asarray(inputs)
         if inputs.ndim < 2:
             raise ValueError(f"{self._where()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
-        node = self._posterior(self.family, (inputs.shape[-1], self.features), "input", 1, self)
+        node = self._posterior((inputs.shape[-1], self.features), "input")
         return self._apply(node, inputs, self.dtype, deterministic, dense_map(self.precision))
 
 
@@ -134,7 +129,7 @@ class Conv(_VariationalLayer):
     Attributes:
       features: number of output channels.
       kernel_size: the window, one number per spatial axis; an int for one axis.
-      strides: an int for all axes, or one per axis.
+      strides: an int for all axes, or one per axis; None is 1.
       padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one axis), an int, or per axis an int or a (low, high) pair.
       input_dilation: an int or one per axis.
       kernel_dilation: an int or one per axis.
@@ -145,10 +140,10 @@ class Conv(_VariationalLayer):
 
     features: int
     kernel_size: int | Sequence[int]
-    strides: int | Sequence[int] = 1
+    strides: int | Sequence[int] | None = 1
     padding: Padding = "SAME"
-    input_dilation: int | Sequence[int] = 1
-    kernel_dilation: int | Sequence[int] = 1
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
     feature_group_count: int = 1
     family: Family = GroupNormalJeffreys()
     use_bias: bool = True
@@ -189,7 +184,7 @@ class Conv(_VariationalLayer):
             self._per_axis(name, rank) for name in ("strides", "input_dilation", "kernel_dilation")
         )
         kernel_shape = (*window, inputs.shape[-1] // self.feature_group_count, self.features)
-        node = self._posterior(self.family, kernel_shape, "output", self.feature_group_count, self)
+        node = self._posterior(kernel_shape, "output", self.feature_group_count)
 
         padding = self._padding(rank)
         reach = [(size - 1) * dilation for size, dilation in zip(window, kernel_dilation, strict=True)]
@@ -219,6 +214,7 @@ class Conv(_VariationalLayer):
 
     def _per_axis(self, name: str, rank: int) -> tuple[int, ...]:
         value = getattr(self, name)
+        value = 1 if value is None else value
         values = (value,) * rank if isinstance(value, int) else tuple(value)
         if len(values) != rank or any(entry < 1 for entry in values):
             raise ValueError(f"{self._where()} has {name} {value}; it must be a positive int, or {rank} of them.")

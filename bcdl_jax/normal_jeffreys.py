@@ -44,7 +44,9 @@ class GroupNormalJeffreysPosterior(Posterior):
 
     def log_dropout_rate(self) -> jax.Array:
         """log alpha = log(Var[z] / E[z]^2), [groups]: large where the noise of the scale drowns its mean [L17 section 3.1]."""
-        return self.scale_log_variance - jnp.log(self.scale_mean**2 + 1e-8)
+        # In float32 at least: 1e-8 is zero in float16.
+        wide = jnp.promote_types(self.scale_mean.dtype, jnp.float32)
+        return self.scale_log_variance.astype(wide) - jnp.log(self.scale_mean.astype(wide) ** 2 + 1e-8)
 
     def scale_moments(self) -> tuple[jax.Array, jax.Array]:
         return self.scale_mean, jnp.exp(self.scale_log_variance)

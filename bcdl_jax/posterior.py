@@ -28,6 +28,9 @@ class WeightsNode(Protocol):
     @property
     def dtype(self) -> jnp.dtype: ...
 
+    @property
+    def input_mask(self) -> jax.Array: ...
+
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]: ...
 
 
@@ -171,6 +174,9 @@ def _product_moments(
 
 
 def _sum_standard_normal_kl(mean: jax.Array, log_variance: jax.Array, mask: jax.Array) -> jax.Array:
+    # In float32 at least: the sum over a layer exceeds the largest float16.
+    wide = jnp.promote_types(mean.dtype, jnp.float32)
+    mean, log_variance = mean.astype(wide), log_variance.astype(wide)
     return 0.5 * jnp.sum(jnp.where(mask, jnp.exp(log_variance) + mean**2 - 1 - log_variance, 0))
 
 
@@ -192,27 +198,26 @@ def map_named_layers(function: Callable[[str, T], Any], params: PyTree, node_typ
     )
 
 
-def find_layers(params: PyTree, node_type: type[T]) -> dict[str, T]:
-    """All nodes of ``node_type`` by layer name, in the order of the tree.
+def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str, Any]:
+    """All nodes of the given types by layer name, in the order of the tree.
 
-    The name is the path of the layer in the params tree, joined by "/", without the last entry: ``params["Dense_0"]["posterior"]`` is
-    "Dense_0".
+    The name is the path of the layer in the params tree, joined by "/", without the last entry:
+    ``params["Dense_0"]["posterior"]`` is "Dense_0".
 
     Raises:
       ValueError: there is none.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_type))
-    found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_type)}
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
+    found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
     if not found:
-        layers = "variational" if node_type is Posterior else node_type.__name__
         top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"params holds no {layers} layers; it holds: {top or 'nothing'}.")
+        raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}.")
     return found
 
 
 def posteriors(params: PyTree) -> dict[str, Posterior]:
     """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError if there is none."""
-    return find_layers(params, Posterior)  # type: ignore[type-abstract]
+    return find_layers(params, Posterior)
 
 
 def layer_name(path: tuple[Any, ...]) -> str:

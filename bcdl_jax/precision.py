@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -96,6 +97,10 @@ def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float])
         if name not in relative:
             raise ValueError(f"relative_step has no value for layer {name}; the layers are {', '.join(names)}.")
     for name, value in relative.items():
+        if name not in names:
+            raise ValueError(
+                f"relative_step names layer {name}, which does not exist; the layers are {', '.join(names)}."
+            )
         if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
             raise ValueError(f"relative_step of layer {name} is {value}; it must be a positive number.")
 
@@ -123,7 +128,8 @@ def reduce_precision_by_round_off(params: PyTree) -> PyTree:
     """The rule of the paper's public code, for comparison: as many significand bits as the mean posterior variance allows.
 
     With the unit round-off u_t = 2^-t, a weight of variance v gets as many bits as there are t in 1..23 with 2 v < u_t; a layer gets the mean
-    over its kept weights, rounded up, t; weights are rounded to multiples of 2^-t. Each is charged t bits, one for the sign, and
+    over its kept weights, rounded up, t; weights are rounded to multiples of 2^-t (of a coarser step
+    where 16-bit integers would overflow). Each is charged t bits, one for the sign, and
     ceil(log2(log2(max |w|) + 1) + 1) for the exponent, where max |w| counts as at least 1 (the formula has no value below 1/2).
 
     Returns:
@@ -154,7 +160,9 @@ def choose_relative_step(
     max_increase: float,
     candidates: Sequence[float] = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.125, 0.06),
 ) -> float:
-    """The largest of the candidates whose error stays within ``max_increase`` of the error before rounding.
+    """The largest candidate up to which the error stays within ``max_increase`` of the error before rounding.
+
+    Candidates are tried from the finest; a coarse one that is good by luck, beyond one that is not, is not taken.
 
     Args:
       params: tree with variational layers, pruned or not.
@@ -173,8 +181,9 @@ def choose_relative_step(
     if not candidates:
         raise ValueError("candidates is empty; it must name at least one relative step.")
     limit = float(error(params)) + max_increase
-    ordered = sorted(candidates, reverse=True)
-    return next((step for step in ordered if float(error(reduce_precision(params, step))) <= limit), ordered[-1])
+    ordered = sorted(candidates)
+    good = itertools.takewhile(lambda step: float(error(reduce_precision(params, step))) <= limit, ordered)
+    return max(good, default=ordered[0])
 
 
 def _round_to_step(mean: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

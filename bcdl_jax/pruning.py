@@ -56,11 +56,13 @@ def set_group_masks(params: PyTree, masks: Mapping[str, jax.Array], chain: Seque
         side[name] = side[name] & mask
 
     pairs = list(itertools.pairwise(_checked_chain(chain or (), layers)))
-    for first, second in pairs:
-        inputs[second] = inputs[second] & jnp.tile(outputs[first], inputs[second].size // outputs[first].size)
-    for first, second in reversed(pairs):
-        read = jnp.where(jnp.any(outputs[second]), inputs[second], False).reshape(-1, outputs[first].size)
-        outputs[first] = outputs[first] & jnp.any(read, axis=0)
+    # Twice, since a layer without outputs makes everything before it unread, which shows on the second way forwards.
+    for _ in range(2):
+        for first, second in pairs:
+            inputs[second] = inputs[second] & jnp.tile(outputs[first], inputs[second].size // outputs[first].size)
+        for first, second in reversed(pairs):
+            read = jnp.where(jnp.any(outputs[second]), inputs[second], False).reshape(-1, outputs[first].size)
+            outputs[first] = outputs[first] & jnp.any(read, axis=0)
 
     def with_masks(name: str, posterior: Posterior) -> Posterior:
         dtype = posterior.input_mask.dtype
@@ -122,7 +124,8 @@ def choose_thresholds(
       chain: as for ``prune``.
 
     Returns:
-      A threshold per layer name, for ``prune``. A threshold lies midway between the last kept and the first pruned score.
+      A threshold per layer name, for ``prune``: between the scores of the last group kept and the first one pruned, or
+      infinite where all are kept. Groups of equal score stay together, and a layer that had groups keeps at least one.
 
     Raises:
       ValueError: ``max_increase`` is negative or not a number.
@@ -131,82 +134,77 @@ def choose_thresholds(
         raise ValueError(f"max_increase is {max_increase}; it must be 0 or more.")
     layers = posteriors(params)
     _checked_chain(chain or (), layers)
-    # Groups that are masked already sort last and are never counted as kept.
-    scores = {
-        name: np.where(np.asarray(layers[name].group_mask) > 0, np.asarray(rates, np.float64), np.inf)
-        for name, rates in log_dropout_rates(params).items()
-    }
-    ordered = {name: np.sort(values) for name, values in scores.items()}
-    ranks = {name: np.argsort(np.argsort(values, kind="stable"), kind="stable") for name, values in scores.items()}
+    cuts = {name: _cuts(layers[name], rates) for name, rates in jax.device_get(log_dropout_rates(params)).items()}
 
-    @jax.jit
-    def masked(counts: dict[str, jax.Array]) -> tuple[PyTree, jax.Array]:
-        pruned = set_group_masks(
-            params, {name: jnp.asarray(ranks[name]) < count for name, count in counts.items()}, chain
-        )
-        return pruned, sum(map(_kept_weights, posteriors(pruned).values()), start=jnp.zeros((), jnp.int32))
+    def measure(positions: Mapping[str, int]) -> tuple[float, int]:
+        pruned = prune(params, {name: cuts[name][position][1] for name, position in positions.items()}, chain)
+        return float(error(pruned)), int(_kept_weights(pruned))
 
-    def measure(counts: Mapping[str, int]) -> tuple[float, float]:
-        pruned, size = masked({name: jnp.int32(count) for name, count in counts.items()})
-        return float(error(pruned)), float(size)
+    # The search moves, per layer, along the list of cuts, from the last one (all is kept) towards the first.
+    positions = {name: len(choices) - 1 for name, choices in cuts.items()}
+    current_error, size = measure(positions)
+    limit = current_error + max_increase
 
-    def counts_at(threshold: float) -> dict[str, int]:
-        return {name: int(np.searchsorted(values, threshold)) for name, values in ordered.items()}
-
-    counts = {name: int(np.isfinite(values).sum()) for name, values in ordered.items()}
-    start_error, size = measure(counts)
-    current_error = start_error
-
-    common = (
-        np.unique(np.concatenate([values[np.isfinite(values)] for values in ordered.values()]))
-        if any(counts.values())
-        else np.zeros(0)
-    )
-    low, high = 0, len(common)  # common[low] may cost too much, common[high] (everything kept) is known to be fine
+    common = sorted({threshold for choices in cuts.values() for _, threshold in choices})
+    low, high = -1, len(common) - 1  # common[high] is known to cost nothing
     while high - low > 1:
         middle = (low + high) // 2
-        candidate_error, candidate_size = measure(candidate := counts_at(common[middle]))
-        if candidate_error <= start_error and min(candidate.values()) > 0:
-            high, counts, current_error, size = middle, candidate, candidate_error, candidate_size
+        at_middle = {
+            name: max((place for place, cut in enumerate(choices) if cut[1] <= common[middle]), default=0)
+            for name, choices in cuts.items()
+        }
+        candidate_error, candidate_size = measure(at_middle)
+        if candidate_error <= limit - max_increase and candidate_size > 0:
+            high, positions, current_error, size = middle, at_middle, candidate_error, candidate_size
         else:
             low = middle
 
-    portion = 16
-    while portion <= 2 * max(counts.values(), default=0) or portion == 16:
-        best: tuple[float, dict[str, int], float, float] | None = None
-        for name, count in counts.items():
-            # The last group of a layer is never taken: a network without any path from input to output is no network.
-            removed = max(1, count // portion) if count > 1 else 0
-            if removed == 0:
+    portion, finest = 16, 2 * max(count for choices in cuts.values() for count, _ in choices)
+    while size > 0 and portion <= max(finest, 16):
+        best: tuple[float, float, dict[str, int], float, int] | None = None
+        for name, position in positions.items():
+            count = cuts[name][position][0]
+            target = count - max(1, count // portion)
+            lower = [place for place in range(position) if cuts[name][place][0] <= target]
+            if not lower:
                 continue
-            candidate_error, candidate_size = measure(candidate := counts | {name: count - removed})
-            saving = math.log(size / candidate_size) if candidate_size else math.inf
-            if candidate_error <= start_error + max_increase and saving > 0:
-                cost = (candidate_error - current_error) / saving
-                if best is None or (cost, -saving) < (best[0], -math.log(size / best[3])):
-                    best = (cost, candidate, candidate_error, candidate_size)
+            candidate = positions | {name: lower[-1]}
+            candidate_error, candidate_size = measure(candidate)
+            if candidate_error > limit or candidate_size == 0:
+                continue
+            saving = math.log(size / candidate_size)
+            rise = candidate_error - current_error
+            # What saves nothing (a unit that reads a pruned channel) still goes where it costs nothing: others lie behind it.
+            cost = rise / saving if saving else (-math.inf if rise <= 0 else math.inf)
+            if cost < math.inf and (best is None or (cost, -saving) < best[:2]):
+                best = (cost, -saving, candidate, candidate_error, candidate_size)
         if best is None:
             portion *= 2
         else:
-            _, counts, current_error, size = best
+            _, _, positions, current_error, size = best
 
-    return {name: _midway(ordered[name], count) for name, count in counts.items()}
-
-
-def _midway(ordered: np.ndarray, count: int) -> float:
-    """A threshold that keeps the first ``count`` of the sorted scores."""
-    finite = ordered[np.isfinite(ordered)]
-    if count >= len(finite):
-        return math.inf
-    return (
-        float(ordered[count])
-        if count == 0 or ordered[count - 1] == ordered[count]
-        else float((ordered[count - 1] + ordered[count]) / 2)
-    )
+    return {name: cuts[name][position][1] for name, position in positions.items()}
 
 
-def _kept_weights(posterior: Posterior) -> jax.Array:
-    return jnp.sum(posterior.kernel_mask) * math.prod(posterior.kernel_shape[:-2])
+def _cuts(posterior: Posterior, rates: np.ndarray) -> list[tuple[int, float]]:
+    """All ways to cut a layer by its scores: (groups kept, threshold), from one group, or one set of equals, to all."""
+    kept = np.sort(rates[np.asarray(posterior.group_mask) > 0])
+    cuts = []
+    for count in range(1, len(kept)):
+        below, above = kept[count - 1], kept[count]
+        if below < above:
+            midway = below + (above - below) / 2
+            cuts.append((count, float(midway if midway > below else above)))
+    return [*cuts, (len(kept), math.inf)]
+
+
+@jax.jit
+def _kept_weights(params: PyTree) -> jax.Array:
+    counts = [
+        jnp.sum(posterior.kernel_mask) * math.prod(posterior.kernel_shape[:-2])
+        for posterior in posteriors(params).values()
+    ]
+    return jnp.stack(counts).sum()
 
 
 def _checked_chain(chain: Sequence[str], layers: Mapping[str, Posterior]) -> Sequence[str]:

@@ -28,7 +28,8 @@ def rate_paper(params: PyTree) -> jax.Array:
       ValueError: there are neither.
     """
     layers = _layers(params).values()
-    before = sum(math.prod(layer.kernel_shape) for layer in layers) * _FLOAT_BITS
+    # A Python float: the bits of a large network exceed 32-bit integers.
+    before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
     after = jnp.stack([_kernel_bits(layer) for layer in layers]).sum()
     return before / after
 
@@ -47,10 +48,9 @@ def rate(params: PyTree) -> jax.Array:
       ValueError: there are neither.
     """
     layers = _layers(params).values()
-    others = (
-        sum(jnp.size(leaf) for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)) * _FLOAT_BITS
-    )
-    before = others + sum(math.prod(layer.kernel_shape) + _bias_size(layer) for layer in layers) * _FLOAT_BITS
+    outside = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)]
+    others = float(sum(jnp.size(leaf) for leaf in outside)) * _FLOAT_BITS
+    before = others + float(sum(math.prod(layer.kernel_shape) + _bias_size(layer) for layer in layers)) * _FLOAT_BITS
     after = (
         others + jnp.stack([_kernel_bits(layer) + _bias_bits(layer) + _overhead_bits(layer) for layer in layers]).sum()
     )
@@ -71,12 +71,7 @@ def _is_layer(node: Any) -> bool:
 
 
 def _layers(params: PyTree) -> dict[str, Layer]:
-    kind = (
-        QuantizedLayer
-        if any(isinstance(leaf, QuantizedLayer) for leaf in jax.tree.leaves(params, is_leaf=_is_layer))
-        else Posterior
-    )
-    return find_layers(params, kind)
+    return find_layers(params, (Posterior, QuantizedLayer))
 
 
 def _bits(layer: Layer) -> jax.Array | int:

@@ -40,7 +40,7 @@ def apply_mean(node: WeightsNode, inputs: jax.Array, linear_map: LinearMap) -> j
       [examples, ..., out]; exactly zero for pruned outputs.
     """
     kernel, bias = node.mean_weights()
-    outputs = linear_map(inputs, kernel.astype(inputs.dtype))
+    outputs = linear_map(_masked(inputs, node.input_mask), kernel.astype(inputs.dtype))
     return outputs if bias is None else outputs + bias.astype(inputs.dtype)
 
 
@@ -76,10 +76,16 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     if posterior.bias_mean is not None and posterior.bias_log_variance is not None:
         mean += posterior.bias_mean.astype(dtype)
         variance += jnp.exp(posterior.bias_log_variance).astype(dtype)
-    outputs = mean + jnp.sqrt(variance + _VARIANCE_FLOOR) * example_normal(noise_key, mean.shape, dtype)
+    outputs = mean + _deviation(variance) * example_normal(noise_key, mean.shape, dtype)
     if posterior.group_axis == "output":
         outputs = outputs * scale
     return _masked(outputs, posterior.output_mask)
+
+
+def _deviation(variance: jax.Array) -> jax.Array:
+    """The square root, with finite derivatives; exactly zero where there is no variance at all."""
+    wide = variance.astype(jnp.promote_types(variance.dtype, jnp.float32))
+    return jnp.where(wide > 0, jnp.sqrt(jnp.maximum(wide, 0) + _VARIANCE_FLOOR), 0).astype(variance.dtype)
 
 
 def dense_map(precision: Any = None) -> LinearMap:

@@ -77,9 +77,17 @@ def scale_by_kind(factors: dict[str, float]) -> optax.GradientTransformation:
 
     Args:
       factors: by the names of ``parameter_kinds``.
+
+    Raises:
+      ValueError: (at the first update) a name that is no kind of parameter.
     """
 
     def update(updates: PyTree, _: Any = None) -> PyTree:
+        layers = [part for part in _parts(updates) if _is_posterior(part)]
+        known = {"deterministic"} | {field.name for layer in layers for field in dataclasses.fields(layer)}
+        for name in factors:
+            if name not in known:
+                raise ValueError(f"factors names kind {name}; the kinds are {', '.join(sorted(known))}.")
         return jax.tree.map(lambda kind, value: value * factors.get(kind, 1.0), parameter_kinds(updates), updates)
 
     return optax.stateless(update)
@@ -128,7 +136,12 @@ def make_train_step(
         bad_kl = jnp.stack(
             [~jnp.isfinite(per_layer[name]) if name in per_layer else jnp.array(False) for name in part_names(params)]
         )
-        bad_update = jnp.stack([_not_finite(part) for part in _parts(updates)])
+        bad_update = jnp.stack(
+            [
+                _not_finite(slope) | _not_finite(move)
+                for slope, move in zip(_parts(gradients), _parts(updates), strict=True)
+            ]
+        )
         bad = ~jnp.isfinite(value) | jnp.any(bad_update)
         # A layer whose own KL overflowed is the culprit; gradients are then broken everywhere.
         blamed = jnp.where(jnp.any(bad_kl), bad_kl, bad_update)
@@ -182,9 +195,9 @@ def make_train_epoch(
     return epoch
 
 
-def stack_states(states: Sequence[TrainState]) -> TrainState:
-    """Many states as one, along a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Many trees of arrays (states, params) as one, along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def unstack(tree: PyTree, index: int) -> PyTree:
@@ -240,7 +253,8 @@ def train_ensemble(
     """Trains many seeds at once and reports after each epoch.
 
     Args:
-      states: stacked states, one per seed; consumed (its buffers are donated).
+      states: stacked states, one per seed. Their buffers are donated, and so are those of each state that is yielded once
+        the next one is asked for: copy what must outlive its epoch.
       data: tree of arrays [examples, ...], shared by all seeds.
       train_epoch: from ``make_train_epoch``, for one seed.
       epochs: how many.
@@ -255,10 +269,28 @@ def train_ensemble(
       on; messages also warn, once each, of a layer with nothing left and of a run in which nothing is being pruned.
 
     Raises:
-      ValueError: ``epochs`` is not positive.
+      ValueError: ``epochs`` is not positive, or seeds do not name the stacked states one by one.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
+    if len(set(seeds)) != len(seeds) or len(seeds) != states.step.shape[0]:
+        raise ValueError(
+            f"seeds is {list(seeds)}; it must name each of the {states.step.shape[0]} stacked states, each once."
+        )
+    return _epochs(states, data, train_epoch, epochs, validation_error, validation_data, seeds, first_epoch, thresholds)
+
+
+def _epochs(
+    states: TrainState,
+    data: PyTree,
+    train_epoch: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]],
+    epochs: int,
+    validation_error: Callable[[PyTree, PyTree], jax.Array],
+    validation_data: PyTree,
+    seeds: Sequence[int],
+    first_epoch: int,
+    thresholds: Thresholds | None,
+) -> Iterator[tuple[TrainState, EnsembleReport]]:
     run_epoch = jax.jit(jax.vmap(train_epoch, in_axes=(0, None)), donate_argnums=0)
     measure = jax.jit(
         jax.vmap(
@@ -293,7 +325,11 @@ def train_ensemble(
                 tell(seed, "failure", failures[seed])
             else:
                 for warning in _pruning_warnings(
-                    epoch, seed, kept_here, totals, halfway=epoch - first_epoch + 1 >= max(10, (epochs + 1) // 2)
+                    epoch,
+                    seed,
+                    kept_here,
+                    totals,
+                    late=epoch - first_epoch + 1 >= (max(10, (epochs + 1) // 2) if epochs > 10 else epochs),
                 ):
                     tell(seed, warning, warning.replace("EPOCH", str(epoch)))
             reports.append(
@@ -325,11 +361,11 @@ def _parts(tree: PyTree) -> list[PyTree]:
 
 
 def _not_finite(part: PyTree) -> jax.Array:
-    """Whether the update of a part is not finite.
+    """Whether the gradient or the update of a part is not finite.
 
     Of a variational layer the kernel is left out, which spares a pass over nearly all parameters: whatever is not finite
-    in what flows back into the layer is summed into the updates of its biases and scales, and a kernel that overflows by
-    itself shows in the KL.
+    in what flows back into the layer is summed into the gradients of its biases and scales, and a kernel that overflows
+    by itself shows in the KL.
     """
     if _is_posterior(part):
         part = part.replace(kernel_mean=None, kernel_log_variance=None)
@@ -360,14 +396,14 @@ def _failure_sentence(epoch: int, step: int, seed: int, blamed: list[str], names
     )
 
 
-def _pruning_warnings(epoch: int, seed: int, kept: dict[str, int], totals: dict[str, int], halfway: bool) -> list[str]:
+def _pruning_warnings(epoch: int, seed: int, kept: dict[str, int], totals: dict[str, int], late: bool) -> list[str]:
     found = [
-        f"Seed {seed}, epoch EPOCH: everything is pruned in layer {name} (0 of {totals[name]} groups left), so the network's output no longer "
-        "depends on its input; use a KL warm-up, a lower learning rate, or check num_examples."
+        f"Seed {seed}, epoch EPOCH: everything would be pruned in layer {name} (none of its {totals[name]} groups "
+        "is below the threshold), and the network's output would no longer depend on its input; use a KL warm-up, a lower learning rate, or check num_examples."
         for name, count in kept.items()
         if count == 0
     ]
-    if halfway and all(kept[name] == totals[name] for name in kept):
+    if late and all(kept[name] == totals[name] for name in kept):
         found.append(
             f"Seed {seed}, epoch EPOCH: nothing is pruned yet (all {sum(totals.values())} groups are kept); train longer, raise the learning "
             "rate of the log-variances, or check num_examples."

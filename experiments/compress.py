@@ -1,4 +1,4 @@
-"""The road of every experiment: train many seeds, prune, fine-tune the means, reduce precision, score, write the files."""
+"""The road of every experiment: train many seeds, prune, fine-tune, reduce precision, score, write the files."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ class Recipe:
 
     Attributes:
       epochs: of variational training.
-      fine_tune_epochs: of the means, after pruning.
+      fine_tune_epochs: after pruning.
       batch_size: examples per step.
       learning_rate: of Adam at the start; falls to 0 along a cosine.
       fine_tune_learning_rate: likewise for the fine-tuning.
+      fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
+        some of the pull towards pruning for a better fit.
       log_variance_factor: how many times larger the steps of all log-variances are.
+      fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       warmup_epochs: over which the weight of the KL rises from 0 to 1.
       max_increase: points of validation error that pruning may cost before fine-tuning.
       max_rounding_increase: points of validation error that rounding may cost.
@@ -52,10 +55,12 @@ class Recipe:
     fine_tune_epochs: int
     batch_size: int = 128
     learning_rate: float = 1e-3
-    fine_tune_learning_rate: float = 1e-3
+    fine_tune_learning_rate: float = 2e-3
+    fine_tune_kl_weight: float = 0.3
     log_variance_factor: float = 4.0
+    fine_tune_log_variance_factor: float = 2.0
     warmup_epochs: int = 0
-    max_increase: float = 0.3
+    max_increase: float = 0.2
     max_rounding_increase: float = 0.04
 
 
@@ -70,7 +75,7 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that was made: stacked params after each stage, thresholds per seed, and the frames of the first seed."""
+    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed."""
 
     params: dict[str, list[Any]]
     thresholds: list[dict[str, float]]
@@ -153,22 +158,22 @@ def compress(
     def validation_error(params: Any) -> float:
         return float(measure(params, validation))
 
-    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out)
+    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, thresholds)
     snapshots: list[Snapshot] = []
     params, failures = run_phase(
         "train", _fresh_params(model, train[0][:1], seeds, pretrained), first_epoch=1, snapshots=snapshots
     )
-    if all(failures):
-        raise UserError(f"No seed could be trained to the end. {failures[0]}")
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
+    if all(failures):
+        raise UserError(f"No seed could be trained to the end; what they reached is in {out}. {failures[0]}")
     chosen = [
         thresholds or bcdl_jax.choose_thresholds(net, validation_error, max_increase=recipe.max_increase, chain=chain)
         for net in tqdm(trained, desc="choose thresholds", unit="seed", disable=not sys.stderr.isatty())
     ]
     pruned = [bcdl_jax.prune(net, by_layer, chain) for net, by_layer in zip(trained, chosen, strict=True)]
     if recipe.fine_tune_epochs:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pruned)
+        stacked = bcdl_jax.stack(pruned)
         params, later_failures = run_phase("fine_tune", stacked, first_epoch=recipe.epochs + 1, snapshots=[])
         failures = [first or later for first, later in zip(failures, later_failures, strict=True)]
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
@@ -211,13 +216,14 @@ def _run_phase(
     validation: tuple[jax.Array, jax.Array],
     seeds: Sequence[int],
     out: Path,
+    thresholds: dict[str, float] | None,
     phase: str,
     params: Any,
     *,
     first_epoch: int,
     snapshots: list[Snapshot],
 ) -> tuple[Any, list[str | None]]:
-    """Trains all parameters ("train"), or the means alone ("fine_tune"), of all seeds at once.
+    """One phase of training, "train" or "fine_tune", of all seeds at once.
 
     Returns:
       Stacked params, and per seed the sentence that says why it was stopped, or None.
@@ -230,19 +236,21 @@ def _run_phase(
         recipe.fine_tune_learning_rate if fine_tune else recipe.learning_rate, max(1, epochs * steps)
     )
     log_variances = ("kernel_log_variance", "bias_log_variance", "scale_log_variance")
-    factors = dict.fromkeys(log_variances, 0.0 if fine_tune else recipe.log_variance_factor)
+    factors = dict.fromkeys(
+        log_variances, recipe.fine_tune_log_variance_factor if fine_tune else recipe.log_variance_factor
+    )
     optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors))
     step = bcdl_jax.make_train_step(
         functools.partial(sampled_cross_entropy, model),
         optimizer,
         num_examples=num_examples,
-        kl_weight=1.0 if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps),
+        kl_weight=recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps),
     )
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
     start = jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key))(params, keys)
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     snapshots.append(_snapshot(0, params))
-    latest = jax.device_get(params)
+    latest = params
     with Progress(epochs, phase.replace("_", "-")) as progress:
         try:
             for states, report in bcdl_jax.train_ensemble(
@@ -254,13 +262,13 @@ def _run_phase(
                 validation_data=validation,
                 seeds=seeds,
                 first_epoch=first_epoch,
-                thresholds=math.inf if fine_tune else None,
+                thresholds=math.inf if fine_tune else thresholds,
             ):
                 progress.show(report)
                 for seed_report in report.reports:
                     files.append_json_line(out / METRICS, {"phase": phase} | _jsonable(dataclasses.asdict(seed_report)))
                 # A copy: the next epoch takes over the buffers of these states.
-                latest = jax.device_get(states.params)
+                latest = jax.tree.map(np.array, states.params)
                 done = report.reports[0].epoch - first_epoch + 1
                 if done % every == 0 or done == epochs:
                     snapshots.append(_snapshot(report.reports[0].epoch, states.params))
@@ -305,7 +313,6 @@ def score(
                 "rate": rates(bcdl_jax.rate, index),
                 "rate_paper": rates(bcdl_jax.rate_paper, index),
                 "seconds": round(run.seconds / len(seeds), 1),
-                "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 "thresholds": in_order({name: _finite(value) for name, value in run.thresholds[index].items()}),
                 "relative_step": run.relative_steps[index],
                 "round_off_rule": {
@@ -327,7 +334,9 @@ def result(
     runs: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of result.json."""
+    """The content of result.json. Time and peak memory are those of the whole process; runs share them."""
+    peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    runs = [run | {"peak_memory_mb": peak_memory_mb} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
     averaged = [{key: run[key] for key in ("test_error", "rate", "rate_paper")} for run in runs if not run["failure"]]
     return {
@@ -384,7 +393,13 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
                 f"{run['seed']:>4}  {stage:<26} {error:>12.2f} {_times(rate):>8} {_times(rate_paper):>10}  {units:<14} {'-'.join(map(str, bits))}",
                 file=file,
             )
-    errors = {stage: np.array([run["test_error"][stage] for run in runs]) for stage in STAGES}
+    for run in runs:
+        if run["failure"]:
+            print(f"not in the mean: {run['failure']}", file=file)
+    finished = [run for run in runs if not run["failure"]]
+    if not finished:
+        return
+    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in STAGES}
     print(
         "mean test error over seeds: "
         + ", ".join(
@@ -400,7 +415,7 @@ def _write_params(out: Path, stage: str, params: Sequence[Any], seeds: Sequence[
         files.write_arrays(out / params_file(stage, seed), net)
 
 
-def params_file(stage: str, seed: int) -> str:
+def params_file(stage: str, seed: int | str) -> str:
     return f"{stage}_seed{seed}.npz"
 
 

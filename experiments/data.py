@@ -9,6 +9,8 @@ import hashlib
 import io
 import logging
 import os
+import re
+import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -25,7 +27,7 @@ _SPLIT_SEED = 0
 # Of each class: the embedded digits hold 500 of each.
 _EMBEDDED_TRAIN, _EMBEDDED_VALIDATION = 350, 50
 _FULL_TRAIN, _FULL_TEST, _FULL_VALIDATION = 60_000, 10_000, 5_000
-_OFFLINE_SECONDS = 4.0
+_OFFLINE_SECONDS = 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +100,13 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
 def _load_embedded(notice: str | None) -> Dataset:
     """A stratified split with a fixed seed: the file is sorted by class."""
-    with np.load(_EMBEDDED_FILE, allow_pickle=False) as file:
-        images, labels = file["images"][..., None], file["labels"].astype(np.int32)
+    try:
+        with _EMBEDDED_FILE.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            images, labels = file["images"][..., None], file["labels"].astype(np.int32)
+    except Exception as error:
+        raise UserError(
+            f"The embedded digits cannot be read ({_first_line(error)}); restore {_EMBEDDED_FILE}."
+        ) from error
     generator = np.random.default_rng(_SPLIT_SEED)
     rows: list[list[np.ndarray]] = [[], [], []]
     for label in np.unique(labels):
@@ -116,8 +123,14 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
         if tfds is None:
             raise _Unavailable("tensorflow-datasets is not installed")
         directory = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser()
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"--data-dir {directory} is a file; it must be a directory.")
+        try:
+            if directory.exists() and not directory.is_dir():
+                raise UserError(f"--data-dir {directory} is a file; it must be a directory.")
+            if _other_format(directory / name):
+                # What was prepared as tfrecord takes TensorFlow to read; a second copy stands apart from it.
+                directory = directory / "array_record"
+        except OSError as error:
+            raise UserError(f"--data-dir {directory} cannot be read: {error.strerror}.") from error
         try:
             builder = _builder(tfds, name, directory)
             prepared = builder.is_prepared()
@@ -141,10 +154,21 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
     )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _other_format(directory: Path) -> bool:
+    """Whether there are prepared copies, none of them in the format that can be read without TensorFlow."""
+    infos = [path.read_text(errors="replace") for path in directory.glob("*/dataset_info.json")]
+    # A damaged file is not of another format: it is reported when the data is read.
+    formats = [re.search(r'"fileFormat":\s*"(\w+)"', info) for info in infos]
+    return bool(infos) and all(found is not None and found[1] != "array_record" for found in formats)
+
+
 def _damaged(directory: Any, error: Exception) -> UserError:
-    detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return UserError(
-        f"The data in {directory} is damaged and cannot be read ({detail}); delete that directory to have it prepared again."
+        f"The data in {directory} is damaged and cannot be read ({_first_line(error)}); delete that directory to have it prepared again."
     )
 
 
@@ -198,8 +222,7 @@ def _prepare(builder: Any, directory: Path) -> None:
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _Unavailable(f"downloading or preparing it failed, {detail}") from error
+        raise _Unavailable(f"downloading or preparing it failed, {_first_line(error)}") from error
 
 
 def _reachable(url: str) -> bool:
@@ -234,6 +257,8 @@ def _quiet_tfds() -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     downloader.MAX_RETRIES = 0
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         yield tfds
     finally:

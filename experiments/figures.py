@@ -112,10 +112,10 @@ def importance_gif(
     mask = panels[1].imshow(np.ones((28, 28)), cmap="gray", vmin=0, vmax=1)
     panels[1].set_title("kept pixels (white)", fontsize=10)
     shown = []
-    for panel, digit in zip(panels[2:], digits, strict=False):
+    for number, panel in enumerate(panels[2 : 2 + len(digits)]):
         # Pruned pixels are drawn in a colour of their own: black would look like background.
         shown.append(panel.imshow(np.zeros((28, 28, 3))))
-        panel.set_title("digit, kept pixels only" if digit is digits[0] else "", fontsize=10)
+        panel.set_title("digits, kept pixels only" if number == 0 else "", fontsize=10)
     for panel in panels:
         panel.set_xticks([])
         panel.set_yticks([])

@@ -1,4 +1,5 @@
-"""The files of a run: each is written under a temporary name and then renamed, so that none is ever half there."""
+"""The files of a run. Each is written under a temporary name and then renamed, so that none is ever half there; only
+metrics.jsonl grows, by whole lines."""
 
 from __future__ import annotations
 
@@ -21,26 +22,35 @@ def prepare_out(out: str, overwrite: bool, names: list[str]) -> Path:
     Args:
       out: the directory.
       overwrite: whether an earlier run's files may be replaced.
-      names: the files that a run writes; no other file is ever removed.
+      names: patterns of the files that a run writes; no other file is ever removed.
 
     Raises:
       UserError: it is not empty and ``overwrite`` is False, it is a file, or it cannot be written.
     """
+    check_out(out, overwrite)
     directory = Path(out)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--out {out} is a file; it must be a directory.")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise UserError(f"--out {out} exists and is not empty; name another directory or add --overwrite.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
-        for name in names:
-            (directory / name).unlink(missing_ok=True)
+        for old in [path for name in names for path in directory.glob(name)]:
+            old.unlink()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
     return directory
+
+
+def check_out(out: str, overwrite: bool) -> None:
+    """Raises UserError where ``prepare_out`` would refuse the directory as it stands; makes nothing."""
+    directory = Path(out)
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--out {out} is a file; it must be a directory.")
+        if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+            raise UserError(f"--out {out} exists and is not empty; name another directory or add --overwrite.")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

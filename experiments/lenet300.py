@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fine-tune-epochs",
         type=int,
-        help="epochs of fine-tuning the means after pruning (default: the recipe's, 40 on full MNIST)",
+        help="epochs of fine-tuning after pruning (default: the recipe's, 40 on full MNIST)",
     )
     parser.add_argument(
         "--batch-size", type=int, help="examples per training step (default: 128; 32 on the embedded digits)"
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help="Adam's step size at the start; it falls to 0 along a cosine (default: 0.001)",
+        help="Adam's step size at the start of training, and twice that of fine-tuning; it falls to 0 along a cosine (default: 0.001)",
     )
     parser.add_argument(
         "--seeds",
@@ -110,8 +110,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--thresholds holds a value that is not a number.")
     if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
         raise UserError(f"--seeds names a seed twice: {' '.join(map(str, args.seeds))}; each may be named once.")
-    if args.seeds is not None and min(args.seeds) < 0:
-        raise UserError(f"--seeds holds {min(args.seeds)}; seeds must be 0 or more.")
+    for seed in args.seeds or ():
+        if not 0 <= seed < 2**31:
+            raise UserError(f"--seeds holds {seed}; a seed must be at least 0 and less than 2147483648.")
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -121,12 +122,11 @@ def run(args: argparse.Namespace, command: str) -> None:
 
     start = time.perf_counter()
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    files.check_out(args.out, args.overwrite)
     dataset = data.load(args.dataset, args.data_dir)
     if dataset.notice:
         print(dataset.notice, flush=True)
-    settings = recipe(dataset.name, args.quick)
-    given = {name: getattr(args, name) for name in ("epochs", "fine_tune_epochs", "batch_size", "learning_rate")}
-    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = adapt(recipe(dataset.name, args.quick), args)
     if settings.batch_size > len(dataset.train):
         raise UserError(
             f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}."
@@ -136,10 +136,9 @@ def run(args: argparse.Namespace, command: str) -> None:
         pretrained = files.read_pretrained(args.pretrained, dataset.name, (EMBEDDED,))
         check_pretrained(args.pretrained, pretrained)
     thresholds = None if args.thresholds is None else dict(zip(CHAIN, args.thresholds, strict=True))
-    params_files = [compress.params_file(stage, seed) for stage in compress.STAGES for seed in seeds]
-    out = files.prepare_out(
-        args.out, args.overwrite, [compress.RESULT, compress.METRICS, compress.INTERRUPTED, *params_files, *PICTURES]
-    )
+    params_files = [compress.params_file(stage, "*") for stage in compress.STAGES]
+    written = [compress.RESULT, compress.METRICS, compress.INTERRUPTED, *params_files, *PICTURES]
+    out = files.prepare_out(args.out, args.overwrite, written)
 
     sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
     length = f"{settings.epochs} + {settings.fine_tune_epochs} epochs, seeds {' '.join(map(str, seeds))}"
@@ -161,6 +160,16 @@ def run(args: argparse.Namespace, command: str) -> None:
     print(f"{result['seconds']:.0f} s, {runs[0]['peak_memory_mb']} MB peak memory; files in {out}")
     if dataset.notice:
         print(dataset.notice)
+
+
+def adapt(settings, args: argparse.Namespace):
+    """The recipe with what the command line changes; the KL warm-up keeps its share of the epochs."""
+    given = {name: getattr(args, name) for name in ("epochs", "fine_tune_epochs", "batch_size", "learning_rate")}
+    if args.learning_rate is not None:
+        given["fine_tune_learning_rate"] = 2 * args.learning_rate
+    if args.epochs is not None:
+        given["warmup_epochs"] = round(settings.warmup_epochs * args.epochs / settings.epochs)
+    return dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
 def check_pretrained(path: str, arrays: dict) -> None:

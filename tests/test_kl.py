@@ -72,6 +72,11 @@ def test_posterior_moments_keep_what_has_no_posterior(net):
     assert set(means["block"]["inner"]) == {"kernel", "bias"}
 
 
+def test_clip_variances_refuses_a_tree_without_variational_layers():
+    with pytest.raises(ValueError, match="params holds no variational layers"):
+        bcdl_jax.clip_variances({"Dense_0": {"kernel": jnp.ones((2, 2))}})
+
+
 def test_clip_variances_touches_only_layers_with_a_limit(net):
     _, params, _ = net
     limited = params | {"Dense_0": {"posterior": params["Dense_0"]["posterior"].replace(clip_var=0.01)}}

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -158,6 +162,35 @@ def test_gradients_are_finite_where_everything_vanishes(key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+def test_a_layer_without_bias_and_without_groups_gives_zero(key):
+    posterior = make_posterior(key, (3, 4), "input", use_bias=False).replace(input_mask=jnp.zeros(3))
+    for noise_key in (None, key):
+        layer = bcdl_jax.Dense(4, use_bias=False)
+        np.testing.assert_array_equal(run(layer, {"posterior": posterior}, jnp.full((2, 3), jnp.inf), noise_key), 0)
+
+
+SHARDED = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+import bcdl_jax
+layer, key = bcdl_jax.Dense(5), jax.random.key(3)
+inputs = jax.random.normal(key, (8, 6))
+params = layer.init(key, inputs)["params"]
+sample = jax.jit(lambda p, x: layer.apply({"params": p}, x, deterministic=False, rngs={"noise": key}))
+mesh = jax.make_mesh((4,), ("data",))
+spread = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data")))
+many = sample(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), spread)
+assert len(many.sharding.device_set) == 4
+np.testing.assert_allclose(many, sample(params, inputs), rtol=1e-5, atol=1e-6)
+"""
+
+
+def test_noise_does_not_depend_on_how_devices_share_the_batch():
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, cwd=Path(__file__).parents[1], timeout=120)
+
+
 def test_pruned_groups_are_exactly_zero_sampled_or_not(key):
     conv = bcdl_jax.Conv(4, (3, 3))
     inputs = jax.random.normal(key, (2, 5, 5, 3))
@@ -182,6 +215,9 @@ def test_dtypes(layer, key):
     assert run(layer, params, inputs).dtype == run(layer, params, inputs, key).dtype == jnp.bfloat16
     half = layer.clone(dtype=None, param_dtype=jnp.float16)
     params = jax.jit(half.init)(key, inputs)["params"]
+    narrow = inputs.astype(jnp.float16)
+    gradient = jax.jit(jax.grad(lambda p: run(half, p, 0 * narrow, key).sum() + bcdl_jax.kl_divergence(p)))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float16)}
     assert run(half, params, inputs.astype(jnp.float16), key).dtype == jnp.float16
     assert run(half, params, inputs).dtype == jnp.float32

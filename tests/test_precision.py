@@ -118,6 +118,13 @@ def test_choose_relative_step_takes_the_largest_that_is_good_enough(net):
     unit = float(bcdl_jax.reduce_precision(params, 1.0)["Dense_0"]["posterior"].kernel_step)
     assert bcdl_jax.choose_relative_step(params, error, max_increase=0.6 * unit, candidates=(0.25, 1.0, 0.5)) == 0.5
     assert bcdl_jax.choose_relative_step(params, error, max_increase=0.0, candidates=(0.25, 1.0, 0.5)) == 0.25
+
+    def lucky(tree):
+        """Half a unit is bad, a whole unit looks good."""
+        layer = tree["Dense_0"]["posterior"]
+        return 0.0 if isinstance(layer, bcdl_jax.Posterior) else float(abs(layer.kernel_step - 0.5 * unit) < 0.1 * unit)
+
+    assert bcdl_jax.choose_relative_step(params, lucky, max_increase=0.0, candidates=(0.25, 1.0, 0.5)) == 0.25
     with pytest.raises(ValueError, match="max_increase is -1"):
         bcdl_jax.choose_relative_step(params, error, max_increase=-1)
     with pytest.raises(ValueError, match="candidates is empty"):

@@ -102,7 +102,7 @@ def test_a_layer_with_no_group_left_and_one_with_all(net, key):
     empty = bcdl_jax.prune(params, {"Dense_0": math.inf, "Dense_1": -math.inf, "Dense_2": math.inf}, CHAIN)
     layers = bcdl_jax.posteriors(empty)
     assert not layers["Dense_0"].output_mask.any()
-    assert layers["Dense_2"].input_mask.all()
+    assert_trees_close(bcdl_jax.prune(empty, math.inf, CHAIN), empty, rtol=0)
     constant = run(model, empty, inputs)
     assert np.isfinite(constant).all()
     np.testing.assert_array_equal(constant, jnp.broadcast_to(constant[0], constant.shape))
@@ -170,6 +170,49 @@ def test_chosen_thresholds_leave_nothing_to_take(net):
         kept = np.sort(np.asarray(rates)[np.asarray(rates) < chosen[name]])
         if len(kept) > 1:
             assert float(error(bcdl_jax.prune(params, chosen | {name: float(kept[-1])}, CHAIN))) > limit
+
+
+def scored_error(tree):
+    """Rises with the scores of the groups that are gone."""
+    gone = [
+        jnp.sum(jnp.where(p.group_mask > 0, 0, 3.0 - p.log_dropout_rate())) for p in bcdl_jax.posteriors(tree).values()
+    ]
+    return sum(gone)
+
+
+@pytest.mark.parametrize("max_increase", [0.0, 4.0, 1e9])
+@pytest.mark.parametrize("kind", ["ties", "all equal", "neighbours", "emptied", "dead channel"])
+def test_the_thresholds_reproduce_a_net_within_the_limit(kind, max_increase, net, conv_net):
+    """Whatever the scores: pruning by the chosen thresholds costs what was allowed, and leaves a group in each layer."""
+    chain = CHAIN
+    if kind == "ties":
+        params = rated(net[1], {"Dense_0": [-5, 1, 1, 1, 2, 2], "Dense_1": [0, 0, 1, 1, 1], "Dense_2": [-1, -1, 0, 0]})
+    elif kind == "all equal":
+        params = rated(net[1], {"Dense_0": [1] * 6, "Dense_1": [1] * 5, "Dense_2": [1] * 4})
+    elif kind == "neighbours":
+        near = np.float32(1.7) + np.arange(6, dtype=np.float32) * np.spacing(np.float32(1.7))
+        params = rated(net[1], {"Dense_0": near, "Dense_1": near[:5], "Dense_2": near[:4]})
+    elif kind == "emptied":
+        params = bcdl_jax.prune(rated(net[1], RATES), {"Dense_0": 9.0, "Dense_1": 9.0, "Dense_2": -math.inf}, CHAIN)
+    else:
+        chain = CONV_CHAIN
+        scores = np.linspace(-4, 2, 24)
+        scores[1::6] = np.linspace(2.1, 2.4, 4)  # the worst units all read channel 1 of the second convolution
+        params = rated(conv_net[1], {"Conv_0": [-3, -2, -1, 0], "Conv_1": [-4, 2.5, -3, -2, -1, 0], "Dense_0": scores})
+    before = float(scored_error(params))
+    chosen = bcdl_jax.choose_thresholds(params, jax.jit(scored_error), max_increase=max_increase, chain=chain)
+    pruned = bcdl_jax.prune(params, chosen, chain)
+    assert float(scored_error(pruned)) <= before + max_increase + 1e-3
+    left = bcdl_jax.kept_groups(pruned, math.inf)
+    if kind == "emptied":
+        assert int(left["Dense_2"]) == 0
+    else:
+        assert min(map(int, left.values())) >= 1
+    if max_increase == 1e9:
+        expected = {"ties": 1 * 2 + 2 * 2 + 2 * 3, "all equal": 6 * 5 + 5 * 4 + 4 * 3, "neighbours": 1 + 1 + 3}
+        # One channel each, and the best unit that reads it.
+        expected |= {"dead channel": 9 * 2 + 9 + 3, "emptied": 0}
+        assert weights_left(pruned) == expected[kind]
 
 
 @pytest.mark.parametrize("max_increase", [-0.1, float("nan")])

@@ -54,6 +54,14 @@ def test_parameters_without_a_posterior_count_in_full(net):
     assert float(bcdl_jax.rate_paper(with_norm)) == float(bcdl_jax.rate_paper(pruned))
 
 
+def test_rates_of_networks_beyond_32_bit_integers(key):
+    node = jax.eval_shape(
+        lambda: bcdl_jax.GroupNormalJeffreys().create(key, jnp.zeros((20_000, 10_000)), jnp.zeros(10_000), "input")
+    )
+    for function in (bcdl_jax.rate, bcdl_jax.rate_paper):
+        assert jax.eval_shape(function, {"posterior": node}).shape == ()
+
+
 def test_rates_are_never_nan_and_work_under_jit_and_vmap(net):
     empty = bcdl_jax.prune(net[1], -math.inf, CHAIN)
     assert float(bcdl_jax.rate_paper(empty)) == math.inf

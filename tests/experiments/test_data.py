@@ -1,7 +1,9 @@
 import functools
 import gzip
 import http.server
+import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -65,8 +67,22 @@ def test_without_tensorflow_datasets_the_embedded_digits_are_used(monkeypatch):
     assert "tensorflow-datasets is not installed" in dataset.notice
 
 
-def test_a_host_that_does_not_answer_is_not_reachable():
+def test_a_host_that_refuses_or_never_answers_is_not_reachable():
     assert not data._reachable("http://127.0.0.1:9/")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.perf_counter()
+        assert not data._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        assert time.perf_counter() - start < data._OFFLINE_SECONDS + 1
+
+
+def test_a_copy_that_takes_tensorflow_to_read_is_passed_by(tmp_path, monkeypatch, offline):
+    """Not called damaged, and left as it is."""
+    copy = tmp_path / "mnist" / "3.0.1"
+    copy.mkdir(parents=True)
+    (copy / "dataset_info.json").write_text('{"name": "mnist", "fileFormat": "tfrecord"}')
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert data.load("mnist").name == "mnist_5k"
+    assert [path.name for path in tmp_path.iterdir()] == ["mnist"]
 
 
 TRAIN, TEST, VALIDATION = 300, 60, 40

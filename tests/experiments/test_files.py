@@ -32,6 +32,11 @@ def test_out_directory(tmp_path):
         files.prepare_out(str(out), False, ["result.json"])
     files.prepare_out(str(out), True, ["result.json"])
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "trained_seed7.npz").touch()
+    files.prepare_out(str(out), True, ["trained_seed*.npz"])
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    with pytest.raises(UserError, match=r"--out .* cannot be written"):
+        files.check_out(str(tmp_path / ("n" * 300)), False)
     with pytest.raises(UserError, match=r"--out .* is a file; it must be a directory"):
         files.prepare_out(str(out / "notes.txt"), True, [])
     with pytest.raises(UserError, match=r"--out .* cannot be written"):

@@ -1,5 +1,10 @@
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -7,7 +12,7 @@ import pytest
 from PIL import Image
 
 import bcdl_jax
-from experiments import compress, lenet300
+from experiments import compress, data, lenet300
 from experiments.models import LeNet300
 
 
@@ -78,8 +83,6 @@ def test_metrics_file(finished):
 
 def test_reduced_parameters_score_as_reported(finished):
     """The error is computed again in plain numpy from the integers and steps in the file."""
-    from experiments import data
-
     _, out = finished
     test = data.load("mnist_5k").test
     with np.load(out / "reduced_seed5.npz", allow_pickle=False) as file:
@@ -138,6 +141,70 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
         assert file["Dense_0/kernel_mean"].shape == (1, 784, 300)
 
 
+def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path, capsys):
+    arguments = ["--dataset", "mnist_5k", "--quick", "--learning-rate", "1e30", "--out", str(tmp_path / "out")]
+    assert lenet300.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "No seed could be trained to the end; what they reached is in" in error
+    assert "Seed 0 was stopped in epoch 1, step" in error
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "trained_seed0.npz"]
+    with np.load(tmp_path / "out" / "trained_seed0.npz", allow_pickle=False) as file:
+        assert all(np.isfinite(file[name]).all() for name in file.files)
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert line["loss"] is None
+    assert "not finite" in line["failure"]
+
+
+def test_a_failed_seed_is_shown_and_left_out_of_the_mean(finished, capsys):
+    _, out = finished
+    runs = json.loads((out / "result.json").read_text())["runs"]
+    broken = [runs[0], runs[1] | {"failure": "Seed 5 was stopped in epoch 1."}]
+    compress.print_table(broken)
+    printed = capsys.readouterr().out
+    assert "not in the mean: Seed 5 was stopped in epoch 1." in printed
+    assert f"trained {runs[0]['test_error']['trained']:.2f} % (" in printed
+    dataset = data.load("mnist_5k")
+    result = compress.result("lenet300", "gnj", dataset, lenet300.recipe("mnist_5k", True), "command", broken, 1.0)
+    assert result["mean"]["test_error"] == runs[0]["test_error"]
+    failed = [run | {"failure": "stopped"} for run in runs]
+    assert (
+        compress.result("lenet300", "gnj", dataset, lenet300.recipe("mnist_5k", True), "", failed, 1.0)["mean"] is None
+    )
+
+
+def test_epochs_on_the_command_line_take_the_warm_up_along():
+    args = lenet300.parse(["--epochs", "18", "--learning-rate", "0.01"])
+    adapted = lenet300.adapt(lenet300.recipe("mnist", False), args)
+    assert (adapted.epochs, adapted.warmup_epochs) == (18, 5)
+    assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no such signal")
+def test_ctrl_c_from_outside(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.lenet300",
+        "--dataset",
+        "mnist_5k",
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Interrupted; what was finished so far is in" in error
+    assert b"Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["interrupted.npz", "metrics.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -151,7 +218,8 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
         (["--thresholds", "-2", "-3"], "--thresholds has 2 values; it must have 3, one per layer"),
         (["--thresholds", "nan", "0", "0"], "--thresholds holds a value that is not a number"),
         (["--seeds", "1", "1"], "--seeds names a seed twice"),
-        (["--seeds", "-1"], "--seeds holds -1; seeds must be 0 or more"),
+        (["--seeds", "-1"], "--seeds holds -1; a seed must be at least 0"),
+        (["--seeds", "5000000000"], "--seeds holds 5000000000; a seed must be at least 0 and less than 2147483648"),
         (["--pretrained", "no/such.npz"], "--pretrained no/such.npz cannot be read"),
         (["--out", "/proc/nothing"], "--out /proc/nothing cannot be written"),
     ],
