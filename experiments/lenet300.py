@@ -157,7 +157,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         print(f"\nInterrupted; what was finished so far is in {out}.", file=sys.stderr)
         raise SystemExit(130) from None
     compress.print_table(runs)
-    print(f"{result['seconds']:.0f} s, {runs[0]['peak_memory_mb']} MB peak memory; files in {out}")
+    print(f"{result['seconds']:.0f} s, {result['runs'][0]['peak_memory_mb']} MB peak memory; files in {out}")
     if dataset.notice:
         print(dataset.notice)
 

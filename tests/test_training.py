@@ -222,7 +222,7 @@ def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     assert sentence.startswith(
         "Seed 8 was stopped in epoch 2, step 7: the loss or an update was not finite in layer Dense_1."
     )
-    assert [len(each.messages) for _, each in history] == [0, 1, 0]
+    assert [each.messages for _, each in history[:2]] == [(), (sentence,)]
     assert final.step.tolist() == [15, 6, 15]
     # The others are not disturbed, and the stopped one holds what it had after its sixth step.
     one = jax.jit(lambda state: bcdl_jax.make_train_epoch(step, batch_size=BATCH)(state, data)[0])
