@@ -112,14 +112,15 @@ def choose_thresholds(
 ) -> dict[str, float]:
     """Finds thresholds of the smallest network whose error stays within ``max_increase`` of the unpruned one.
 
-    Size is the number of kept weights. First the lowest common threshold that does not raise the error at all is found by bisection; from there the
-    search repeatedly prunes a little more of the layer where a given relative saving raises the error least, in ever smaller portions,
-    until no layer can lose a single group. This is a greedy search: nothing smaller is one step away, but the optimum is not guaranteed.
+    Size is the number of kept weights. First the lowest common threshold that does not raise the error at all is found
+    by bisection; from there the search repeatedly prunes a little more of the layer where a given relative saving raises
+    the error least, in ever smaller portions, until no layer can lose a single group. This is a greedy search: nothing
+    smaller is one step away, but the optimum is not guaranteed.
 
     Args:
       params: tree with variational layers, trained.
-      error: params -> validation error, in the units of ``max_increase`` (percent, say). Called some hundred times, always with trees of
-        the same shapes, so jit it. Use validation data, never test data.
+      error: params -> validation error, in the units of ``max_increase`` (percent, say). Called some hundred times,
+        always with trees of the same shapes, so jit it. Use validation data, never test data.
       max_increase: how much the error may rise, at least 0.
       chain: as for ``prune``.
 
@@ -142,8 +143,8 @@ def choose_thresholds(
 
     # The search moves, per layer, along the list of cuts, from the last one (all is kept) towards the first.
     positions = {name: len(choices) - 1 for name, choices in cuts.items()}
-    current_error, size = measure(positions)
-    limit = current_error + max_increase
+    start_error, size = measure(positions)
+    current_error, limit = start_error, start_error + max_increase
 
     common = sorted({threshold for choices in cuts.values() for _, threshold in choices})
     low, high = -1, len(common) - 1  # common[high] is known to cost nothing
@@ -154,7 +155,7 @@ def choose_thresholds(
             for name, choices in cuts.items()
         }
         candidate_error, candidate_size = measure(at_middle)
-        if candidate_error <= limit - max_increase and candidate_size > 0:
+        if candidate_error <= start_error and candidate_size > 0:
             high, positions, current_error, size = middle, at_middle, candidate_error, candidate_size
         else:
             low = middle

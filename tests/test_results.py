@@ -1,0 +1,35 @@
+"""The committed results, and that the README quotes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+
+
+def test_there_are_results():
+    assert {path.stem for path in RESULTS} >= {"lenet300_mnist", "lenet300_mnist_5k"}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_readme_quotes_the_file(path):
+    result = json.loads(path.read_text())
+    assert path.stem == f"{result['experiment']}_{result['dataset']['name']}"
+    readme = (ROOT / "README.md").read_text()
+    assert result["command"] in readme
+    mean, low_high = result["mean"], result["range"]
+    cells = [
+        f"{mean['test_error'][s]:.2f} ({low_high['test_error'][s][0]:.2f} to {low_high['test_error'][s][1]:.2f})"
+        for s in mean["test_error"]
+    ]
+    cells += [f"{mean[kind][stage]:.1f}x" for kind in ("rate", "rate_paper") for stage in ("pruned", "reduced")]
+    for cell in cells:
+        assert cell in readme, cell
+    runs = result["runs"]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for run in runs:
+        assert "-".join(map(str, run["kept_units"])) in readme
+    assert f"{runs[0]['seconds'] / 60:.1f} minutes a seed" in readme
+    assert f"{runs[0]['peak_memory_mb']} MB" in readme
