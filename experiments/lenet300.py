@@ -7,9 +7,13 @@ import dataclasses
 import shlex
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
+
+if TYPE_CHECKING:  # importing it takes JAX along, which --help and bad arguments need not wait for
+    from experiments.compress import Recipe
 
 CHAIN = ("Dense_0", "Dense_1", "Dense_2")
 WIDTHS = (784, 300, 100, 10)
@@ -17,7 +21,7 @@ PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "feature_importance.gif"
 DEFAULT_OUT = "runs/lenet300"
 
 
-def recipe(dataset: str, quick: bool):
+def recipe(dataset: str, quick: bool) -> Recipe:
     """The recipe for a data set; figures expected of it stand in the README."""
     from experiments.compress import Recipe
 
@@ -162,7 +166,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         print(dataset.notice)
 
 
-def adapt(settings, args: argparse.Namespace):
+def adapt(settings: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe with what the command line changes; the KL warm-up keeps its share of the epochs."""
     given = {name: getattr(args, name) for name in ("epochs", "fine_tune_epochs", "batch_size", "learning_rate")}
     if args.learning_rate is not None:
