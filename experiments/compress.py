@@ -47,8 +47,9 @@ class Recipe:
       log_variance_factor: how many times larger the steps of all log-variances are.
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       warmup_epochs: over which the weight of the KL rises from 0 to 1.
-      max_increase: points of validation error that pruning may cost before fine-tuning.
-      max_rounding_increase: points of validation error that rounding may cost.
+      max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
+        per example, see ``prediction_change``.
+      max_rounding_change: likewise for the rounding.
     """
 
     epochs: int
@@ -60,8 +61,8 @@ class Recipe:
     log_variance_factor: float = 4.0
     fine_tune_log_variance_factor: float = 2.0
     warmup_epochs: int = 0
-    max_increase: float = 0.2
-    max_rounding_increase: float = 0.04
+    max_pruning_change: float = 0.0075
+    max_rounding_change: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,17 @@ def error_percent(model: nn.Module, params: Any, data: tuple[jax.Array, jax.Arra
     return 100 * jnp.mean(wrong)
 
 
+def prediction_change(model: nn.Module, before: Any, after: Any, images: jax.Array) -> jax.Array:
+    """KL(predictions of before || predictions of after) in nats per example, at the mean weights: a scalar.
+
+    Thresholds and rounding are chosen by it. It grows smoothly with the damage, while the error moves in steps of whole
+    images, so that on a few thousand of them luck would choose; and it sees damage that the cross-entropy of an
+    overconfident network hides.
+    """
+    old, new = (jax.nn.log_softmax(model.apply({"params": params}, images)) for params in (before, after))
+    return jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))
+
+
 def sampled_cross_entropy(
     model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array
 ) -> jax.Array:
@@ -153,11 +165,7 @@ def compress(
     """
     start = time.perf_counter()
     train, validation = _on_device(dataset.train), _on_device(dataset.validation)
-    measure = jax.jit(functools.partial(error_percent, model))
-
-    def validation_error(params: Any) -> float:
-        return float(measure(params, validation))
-
+    change = jax.jit(functools.partial(prediction_change, model))
     run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, thresholds)
     snapshots: list[Snapshot] = []
     params, failures = run_phase(
@@ -168,7 +176,13 @@ def compress(
     if all(failures):
         raise UserError(f"No seed could be trained to the end; what they reached is in {out}. {failures[0]}")
     chosen = [
-        thresholds or bcdl_jax.choose_thresholds(net, validation_error, max_increase=recipe.max_increase, chain=chain)
+        thresholds
+        or bcdl_jax.choose_thresholds(
+            net,
+            functools.partial(change, net, images=validation[0]),
+            max_increase=recipe.max_pruning_change,
+            chain=chain,
+        )
         for net in tqdm(trained, desc="choose thresholds", unit="seed", disable=not sys.stderr.isatty())
     ]
     pruned = [bcdl_jax.prune(net, by_layer, chain) for net, by_layer in zip(trained, chosen, strict=True)]
@@ -179,7 +193,11 @@ def compress(
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "pruned", pruned, seeds)
     steps = [
-        bcdl_jax.choose_relative_step(net, validation_error, max_increase=recipe.max_rounding_increase)
+        bcdl_jax.choose_relative_step(
+            net,
+            functools.partial(change, net, images=validation[0]),
+            max_increase=recipe.max_rounding_change,
+        )
         for net in pruned
     ]
     reduced = [bcdl_jax.reduce_precision(net, step) for net, step in zip(pruned, steps, strict=True)]

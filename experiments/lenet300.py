@@ -28,7 +28,7 @@ def recipe(dataset: str, quick: bool) -> Recipe:
     full = Recipe(epochs=180, fine_tune_epochs=40, warmup_epochs=50)
     chosen = (
         dataclasses.replace(
-            full, epochs=100, fine_tune_epochs=20, batch_size=32, max_increase=0.6, max_rounding_increase=0.2
+            full, epochs=100, fine_tune_epochs=20, batch_size=32, max_pruning_change=0.01, max_rounding_change=0.002
         )
         if dataset == EMBEDDED
         else full
