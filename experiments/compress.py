@@ -123,7 +123,12 @@ def prediction_change(model: nn.Module, before: Any, after: Any, images: jax.Arr
     images, so that on a few thousand of them luck would choose; and it sees damage that the cross-entropy of an
     overconfident network hides.
     """
-    old, new = (jax.nn.log_softmax(model.apply({"params": params}, images)) for params in (before, after))
+
+    def log_probabilities(params: Any) -> jax.Array:
+        logits: Any = model.apply({"params": params}, images)
+        return jax.nn.log_softmax(logits)
+
+    old, new = log_probabilities(before), log_probabilities(after)
     return jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))
 
 
