@@ -1,0 +1,230 @@
+"""A JAX function as a flat list of primitive steps, the form in which ``shrink`` reads and rewrites networks.
+
+Calls (``jit``, ``checkpoint``, custom derivatives) are opened up, so that one list of steps remains. Only elementwise functions with
+a custom derivative stay whole, to keep that derivative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+PyTree = Any
+
+# Primitives whose output element i depends on element i of each operand alone; operands may also be scalars, or of size 1 along an axis.
+# fmt: off
+ELEMENTWISE = frozenset(
+    [
+        "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e",
+        "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh",
+        "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "imag",
+        "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
+        "neg", "nextafter", "not", "optimization_barrier", "or", "population_count", "pow", "real",
+        "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
+        "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
+        "sub", "tan", "tanh", "xor",
+    ]
+)
+# fmt: on
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "core_closed_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+
+Atom = int  # number of a value in ``Program.shapes``
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One primitive applied to values.
+
+    Attributes:
+      equation: of the jaxpr: primitive and parameters.
+      inputs: numbers of the values it reads.
+      outputs: numbers of the values it makes.
+      elementwise: whether each output element depends on the same element of the inputs alone.
+    """
+
+    equation: Any
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Atom, ...]
+    elementwise: bool
+
+    @property
+    def name(self) -> str:
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.equation.params
+
+    def bind(self, *values: Any) -> list[Any]:
+        """The outputs for values of the traced shapes, or, for most primitives, of others that fit."""
+        primitive = self.equation.primitive
+        params: Any = primitive.get_bind_params(self.params)
+        functions, params = params if isinstance(params, tuple) else ((), params)  # jax < 0.10 passes functions apart
+        outputs = primitive.bind(*functions, *values, **params)
+        return list(outputs) if primitive.multiple_results else [outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced function.
+
+    Attributes:
+      shapes: shape and dtype of every value.
+      inputs: numbers of the flattened arguments.
+      constants: value by number, of literals and of arrays that the function closes over.
+      steps: in order.
+      outputs: numbers of the flattened results.
+      result_tree: how the results are put together again.
+    """
+
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    inputs: tuple[Atom, ...]
+    constants: dict[Atom, Any]
+    steps: tuple[Step, ...]
+    outputs: tuple[Atom, ...]
+    result_tree: Any
+
+    def evaluate(self, *arguments: Any) -> list[Any]:
+        """Every value of the program, by number, for flattened arguments."""
+
+        def run(arguments: Sequence[Any]) -> list[Any]:
+            values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constants
+            for step in self.steps:
+                results = step.bind(*(values[number] for number in step.inputs))
+                values |= dict(zip(step.outputs, results, strict=True))
+            return [values[number] for number in range(len(self.shapes))]
+
+        # Once is not worth optimising for.
+        compiled = jax.jit(run).lower(arguments).compile(compiler_options=dict(xla_backend_optimization_level=0))
+        return list(compiled(arguments))
+
+    def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:
+        """What two traces of one function at different batch sizes have in common."""
+        return [(step.name, step.inputs, step.outputs) for step in self.steps]
+
+
+def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
+    """Traces a function of pytrees of arrays (or ShapeDtypeStructs) and lists its steps."""
+    closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    shapes: list[jax.ShapeDtypeStruct] = []
+    constants: dict[Atom, Any] = {}
+    steps: list[Step] = []
+
+    def new(shape: tuple[int, ...], dtype: Any) -> Atom:
+        shapes.append(jax.ShapeDtypeStruct(shape, dtype))
+        return len(shapes) - 1
+
+    def constant(value: Any) -> Atom:
+        number = new(np.shape(value), getattr(value, "dtype", None) or np.asarray(value).dtype)
+        constants[number] = value
+        return number
+
+    def run(jaxpr: Any, const_atoms: Sequence[Atom], arguments: Sequence[Atom]) -> list[Atom]:
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*const_atoms, *arguments], strict=True))
+
+        def atom(variable: Any) -> Atom:
+            return constant(variable.val) if isinstance(variable, core.Literal) else known[variable]
+
+        for equation in jaxpr.eqns:
+            inputs = [atom(variable) for variable in equation.invars]
+            name = equation.primitive.name
+            whole = name in CUSTOM and _is_elementwise_call(equation)
+            inner = _inner(equation)
+            if inner is not None and not whole:
+                inside, values = inner
+                results = run(inside, [constant(value) for value in values], inputs)
+            else:
+                results = [new(variable.aval.shape, variable.aval.dtype) for variable in equation.outvars]
+                same_width = name == "bitcast_convert_type" and shapes[inputs[0]].shape == shapes[results[0]].shape
+                elementwise = whole or same_width or name in ELEMENTWISE
+                steps.append(Step(equation, tuple(inputs), tuple(results), elementwise))
+            known |= dict(zip(equation.outvars, results, strict=True))
+        return [atom(variable) for variable in jaxpr.outvars]
+
+    inputs = [new(variable.aval.shape, variable.aval.dtype) for variable in closed.jaxpr.invars]
+    outputs = run(closed.jaxpr, [constant(value) for value in closed.consts], inputs)
+    return Program(tuple(shapes), tuple(inputs), constants, tuple(steps), tuple(outputs), jax.tree.structure(result))
+
+
+def _inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr that a call runs, and its constants; None for what is not a plain call."""
+    name = equation.primitive.name
+    if name not in _CALLS and name not in CUSTOM:
+        return None
+    inside = equation.params["call_jaxpr" if name in CUSTOM else _CALLS[name]]
+    return (inside.jaxpr, inside.consts) if isinstance(inside, core.ClosedJaxpr) else (inside, ())
+
+
+def _is_elementwise_call(equation: Any) -> bool:
+    shapes = {variable.aval.shape for variable in [*equation.invars, *equation.outvars]} - {()}
+    inner = _inner(equation)
+    return len(shapes) == 1 and inner is not None and is_elementwise(inner[0], shapes.pop())
+
+
+def is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a jaxpr works element by element on arrays of one shape, and on scalars."""
+    for equation in jaxpr.eqns:
+        if any(variable.aval.shape not in ((), shape) for variable in [*equation.invars, *equation.outvars]):
+            return False
+        name, inner = equation.primitive.name, _inner(equation)
+        if inner is not None:
+            if not is_elementwise(inner[0], shape):
+                return False
+        elif name != "broadcast_in_dim" and name not in ELEMENTWISE:
+            return False
+    return True
+
+
+def evaluate_elementwise(
+    jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], shape: tuple[int, ...]
+) -> list[Any]:
+    """Runs a jaxpr for which ``is_elementwise`` holds on arrays of another shape, which must have the same rank or more."""
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+
+    def value(variable: Any) -> Any:
+        return variable.val if isinstance(variable, core.Literal) else known[variable]
+
+    for equation in jaxpr.eqns:
+        values = [value(variable) for variable in equation.invars]
+        inner = _inner(equation)
+        if inner is not None:
+            results = evaluate_elementwise(inner[0], inner[1], values, shape)
+        elif equation.primitive.name == "broadcast_in_dim":
+            broad = equation.outvars[0].aval.shape != ()
+            results = [jax.numpy.broadcast_to(values[0], shape) if broad else values[0]]
+        else:
+            results = Step(equation, (), (), True).bind(*values)
+        known |= dict(zip(equation.outvars, results, strict=True))
+    return [value(variable) for variable in jaxpr.outvars]
+
+
+def multiply_adds(program: Program) -> int:
+    """Multiplications of all matrix products and convolutions of a program, at the batch size it was traced for."""
+    total = 0
+    for step in program.steps:
+        if step.name == "dot_general":
+            ((contracted, _), _) = step.params["dimension_numbers"]
+            sizes = program.shapes[step.inputs[0]].shape
+            total += program.shapes[step.outputs[0]].size * int(
+                np.prod([sizes[axis] for axis in contracted], dtype=int)
+            )
+        elif step.name == "conv_general_dilated":
+            kernel = program.shapes[step.inputs[1]]
+            features = kernel.shape[step.params["dimension_numbers"].rhs_spec[0]]
+            total += program.shapes[step.outputs[0]].size * (kernel.size // max(features, 1))
+    return total

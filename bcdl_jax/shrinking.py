@@ -1,0 +1,360 @@
+"""Shrinking: from a network that holds zeros to a smaller network that computes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcdl_jax.data_flow import Analysis, analyze
+from bcdl_jax.program import Program, multiply_adds, trace
+from bcdl_jax.specialize import Axis, Machine, Plan, make_plan
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """What became of one array of the params.
+
+    Attributes:
+      path: where it stands, such as "Dense_0/kernel".
+      before: its shape.
+      after: its shape in the small params.
+      kept: for each axis the indices that were kept, int64, ascending.
+      reason: why a slice of zeros could not be removed; None if there is none left.
+    """
+
+    path: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    kept: tuple[np.ndarray, ...]
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkReport:
+    """What ``shrink`` did.
+
+    Attributes:
+      leaves: one entry per array of the params, in the order of ``jax.tree.leaves``.
+      bytes: of the params, before and after.
+      multiply_adds: of all matrix products and convolutions on the example inputs, before and after.
+      difference: largest absolute difference between the outputs before and after on the example inputs.
+      structure: of the params.
+    """
+
+    leaves: tuple[LeafReport, ...]
+    bytes: tuple[int, int]
+    multiply_adds: tuple[int, int]
+    difference: float
+    structure: Any
+
+    def __str__(self) -> str:
+        width = max([len(leaf.path) for leaf in self.leaves], default=0)
+        lines = [
+            f"{leaf.path:<{width}}  {_by(leaf.before)} -> {_by(leaf.after)}" + f"  ({leaf.reason})" * bool(leaf.reason)
+            for leaf in self.leaves
+        ]
+        for name, (before, after) in (("bytes", self.bytes), ("multiply-adds", self.multiply_adds)):
+            lines.append(f"{name}: {before:,} -> {after:,}" + (f" ({before / after:.1f}x)" if after else ""))
+        return "\n".join([*lines, f"largest difference of the outputs: {self.difference:.2g}"])
+
+
+def shrink(
+    apply: Callable[..., PyTree],
+    params: PyTree,
+    example_inputs: Any,
+    *,
+    multiple_of: int = 1,
+    tolerance: float | None = None,
+) -> tuple[Callable[..., PyTree], PyTree, ShrinkReport]:
+    """Removes from a network whatever its zeros make superfluous.
+
+    A channel goes when it is constant whatever the input (a constant is folded into what reads it, except across zero padding) or when
+    nobody reads it. Nothing needs to be known of the model's class: the function is traced, and its primitives are followed
+    channel by channel. What is not understood (a ``scan``, say) is left whole.
+
+    Args:
+      apply: ``apply(params, *inputs)``, any JAX function. Linen: ``lambda params, x: model.apply({"params": params}, x)``.
+      params: tree of arrays, with the zeros that pruning left (posteriors with masks among them). Values are taken to be finite.
+      example_inputs: the inputs, a tuple, or a single array. Shape and dtype matter, and the values for the final check. The leading axis is
+        the batch; the small function takes any batch size if ``apply`` does.
+      multiple_of: kept widths are rounded up to a multiple of it.
+      tolerance: how much the outputs may differ on the example inputs, relative to the largest one; the square root of the
+        precision of their dtype by default (0.0003 for float32).
+
+    Returns:
+      ``small_apply(small_params, *inputs)``, the small params (a tree of the same structure), and a report. The small
+      function works under ``jit``, ``vmap`` and ``grad``; a constant that was folded no longer changes when the small net is trained.
+
+    Raises:
+      ValueError: ``multiple_of`` or ``tolerance`` is out of range, an input of the small function has another shape than the example
+        (beyond the batch size), or the outputs differ by more than the tolerance.
+
+    Warns:
+      UserWarning: nothing is left of a layer.
+    """
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of is {multiple_of}; it must be at least 1.")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    leaves, structure = jax.tree.flatten(params)
+    paths = ["/".join(_key(key) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+    program, examples, moving_axes, moving_constants = _trace_for_any_batch(apply, params, inputs)
+    numbers = program.inputs[: len(leaves)]
+    values = program.evaluate(*leaves, *jax.tree.leaves(examples))
+    analysis = analyze(program, values, len(leaves), moving_axes, moving_constants)
+    plan = make_plan(program, analysis, moving_axes, multiple_of)
+    small_leaves = [_cut(leaf, _kept(plan, number, leaf)) for leaf, number in zip(leaves, numbers, strict=True)]
+    small_params = jax.tree.unflatten(structure, small_leaves)
+    small_apply = _small_function(apply, params, program, plan, analysis, moving_axes, moving_constants, paths)
+
+    before, after = (jax.jit(apply)(params, *inputs), jax.jit(small_apply)(small_params, *inputs))
+    report = ShrinkReport(
+        leaves=tuple(
+            LeafReport(path, leaf.shape, small.shape, _kept(plan, number, leaf), reason)
+            for path, leaf, small, number, reason in zip(
+                paths,
+                map(jnp.asarray, leaves),
+                small_leaves,
+                numbers,
+                _reasons(program, analysis, plan, numbers),
+                strict=True,
+            )
+        ),
+        bytes=(sum(jnp.asarray(leaf).nbytes for leaf in leaves), sum(leaf.nbytes for leaf in small_leaves)),
+        multiply_adds=(
+            multiply_adds(trace(apply, params, *inputs)),
+            multiply_adds(trace(small_apply, small_params, *inputs)),
+        ),
+        difference=_difference(before, after, tolerance),
+        structure=structure,
+    )
+    _warn_of_empty_layers(report, [analysis.facts[number].live.size > 0 for number in numbers])
+    return small_apply, small_params, report
+
+
+def cut(tree: PyTree, report: ShrinkReport) -> PyTree:
+    """Cuts a parallel tree the way ``shrink`` cut the params.
+
+    Args:
+      tree: any tree. Each part of it that has the structure of the params (gradients; the moments in an optimiser's state) is cut, the rest is
+        left as it is.
+      report: of ``shrink``.
+
+    Raises:
+      ValueError: an array of such a part has another shape than that of the params.
+    """
+
+    def cut_part(part: PyTree) -> PyTree:
+        if jax.tree.structure(part) != report.structure:
+            return part
+        leaves = []
+        for leaf, entry in zip(jax.tree.leaves(part), report.leaves, strict=True):
+            if np.shape(leaf) != entry.before:
+                raise ValueError(f"The array at {entry.path} has shape {np.shape(leaf)}; it must be {entry.before}.")
+            leaves.append(_cut(leaf, entry.kept))
+        return jax.tree.unflatten(report.structure, leaves)
+
+    return jax.tree.map(cut_part, tree, is_leaf=lambda part: jax.tree.structure(part) == report.structure)
+
+
+def _trace_for_any_batch(
+    apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]
+) -> tuple[Program, PyTree, list[frozenset[int]], frozenset[int]]:
+    """The program at a batch of two, such a batch, per value the axes that follow the batch size, and the literals that do."""
+    leading = [np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
+
+    def resized(size: int) -> PyTree:
+        def cut(leaf: Any) -> Any:
+            is_batch = np.ndim(leaf) and np.shape(leaf)[0] == leading[0]
+            return jnp.take(leaf, np.arange(size) % leading[0], axis=0) if is_batch else leaf
+
+        return jax.tree.map(cut, inputs)
+
+    def traced(size: int) -> Program:
+        return trace(apply, params, *resized(size))
+
+    if leading and leading[0]:
+        try:
+            two, three = traced(2), traced(3)
+        except Exception:  # whatever a model says to another batch size: then it is for this one alone
+            pass
+        else:
+            if two.signature() == three.signature():
+                axes = [
+                    frozenset(
+                        axis for axis, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if len({*sizes}) > 1
+                    )
+                    for one, other in zip(two.shapes, three.shapes, strict=True)
+                ]
+                constants = frozenset(
+                    number for number, value in two.constants.items() if not _same(value, three.constants[number])
+                )
+                return two, resized(2), axes, constants
+    program = trace(apply, params, *inputs)
+    return program, inputs, [frozenset()] * len(program.shapes), frozenset()
+
+
+def _small_function(
+    apply: Callable[..., PyTree],
+    params: PyTree,
+    program: Program,
+    plan: Plan,
+    analysis: Analysis,
+    moving_axes: Sequence[frozenset[int]],
+    moving_constants: frozenset[int],
+    paths: Sequence[str],
+) -> Callable[..., PyTree]:
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), params)
+    structure: Any = jax.tree.structure(params)
+    count = structure.num_leaves
+    shapes = [
+        tuple(len(kept) for kept in _kept(plan, number, leaf))
+        for number, leaf in zip(program.inputs, jax.tree.leaves(whole), strict=False)
+    ]
+    traces: dict[Any, Program] = {}
+
+    def at_shapes(inputs: tuple[PyTree, ...]) -> Program:
+        leaves, tree = jax.tree.flatten(inputs)
+        structs = [jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)) for leaf in leaves]
+        key = (tree, tuple((struct.shape, struct.dtype) for struct in structs))
+        if key not in traces:
+            traced = trace(apply, whole, *jax.tree.unflatten(tree, structs))
+            if not _fits(traced, program, moving_axes, moving_constants):
+                given = ", ".join(f"{struct.dtype}{list(struct.shape)}" for struct in structs)
+                raise ValueError(
+                    f"The inputs are {given}; for this small function they must be like those it was made for, which may differ in "
+                    "the batch size alone (if the model takes any)."
+                )
+            traces[key] = traced
+        return traces[key]
+
+    def small_apply(small_params: PyTree, *inputs: PyTree) -> PyTree:
+        leaves = structure.flatten_up_to(small_params)
+        for path, leaf, shape in zip(paths, leaves, shapes, strict=True):
+            if np.shape(leaf) != shape:
+                raise ValueError(f"small_params has {path} of shape {np.shape(leaf)}; it must be {shape}.")
+        traced = at_shapes(inputs)
+        machine = Machine(traced, plan, analysis.facts, moving_axes)
+        results = machine.run(
+            dict(zip(traced.inputs[:count], leaves, strict=True)),
+            dict(zip(traced.inputs[count:], jax.tree.leaves(inputs), strict=True)),
+        )
+        return jax.tree.unflatten(traced.result_tree, results)
+
+    return small_apply
+
+
+def _fits(
+    traced: Program, program: Program, moving_axes: Sequence[frozenset[int]], moving_constants: frozenset[int]
+) -> bool:
+    """Whether two traces differ in the batch size alone."""
+    return (
+        traced.signature() == program.signature()
+        and all(
+            len(new.shape) == len(old.shape)
+            and new.dtype == old.dtype
+            and all(
+                sizes[0] == sizes[1] or axis in moving
+                for axis, sizes in enumerate(zip(new.shape, old.shape, strict=True))
+            )
+            for new, old, moving in zip(traced.shapes, program.shapes, moving_axes, strict=True)
+        )
+        and all(
+            number in moving_constants or _same(value, program.constants[number])
+            for number, value in traced.constants.items()
+        )
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    if first is second:
+        return True
+    if any(jnp.issubdtype(_dtype(value), jax.dtypes.extended) for value in (first, second)):
+        return False
+    return np.shape(first) == np.shape(second) and np.array_equal(first, second, equal_nan=False)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
+
+
+def _key(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _kept(plan: Plan, number: int, leaf: Any) -> tuple[np.ndarray, ...]:
+    layout: Sequence[Axis] | None = plan.layouts[number]
+    if layout is None:
+        return tuple(np.zeros(0, int) for _ in np.shape(leaf))
+    return tuple(np.arange(size) if kept is None else kept for kept, size in zip(layout, np.shape(leaf), strict=True))
+
+
+def _cut(leaf: Any, kept: tuple[np.ndarray, ...]) -> jax.Array:
+    if np.shape(leaf) == tuple(len(axis) for axis in kept):
+        return jnp.asarray(leaf)
+    return jnp.asarray(np.asarray(leaf)[np.ix_(*kept)])
+
+
+def _difference(before: PyTree, after: PyTree, tolerance: float | None) -> float:
+    largest = 0.0
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if not jnp.issubdtype(old.dtype, jnp.inexact) or not old.size:
+            continue
+        allowed = float(np.sqrt(jnp.finfo(old.dtype).eps)) if tolerance is None else tolerance
+        difference = float(jnp.max(jnp.abs(old - new)))
+        if not difference <= allowed * float(jnp.max(jnp.abs(old))):
+            raise ValueError(
+                f"The shrunk network differs from the given one by {difference:.3g} on the example inputs, with outputs of up to "
+                f"{float(jnp.max(jnp.abs(old))):.3g}; allowed is {allowed:.3g} of that. Are all params and outputs finite?"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _reasons(program: Program, analysis: Analysis, plan: Plan, numbers: Sequence[int]) -> list[str | None]:
+    """For each array of the params why slices of zeros were kept, None if none were."""
+    blame: dict[int, set[str]] = {}
+    for index, step in reversed(list(enumerate(program.steps))):
+        names = {step.name} if index in analysis.opaque else set()
+        for number in step.outputs:
+            names |= blame.get(number, set())
+        for number in step.inputs:
+            blame.setdefault(number, set()).update(names)
+    reasons: list[str | None] = []
+    for number in numbers:
+        fact, layout, reason = analysis.facts[number], plan.layouts[number], None
+        if layout is not None and fact.fixed:
+            for axis, kept in enumerate(layout):
+                used = (fact.value != 0).any(tuple(other for other in range(fact.value.ndim) if other != axis))
+                if fact.value.ndim > 1 and not (used if kept is None else used[kept]).all():
+                    readers = ", ".join(sorted(blame.get(number, set())))
+                    reason = f"zeros kept: read whole by {readers}" if readers else "zeros kept: other parts need them"
+        reasons.append(reason)
+    return reasons
+
+
+def _warn_of_empty_layers(report: ShrinkReport, has_elements: Sequence[bool]) -> None:
+    layers: dict[str, list[bool]] = {}
+    for leaf, filled in zip(report.leaves, has_elements, strict=True):
+        if filled:
+            layers.setdefault(leaf.path.rpartition("/")[0] or leaf.path, []).append(0 in leaf.after)
+    empty = [name.removesuffix("/posterior") for name, gone in layers.items() if all(gone)]
+    if empty:
+        warnings.warn(
+            f"Nothing is left of layer{'s' * (len(empty) > 1)} {', '.join(empty)}: what they computed is constant or is not read.",
+            stacklevel=3,
+        )

@@ -1,0 +1,237 @@
+"""Random networks with random structured zeros, as functions of a params tree: chains of layers of many kinds."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+class Builder:
+    """Collects params while a network is drawn; the network is then a list of functions (params, x) -> x."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.params = {}
+
+    def array(self, name, shape, zero_axes=(), scale=None):
+        """A random array in which each index along each of ``zero_axes`` is zero with some probability."""
+        fan_in = max(1, int(np.prod(shape[:-1])))
+        value = self.rng.normal(size=shape) * (scale or fan_in**-0.5)
+        for axis in zero_axes:
+            gone = self.rng.random(shape[axis]) < self.rng.choice([0, 0.2, 0.4])
+            np.moveaxis(value, axis, 0)[gone] = 0
+        key = f"{len(self.params)}_{name}"
+        self.params[key] = value.astype(np.float32)
+        return key
+
+    def vector(self, name, size, like=None):
+        """A bias or scale; mostly zero where the last axis of ``like`` is."""
+        key = self.array(name, (size,), scale=0.5)
+        if like is not None and self.rng.random() < 0.7:
+            dead = ~self.params[like].any(tuple(range(self.params[like].ndim - 1)))
+            if len(dead) == size:
+                self.params[key][dead] = 0
+        return key
+
+    # Layers: each takes the shape of an example and returns (function, new shape).
+
+    def activation(self, shape):
+        kind = self.rng.choice(["relu", "gelu", "tanh", "leaky", "sigmoid", "none", "square"])
+        functions = {
+            "relu": jax.nn.relu,
+            "gelu": jax.nn.gelu,
+            "tanh": jnp.tanh,
+            "leaky": jax.nn.leaky_relu,
+            "sigmoid": jax.nn.sigmoid,
+            "none": lambda x: x,
+            "square": jnp.square,
+        }
+        return (lambda params, x: functions[kind](x)), shape
+
+    def convolution(self, shape, keep_shape=False):
+        rank, channels = len(shape) - 1, shape[-1]
+        groups = int(self.rng.choice([1, 1, 1, channels, 2 if channels % 2 == 0 else 1]))
+        out = channels if keep_shape else groups * int(self.rng.integers(1, max(2, 9 // groups)))
+        if out % groups:
+            groups = 1
+        window = tuple(int(self.rng.integers(1, 4)) for _ in range(rank))
+        kernel = self.array("conv", (*window, channels // groups, out), (-1, -2))
+        bias = self.vector("bias", out, kernel) if self.rng.random() < 0.7 else None
+        strides = (1,) * rank if keep_shape else tuple(int(self.rng.choice([1, 1, 2])) for _ in range(rank))
+        dilation = tuple(int(self.rng.choice([1, 1, 2])) for _ in range(rank))
+        spread = (1,) * rank
+        if not keep_shape and self.rng.random() < 0.15:
+            spread, strides = (2,) * rank, (1,) * rank  # a transposed convolution
+        padding = "SAME"
+        if not keep_shape:
+            roll = self.rng.random()
+            if roll < 0.3:
+                padding = tuple((int(self.rng.integers(0, 3)), int(self.rng.integers(0, 3))) for _ in range(rank))
+            elif roll < 0.6:
+                padding = "VALID"
+        if isinstance(padding, str) and max(spread) > 1:
+            padding = ((2, 2),) * rank
+        letters = "DHW"[3 - rank :]
+        numbers = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
+
+        def apply(params, x):
+            x = lax.conv_general_dilated(
+                x, params[kernel], strides, padding, spread, dilation, numbers, feature_group_count=groups
+            )
+            return x if bias is None else x + params[bias]
+
+        return apply, self.probe(apply, shape)
+
+    def dense(self, shape, out=None):
+        out = out or int(self.rng.integers(2, 10))
+        kernel = self.array("dense", (shape[-1], out), (0, 1))
+        bias = self.vector("bias", out, kernel)
+        return (lambda params, x: x @ params[kernel] + params[bias]), (*shape[:-1], out)
+
+    def batch_norm(self, shape):
+        names = {name: self.vector(name, shape[-1]) for name in ("mean", "scale", "bias")}
+        variance = self.vector("variance", shape[-1])
+        self.params[variance] = np.abs(self.params[variance]) + 0.5
+        if self.rng.random() < 0.7:
+            gone = self.rng.random(shape[-1]) < 0.4
+            self.params[names["scale"]][gone] = 0
+            self.params[names["bias"]][gone & (self.rng.random(shape[-1]) < 0.6)] = 0
+
+        def apply(params, x):
+            x = (x - params[names["mean"]]) * lax.rsqrt(params[variance] + 1e-3)
+            return x * params[names["scale"]] + params[names["bias"]]
+
+        return apply, shape
+
+    def layer_norm(self, shape):
+        scale, bias = self.vector("scale", shape[-1]), self.vector("bias", shape[-1])
+        gone = self.rng.random(shape[-1]) < 0.3
+        self.params[scale][gone] = 0
+        self.params[bias][gone] = 0
+
+        def apply(params, x):
+            mean = x.mean(-1, keepdims=True)
+            spread = jnp.mean(jnp.square(x - mean), -1, keepdims=True)
+            return (x - mean) * lax.rsqrt(spread + 1e-3) * params[scale] + params[bias]
+
+        return apply, shape
+
+    def pool(self, shape):
+        rank = len(shape) - 1
+        if min(shape[:-1]) < 2:
+            return self.activation(shape)
+        window = tuple(int(self.rng.integers(1, 3)) for _ in range(rank))
+        strides = tuple(int(self.rng.integers(1, 3)) for _ in range(rank))
+        padding = str(self.rng.choice(["SAME", "VALID"]))
+        initial, operation = (-jnp.inf, lax.max) if self.rng.random() < 0.5 else (0.0, lax.add)
+
+        def apply(params, x):
+            return lax.reduce_window(x, initial, operation, (1, *window, 1), (1, *strides, 1), padding)
+
+        return apply, self.probe(apply, shape)
+
+    def residual(self, shape):
+        make = self.convolution if len(shape) > 1 else self.dense
+        first, middle = make(shape)[0:2] if len(shape) == 1 else make(shape, keep_shape=True)
+        act, _ = self.activation(middle)
+        second, last = self.dense(middle, shape[-1]) if len(shape) == 1 else make(middle, keep_shape=True)
+        assert last == shape
+        return (lambda params, x: x + second(params, act(params, first(params, x)))), shape
+
+    def concatenation(self, shape):
+        make = self.dense if len(shape) == 1 else lambda s: self.convolution(s, keep_shape=True)
+        (first, one), (second, two) = make(shape), make(shape)
+        apply = lambda params, x: jnp.concatenate([first(params, x), second(params, x)], -1)  # noqa: E731
+        return apply, (*shape[:-1], one[-1] + two[-1])
+
+    def split(self, shape):
+        if shape[-1] < 2:
+            return self.activation(shape)
+        at = int(self.rng.integers(1, shape[-1]))
+        swap = lambda params, x: jnp.concatenate([*jnp.split(x, [at], -1)][::-1], -1)  # noqa: E731
+        gate = lambda params, x: x[..., :at] * x[..., -1:]  # noqa: E731
+        return (swap, shape) if self.rng.random() < 0.5 else (gate, (*shape[:-1], at))
+
+    def attention(self, shape):
+        """On [tokens, features]."""
+        heads, size = int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4))
+        fused = self.rng.random() < 0.5
+        names = [self.array(name, (shape[-1], heads * size), (1,)) for name in ("query", "key", "value")]
+        biases = [self.vector("bias", heads * size, name) for name in names]
+        out = self.array("out", (heads * size, shape[-1]), (0, 1))
+        for name in names[: self.rng.integers(0, 4)]:  # whole heads go too
+            head = int(self.rng.integers(0, heads))
+            self.params[name].reshape(shape[-1], heads, size)[:, head] = 0
+
+        def apply(params, x):
+            def project(name, bias):
+                return (x @ params[name] + params[bias]).reshape(*x.shape[:-1], heads, size)
+
+            if fused:
+                joined = jnp.concatenate([params[name] for name in names], 1)
+                parts = jnp.split(x @ joined + jnp.concatenate([params[bias] for bias in biases]), 3, -1)
+                query, key, value = (part.reshape(*x.shape[:-1], heads, size) for part in parts)
+            else:
+                query, key, value = (project(name, bias) for name, bias in zip(names, biases, strict=True))
+            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(size), -1)
+            mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+            return x + mixed.reshape(*x.shape[:-1], heads * size) @ params[out]
+
+        return apply, shape
+
+    def probe(self, apply, shape):
+        return jax.eval_shape(apply, self.params, jax.ShapeDtypeStruct((2, *shape), jnp.float32)).shape[1:]
+
+
+def random_network(seed):
+    """Returns (apply, params, inputs): a network of up to eight layers."""
+    builder = Builder(seed)
+    rng = builder.rng
+    rank = int(rng.choice([0, 1, 2, 2, 2, 3]))
+    shape = (*(int(rng.integers(3, 7)) for _ in range(rank)), int(rng.integers(1, 7)))
+    inputs = rng.normal(size=(3, *shape)).astype(np.float32)
+    layers = []
+
+    def add(kind, *args):
+        layer, new = getattr(builder, kind)(shape, *args)
+        if 0 in new:
+            return shape
+        layers.append(layer)
+        return new
+
+    spatial = ["convolution", "convolution", "batch_norm", "pool", "residual", "concatenation", "split"]
+    flat = ["dense", "dense", "layer_norm", "batch_norm", "residual", "concatenation", "split"]
+    for _ in range(int(rng.integers(1, 5))):
+        shape = add(str(rng.choice(spatial if rank else flat)))
+        shape = add("activation")
+    if rank:
+        ending = rng.choice(["flatten", "mean", "tokens", "transposed"])
+        if ending == "flatten":
+            layers.append(lambda params, x: x.reshape(x.shape[0], -1))
+            shape = (int(np.prod(shape)),)
+        elif ending == "mean":
+            layers.append(lambda params, x: x.mean(tuple(range(1, x.ndim - 1))))
+            shape = shape[-1:]
+        elif ending == "transposed":
+            layers.append(lambda params, x: jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)[:, ::-1])
+            shape = (int(np.prod(shape)),)
+        else:
+            layers.append(lambda params, x: x.reshape(x.shape[0], -1, x.shape[-1]))
+            shape = (int(np.prod(shape[:-1])), shape[-1])
+            for kind in ("layer_norm", "attention", "dense"):
+                shape = add(kind)
+            layers.append(lambda params, x: x[:, 0])
+            shape = shape[-1:]
+    for _ in range(int(rng.integers(1, 3))):
+        shape = add(str(rng.choice(flat)))
+        shape = add("activation")
+    shape = add("dense")
+
+    def apply(params, x):
+        for layer in layers:
+            x = layer(params, x)
+        return x
+
+    return apply, builder.params, inputs
