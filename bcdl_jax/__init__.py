@@ -1,5 +1,6 @@
 """Bayesian compression for JAX/Flax: train a network with group sparsity priors, prune it, reduce its precision."""
 
+from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
@@ -8,6 +9,7 @@ from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
 from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
 from bcdl_jax.rates import layer_bits, rate, rate_paper
+from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, shrink
 from bcdl_jax.trained import from_trained
 from bcdl_jax.training import (
     EnsembleReport,
@@ -24,19 +26,25 @@ from bcdl_jax.training import (
 )
 
 __all__ = [
+    "AverageParamsState",
     "Conv",
     "Dense",
     "EnsembleReport",
     "EpochReport",
     "GroupNormalJeffreys",
     "GroupNormalJeffreysPosterior",
+    "LeafReport",
     "Posterior",
     "QuantizedLayer",
+    "ShrinkReport",
     "TrainState",
+    "average_params",
+    "averaged_params",
     "choose_relative_step",
     "choose_thresholds",
     "clip_variances",
     "create_train_state",
+    "cut",
     "from_trained",
     "kept_groups",
     "kl_divergence",
@@ -56,6 +64,7 @@ __all__ = [
     "reduce_precision",
     "reduce_precision_by_round_off",
     "scale_by_kind",
+    "shrink",
     "stack",
     "train_ensemble",
     "unstack",

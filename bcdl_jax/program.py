@@ -109,8 +109,8 @@ class Program:
                 values |= dict(zip(step.outputs, results, strict=True))
             return [values[number] for number in range(len(self.shapes))]
 
-        # Once is not worth optimising for.
-        compiled = jax.jit(run).lower(arguments).compile(compiler_options=dict(xla_backend_optimization_level=0))
+        quick: dict[str, Any] = {"xla_backend_optimization_level": 0}  # once is not worth optimising for
+        compiled = jax.jit(run).lower(arguments).compile(compiler_options=quick)
         return list(compiled(arguments))
 
     def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:

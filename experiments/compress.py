@@ -41,7 +41,8 @@ class Recipe:
       fine_tune_epochs: after pruning.
       batch_size: examples per step.
       learning_rate: of Adam at the start; falls to 0 along a cosine.
-      fine_tune_learning_rate: likewise for the fine-tuning.
+      fine_tune_learning_rate: of the fine-tuning, constant.
+      fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
       fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
         some of the pull towards pruning for a better fit.
       log_variance_factor: how many times larger the steps of all log-variances are.
@@ -57,6 +58,7 @@ class Recipe:
     batch_size: int = 128
     learning_rate: float = 1e-3
     fine_tune_learning_rate: float = 2e-3
+    fine_tune_averaging_epochs: float = 12
     fine_tune_kl_weight: float = 0.3
     log_variance_factor: float = 4.0
     fine_tune_log_variance_factor: float = 2.0
@@ -255,14 +257,18 @@ def _run_phase(
     epochs = recipe.fine_tune_epochs if fine_tune else recipe.epochs
     num_examples = len(train[1])
     steps = num_examples // recipe.batch_size
-    schedule = optax.cosine_decay_schedule(
-        recipe.fine_tune_learning_rate if fine_tune else recipe.learning_rate, max(1, epochs * steps)
+    schedule = (
+        recipe.fine_tune_learning_rate
+        if fine_tune
+        else optax.cosine_decay_schedule(recipe.learning_rate, max(1, epochs * steps))
     )
     log_variances = ("kernel_log_variance", "bias_log_variance", "scale_log_variance")
     factors = dict.fromkeys(
         log_variances, recipe.fine_tune_log_variance_factor if fine_tune else recipe.log_variance_factor
     )
-    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors))
+    decay = 1 - 1 / max(1, recipe.fine_tune_averaging_epochs * steps)
+    averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
+    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors), averaging)
     step = bcdl_jax.make_train_step(
         functools.partial(sampled_cross_entropy, model),
         optimizer,
@@ -301,6 +307,8 @@ def _run_phase(
         except KeyboardInterrupt:
             files.write_arrays(out / INTERRUPTED, latest)
             raise
+    if fine_tune:
+        return jax.jit(bcdl_jax.clip_variances)(bcdl_jax.averaged_params(states.optimizer_state)), failures
     return states.params, failures
 
 
