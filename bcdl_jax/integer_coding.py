@@ -26,8 +26,8 @@ _ZERO, _SIGN, _LENGTH, _TAIL = 0, 1, 2, 40
 _KINDS = _TAIL + 8 * 32
 _MODELLED_TAIL = 3
 _CLASSES = 13  # a neighbour's value, as sign and number of binary digits, at most 6
-_PRIOR_WEIGHT, _LIMIT = 2, 255
-_LEARNING_SHIFT, _ONE = 14, 1 << 16
+_PRIOR_WEIGHT, _LIMIT = 8, 1023
+_LEARNING_SHIFT, _ONE = 16, 1 << 16
 _STEPS_PER_NAT, _EDGE = 170, 2047  # of the logistic scale
 MIN_CHUNK, MAX_CHUNK = 16, 256
 
@@ -50,27 +50,21 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the neighbours of an integer stand, as distances back in the flattened array; 0 for none.
+    """How a flattened array is gone through.
 
     Attributes:
-      chunk: how many integers are coded at a time; no distance is smaller, but 0.
-      above: one row up.
-      lag: further up, where a second neighbour is (the pixel above, say).
+      chunk: how many integers are coded at a time.
+      above: how far back the integer one row up stands, at least ``chunk``; 0 if no neighbours are looked at.
     """
 
     chunk: int
     above: int
-    lag: int
 
-    @classmethod
-    def of(cls, shape: tuple[int, ...], lag_rows: int = 0) -> Layout:
-        """For an array whose last axis makes a row."""
-        row = shape[-1] if len(shape) > 1 else 0
-        if not row:
-            return cls(MIN_CHUNK, 0, 0)
-        chunk = min(row * -(-MIN_CHUNK // row), MAX_CHUNK)
-        above = max(row, chunk)
-        return cls(chunk, above, lag_rows * row if lag_rows * row > above else 0)
+
+def layout_of(row: int) -> Layout:
+    """For rows of that many integers, in which column by column the same thing happens; 0 for a plain sequence."""
+    chunk = min(row * -(-MIN_CHUNK // row), MAX_CHUNK) if row else MIN_CHUNK
+    return Layout(chunk, max(row, chunk) if row else 0)
 
 
 class _Model:
@@ -78,7 +72,7 @@ class _Model:
 
     def __init__(self, layout: Layout, prior: np.ndarray):
         self._layout = layout
-        sizes = [1, *([_CLASSES, _CLASSES, 5 * 5, 16] if layout.above else []), *([_CLASSES] if layout.lag else [])]
+        sizes = [1, _CLASSES, _CLASSES, 5 * 5, 16] if layout.above else [1]
         self._prior = prior
         self._counts = [np.zeros((2, _KINDS * size), np.int64) for size in sizes]
         self._sizes = sizes
@@ -96,8 +90,6 @@ class _Model:
             contexts.append(np.clip(_digits(one) - 4, 0, 4) * 5 + np.clip(_digits(two) - 4, 0, 4))
             energy = abs(one) * 4 + abs(two) * 3 + abs(three) * 2 + abs(four)
             contexts.append(np.minimum(_bit_length(energy), 15))
-        if self._layout.lag:
-            contexts.append(_digits(_back(past, places, self._layout.lag)))
         return contexts
 
     def probabilities(

@@ -6,6 +6,7 @@ apart, and a decoder reads zeros beyond the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 PROBABILITY_BITS = 16
@@ -78,6 +79,16 @@ class Decoder:
         self._data, self._place = data, 4
         self._range = _MASK
         self._code = int.from_bytes(data[:4].ljust(4, b"\0"), "big")
+
+    @property
+    def bits_read(self) -> float:
+        """How much information was taken out so far."""
+        return 8 * (self._place - 4) + 32 - math.log2(self._range)
+
+    @property
+    def bytes_left(self) -> int:
+        """How many bytes were not read at all."""
+        return max(0, len(self._data) - self._place)
 
     @property
     def bytes_beyond_the_end(self) -> int:
