@@ -1,6 +1,7 @@
 """Bayesian compression for JAX/Flax: train a network with group sparsity priors, prune it, reduce its precision."""
 
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
+from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
@@ -27,6 +28,7 @@ from bcdl_jax.training import (
 
 __all__ = [
     "AverageParamsState",
+    "CompressedFileError",
     "Conv",
     "Dense",
     "EnsembleReport",
@@ -36,6 +38,7 @@ __all__ = [
     "LeafReport",
     "Posterior",
     "QuantizedLayer",
+    "RecordSummary",
     "ShrinkReport",
     "TrainState",
     "average_params",
@@ -45,12 +48,15 @@ __all__ = [
     "clip_variances",
     "create_train_state",
     "cut",
+    "decode",
+    "encode",
     "from_trained",
     "kept_groups",
     "kl_divergence",
     "kl_divergence_per_layer",
     "kl_warmup",
     "layer_bits",
+    "load",
     "log_dropout_rates",
     "make_train_epoch",
     "make_train_step",
@@ -63,9 +69,11 @@ __all__ = [
     "rate_paper",
     "reduce_precision",
     "reduce_precision_by_round_off",
+    "save",
     "scale_by_kind",
     "shrink",
     "stack",
+    "summarize",
     "train_ensemble",
     "unstack",
 ]

@@ -45,6 +45,8 @@ _RAW, _WITH_NEIGHBOURS, _PLAIN, _SPARSE = range(4)  # ways to code integers
 _ALL, _BITMAP, _REMOVED, _KEPT = range(4)  # ways to code a set of kept indices
 _LARGEST = 2**32 - 1
 
+_SAMPLE = 2**14
+
 # What a file of some bytes may ask for, so that a damaged one can't ask for everything. The writer keeps to it.
 _CODED_PER_BYTE, _CODED_AT_LEAST = 64, 2**14
 _WHOLE_PER_BYTE, _WHOLE_AT_LEAST = 4096, 2**22
@@ -291,7 +293,9 @@ class _FileWriter:
             ways.append((_REMOVED, lambda coder: _write_gaps(coder, removed)))
             ways.append((_KEPT, lambda coder: _write_gaps(coder, kept)))
             ways.append((_BITMAP, lambda coder: _write_bitmap(coder, flags, before)))
-        way, write = _smallest(ways, {_BITMAP: flags.size})
+        found = _smallest(ways, {_BITMAP: flags.size})
+        assert found is not None  # lists of indices always keep to it
+        way, write = found
         self._coder.encode_raw(way, 2)
         write(self._coder)
         self._flags[flags.size] = flags
@@ -299,15 +303,19 @@ class _FileWriter:
     def _integers(self, values: np.ndarray) -> None:
         if not values.size:
             return
-        row = values.shape[-1] if values.ndim > 1 else 0
+        row = values.shape[-1] if values.ndim > 1 and values.size > values.shape[-1] else 0
         flat = values.ravel().astype(np.int64)
         places = np.flatnonzero(flat)
         width = _width(flat)
-        ways: list[tuple[int, Callable[[Encoder], None]]] = [(_RAW, lambda coder: _write_raw(coder, flat, width))]
+        ways: list[tuple[int, Callable[[Encoder], None]]] = []
         if flat.size > 1:
-            ways.append((_PLAIN, lambda coder: _write_scaled(coder, flat, 0)))
-        if row and values.size > row:
-            ways.append((_WITH_NEIGHBOURS, lambda coder: _write_scaled(coder, flat, row)))
+            # Whether neighbours help shows on a part.
+            sample = flat[:_SAMPLE]
+            with_neighbours = row and _size(lambda coder: _write_scaled(coder, sample, row)) < _size(
+                lambda coder: _write_scaled(coder, sample, 0)
+            )
+            way, chosen = (_WITH_NEIGHBOURS, row) if with_neighbours else (_PLAIN, 0)
+            ways.append((way, lambda coder: _write_scaled(coder, flat, chosen)))
         if 4 * len(places) < flat.size:
 
             def write_sparse(coder: Encoder) -> None:
@@ -316,24 +324,30 @@ class _FileWriter:
                     _write_scaled(coder, flat[places], 0)
 
             ways.append((_SPARSE, write_sparse))
-        way, write = _smallest(ways, {_PLAIN: flat.size, _WITH_NEIGHBOURS: flat.size, _RAW: flat.size})
+        dense = {_PLAIN: flat.size, _WITH_NEIGHBOURS: flat.size}
+        found = _smallest(ways, dense, below=6 + width * flat.size)
+        way, write = found or (_RAW, lambda coder: _write_raw(coder, flat, width))
         self._coder.encode_raw(way, 2)
         write(self._coder)
 
 
+def _size(write: Callable[[Encoder], None]) -> int:
+    coder = Encoder()
+    write(coder)
+    return len(coder.finish())
+
+
 def _smallest(
-    ways: list[tuple[int, Callable[[Encoder], None]]], coded: dict[int, int]
-) -> tuple[int, Callable[[Encoder], None]]:
-    """The way that takes the fewest bytes, of those that keep to what a file may ask for."""
-    if len(ways) == 1:
-        return ways[0]
+    ways: list[tuple[int, Callable[[Encoder], None]]], coded: dict[int, int], below: float = math.inf
+) -> tuple[int, Callable[[Encoder], None]] | None:
+    """The way that takes the fewest bytes, of those that keep to what a file may ask for; None if none takes fewer bits than ``below``."""
     sizes = []
     for way, write in ways:
-        coder = Encoder()
-        write(coder)
-        size = len(coder.finish())
-        if way == _RAW or coded.get(way, 0) <= _CODED_PER_BYTE * size:
+        size = _size(write)
+        if coded.get(way, 0) <= _CODED_PER_BYTE * size and 8 * size < below:
             sizes.append((size, way, write))
+    if not sizes:
+        return None
     _, way, write = min(sizes, key=lambda entry: entry[:2])
     return way, write
 

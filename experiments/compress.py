@@ -85,6 +85,7 @@ class Run:
     relative_steps: list[float]
     by_round_off: list[Any]
     failures: list[str | None]
+    files: list[Path]
     snapshots: list[Snapshot]
     seconds: float
 
@@ -209,12 +210,16 @@ def compress(
     ]
     reduced = [bcdl_jax.reduce_precision(net, step) for net, step in zip(pruned, steps, strict=True)]
     _write_params(out, "reduced", reduced, seeds)
+    compressed = [out / compressed_file(seed) for seed in seeds]
+    for path, net in zip(compressed, reduced, strict=True):
+        bcdl_jax.save(path, net)
     return Run(
         params={"trained": trained, "pruned": pruned, "reduced": reduced},
         thresholds=chosen,
         relative_steps=steps,
         by_round_off=[bcdl_jax.reduce_precision_by_round_off(net) for net in pruned],
         failures=failures,
+        files=compressed,
         snapshots=snapshots,
         seconds=time.perf_counter() - start,
     )
@@ -313,9 +318,14 @@ def _run_phase(
 
 
 def score(
-    model: nn.Module, run: Run, dataset: Dataset, seeds: Sequence[int], chain: Sequence[str]
+    model: nn.Module,
+    run: Run,
+    dataset: Dataset,
+    seeds: Sequence[int],
+    chain: Sequence[str],
+    file_errors: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Reads the test set, once, and collects the figures of every seed."""
+    """Reads the test set, once, and collects the figures of every seed; ``file_errors`` are those of the compressed files."""
     test = _on_device(dataset.test)
     measure = jax.jit(functools.partial(error_percent, model))
 
@@ -331,11 +341,25 @@ def score(
             name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
         }
         round_off = run.by_round_off[index]
+        file_bytes = run.files[index].stat().st_size
+        _, _, shrunk = bcdl_jax.shrink(
+            lambda params, images: model.apply({"params": params}, images), run.params["reduced"][index], test[0][:2]
+        )
+        float32_bytes = 4 * sum(
+            math.prod(layer.kernel_shape) + (0 if layer.bias_mean is None else layer.bias_mean.size)
+            for layer in bcdl_jax.posteriors(run.params["trained"][index]).values()
+        )
         results.append(
             {
                 "seed": seed,
                 "failure": run.failures[index],
-                "test_error": {stage: round(float(measure(run.params[stage][index], test)), 4) for stage in STAGES},
+                "test_error": {stage: round(float(measure(run.params[stage][index], test)), 4) for stage in STAGES}
+                | {"file": round(file_errors[index], 4)},
+                "float32_bytes": float32_bytes,
+                "shrunk_float32_bytes": 4 * sum(math.prod(leaf.after) for leaf in shrunk.leaves if _is_weight(leaf)),
+                "multiply_adds": [count // 2 for count in shrunk.multiply_adds],
+                "file_bytes": file_bytes,
+                "ratio_file": round(float32_bytes / file_bytes, 2),
                 "kept_units": in_order({name: int((mask > 0).sum()) for name, mask in masks.items()}),
                 "total_units": in_order({name: mask.size for name, mask in masks.items()}),
                 "bits": in_order(
@@ -369,7 +393,11 @@ def result(
     peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     runs = [run | {"peak_memory_mb": peak_memory_mb} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
-    averaged = [{key: run[key] for key in ("test_error", "rate", "rate_paper")} for run in runs if not run["failure"]]
+    averaged = [
+        {key: run[key] for key in ("test_error", "rate", "rate_paper", "file_bytes", "ratio_file")}
+        for run in runs
+        if not run["failure"]
+    ]
     return {
         "experiment": experiment,
         "method": method,
@@ -425,12 +453,20 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
                 file=file,
             )
     for run in runs:
+        shrunk, multiply_adds = run["shrunk_float32_bytes"], run["multiply_adds"]
+        print(
+            f"seed {run['seed']}: {run['float32_bytes']:,} bytes of float32; shrunk to the kept units {shrunk:,} "
+            f"({_times(run['float32_bytes'] / shrunk if shrunk else None)}), multiply-adds {multiply_adds[0]:,} -> {multiply_adds[1]:,}; "
+            f"compressed file {run['file_bytes']:,} ({_times(run['ratio_file'])}), decoded from it {run['test_error']['file']:.2f} % error",
+            file=file,
+        )
+    for run in runs:
         if run["failure"]:
             print(f"not in the mean: {run['failure']}", file=file)
     finished = [run for run in runs if not run["failure"]]
     if not finished:
         return
-    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in STAGES}
+    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in (*STAGES, "file")}
     print(
         "mean test error over seeds: "
         + ", ".join(
@@ -441,9 +477,17 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     )
 
 
+def _is_weight(leaf: bcdl_jax.LeafReport) -> bool:
+    return leaf.path.endswith(("/kernel", "/bias"))
+
+
 def _write_params(out: Path, stage: str, params: Sequence[Any], seeds: Sequence[int]) -> None:
     for net, seed in zip(params, seeds, strict=True):
         files.write_arrays(out / params_file(stage, seed), net)
+
+
+def compressed_file(seed: int | str) -> str:
+    return f"compressed_seed{seed}.bcdl"
 
 
 def params_file(stage: str, seed: int | str) -> str:

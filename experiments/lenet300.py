@@ -127,7 +127,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, command: str) -> None:
     # Imported late, so that --help and bad arguments are answered at once.
-    from experiments import compress, data, figures, files
+    from experiments import compress, data, figures, files, score
     from experiments.models import LeNet300
 
     start = time.perf_counter()
@@ -147,7 +147,8 @@ def run(args: argparse.Namespace, command: str) -> None:
         check_pretrained(args.pretrained, pretrained)
     thresholds = None if args.thresholds is None else dict(zip(CHAIN, args.thresholds, strict=True))
     params_files = [compress.params_file(stage, "*") for stage in compress.STAGES]
-    written = [compress.RESULT, compress.METRICS, compress.INTERRUPTED, *params_files, *PICTURES]
+    compressed_files = compress.compressed_file("*")
+    written = [compress.RESULT, compress.METRICS, compress.INTERRUPTED, *params_files, compressed_files, *PICTURES]
     out = files.prepare_out(args.out, args.overwrite, written)
 
     sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
@@ -158,7 +159,8 @@ def run(args: argparse.Namespace, command: str) -> None:
         compressed = compress.compress(
             model, dataset, settings, chain=CHAIN, seeds=seeds, out=out, thresholds=thresholds, pretrained=pretrained
         )
-        runs = compress.score(model, compressed, dataset, seeds, CHAIN)
+        file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
+        runs = compress.score(model, compressed, dataset, seeds, CHAIN, file_errors)
         first_thresholds = {name: compressed.thresholds[0][name] for name in CHAIN}
         figures.draw(out, compressed.snapshots, first_thresholds, dataset.test.images, dataset.test.labels, seeds[0])
         result = compress.result("lenet300", "gnj", dataset, settings, command, runs, time.perf_counter() - start)

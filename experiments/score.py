@@ -1,0 +1,95 @@
+"""Test error of compressed files, decoded and shrunk: ``python -m experiments.score FILE ...``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.data import NAMES
+from experiments.errors import UserError
+
+
+def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None) -> tuple[list[float], str | None]:
+    """Decodes LeNet-300-100 files, shrinks them, and runs them on the test images.
+
+    Returns:
+      Errors in percent, and the notice of the data set that was used instead, or None.
+
+    Raises:
+      UserError: a file or the data set can't be read.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import bcdl_jax
+    from experiments import data
+    from experiments.models import LeNet300
+
+    loaded = data.load(dataset, data_dir)
+    images, labels = jnp.asarray(loaded.test.images), jnp.asarray(loaded.test.labels)
+    model = LeNet300()
+    template = jax.eval_shape(model.init, jax.random.key(0), images[:1])["params"]
+    errors = []
+    for path in paths:
+        try:
+            params = bcdl_jax.load(path, like=template)
+        except (OSError, bcdl_jax.CompressedFileError) as error:
+            raise UserError(f"{path}: {error}") from error
+        small_apply, small, _ = bcdl_jax.shrink(
+            lambda params, images: model.apply({"params": params}, images), params, images[:2]
+        )
+        wrong = jnp.argmax(jax.jit(small_apply)(small, images), axis=-1) != labels
+        errors.append(float(100 * jnp.mean(wrong)))
+    return errors, loaded.notice
+
+
+def in_fresh_process(paths: Sequence[Path], dataset: str, data_dir: str | None) -> list[float]:
+    """The same from another process, which has nothing but the files."""
+    options = ["--dataset", dataset, *(["--data-dir", str(Path(data_dir).absolute())] if data_dir else [])]
+    names = [str(path.absolute()) for path in paths]
+    command = [sys.executable, "-m", "experiments.score", "--json", *options, "--", *names]
+    here = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
+    if done.returncode:
+        raise UserError(f"The compressed files could not be scored: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.score",
+        description="Decodes compressed files of LeNet-300-100, as experiments.lenet300 writes them, and prints their test errors.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a compressed file")
+    parser.add_argument(
+        "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to test on (default: mnist)"
+    )
+    parser.add_argument(
+        "--data-dir", help="directory of tensorflow-datasets data (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of numbers instead of sentences")
+    args = parser.parse_args(arguments)
+    try:
+        if args.dataset not in NAMES:
+            raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
+        errors, notice = test_errors(args.files, args.dataset, args.data_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(errors))
+        return 0
+    if notice:
+        print(notice)
+    for path, percent in zip(args.files, errors, strict=True):
+        print(f"{path}: {Path(path).stat().st_size:,} bytes, test error {percent:.2f} %")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
