@@ -203,8 +203,9 @@ def _nested(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
 
 def _kept_of(array: np.ndarray) -> list[np.ndarray]:
     """Per axis, which indices hold anything but zeros (bits and all: -0.0 is not zero)."""
-    array = np.ascontiguousarray(array)
-    bits = array.view(f"u{array.dtype.itemsize}") if array.ndim else array
+    if not array.ndim:
+        return []
+    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
     axes = range(array.ndim)
     return [(bits != 0).any(tuple(other for other in axes if other != axis)) for axis in axes]
 

@@ -69,7 +69,8 @@ class Encoder:
         self._low = value
         for _ in range(5):
             self._low = self._shift(self._low)
-        return bytes(self._out).rstrip(b"\0")
+        # Not more than the decoder reads ahead, so that a stream that was cut short shows.
+        return bytes(self._out[:-4] + self._out[-4:].rstrip(b"\0"))
 
 
 class Decoder:

@@ -56,11 +56,11 @@ class Recipe:
     epochs: int
     fine_tune_epochs: int
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     fine_tune_learning_rate: float = 2e-3
     fine_tune_averaging_epochs: float = 12
-    fine_tune_kl_weight: float = 0.3
-    log_variance_factor: float = 4.0
+    fine_tune_kl_weight: float = 0.6
+    log_variance_factor: float = 2.0
     fine_tune_log_variance_factor: float = 2.0
     warmup_epochs: int = 0
     max_pruning_change: float = 0.0075

@@ -10,13 +10,25 @@ import bcdl_jax
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_runs(capsys):
+def test_the_example_runs(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     names: dict = {}
-    exec("\n".join(blocks), names)
-    pruned, reduced = map(float, re.fullmatch(r"([\d.]+)x, ([\d.]+)x\n", capsys.readouterr().out).groups())
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks[:4]), names)
+    printed = capsys.readouterr().out
+    pruned, reduced = map(float, re.match(r"([\d.]+)x, ([\d.]+)x\n", printed).groups())
     assert 1 <= pruned < reduced
+    assert int(re.search(r"(\d+) bytes on disk", printed)[1]) == (tmp_path / "model.bcdl").stat().st_size
+
+
+def test_the_example_of_shrinking_prints_what_it_says(capsys):
+    text = README.read_text()
+    block, shown = re.search(r"## Make it small.*?```python\n(.*?)```.*?```text\n(.*?)```", text, re.DOTALL).groups()
+    exec(block, {})
+    printed = capsys.readouterr().out
+    # The difference of the outputs is rounding noise, which depends on the machine.
+    assert re.sub(r"outputs: .*", "", printed) == re.sub(r"outputs: .*", "", shown)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"bcdl_jax\.([A-Za-z_]+)", README.read_text()))))

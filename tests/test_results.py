@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import bcdl_jax
+
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 
@@ -33,3 +35,16 @@ def test_the_readme_quotes_the_file(path):
         assert "-".join(map(str, run["kept_units"])) in readme
     assert f"{runs[0]['seconds'] / 60:.1f} minutes a seed" in readme
     assert f"{runs[0]['peak_memory_mb']} MB" in readme
+    assert f"{mean['file_bytes']:,.0f} bytes" in readme
+    assert f"{mean['ratio_file']:.1f}x" in readme
+
+
+def test_the_compressed_files_of_the_results_are_there():
+    """And are those of the result: same size, same kept units."""
+    result = json.loads((ROOT / "experiments" / "results" / "lenet300_mnist.json").read_text())
+    for run in result["runs"]:
+        path = ROOT / "experiments" / "results" / f"lenet300_mnist_seed{run['seed']}.bcdl"
+        assert path.stat().st_size == run["file_bytes"]
+        layers = bcdl_jax.summarize(path.read_bytes())
+        assert [layer.kept[0] for layer in layers] == run["kept_units"]
+        assert [layer.bits for layer in layers] == run["bits"]

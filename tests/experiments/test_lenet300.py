@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import bcdl_jax
-from experiments import compress, data, lenet300
+from experiments import compress, data, lenet300, score
 from experiments.models import LeNet300
 
 
@@ -36,7 +36,8 @@ def test_all_files_are_there(finished):
     status, out = finished
     assert status == 0
     params = [f"{stage}_seed{seed}.npz" for stage in ("trained", "pruned", "reduced") for seed in (3, 5)]
-    expected = ["result.json", "metrics.jsonl", *params, *lenet300.PICTURES]
+    compressed = ["compressed_seed3.bcdl", "compressed_seed5.bcdl"]
+    expected = ["result.json", "metrics.jsonl", *params, *compressed, *lenet300.PICTURES]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
 
 
@@ -49,7 +50,11 @@ def test_result_file(finished):
     assert result["command"].startswith("python -m experiments.lenet300 --dataset mnist_5k --quick")
     assert [run["seed"] for run in result["runs"]] == [3, 5]
     for run in result["runs"]:
-        assert set(run["test_error"]) == {"trained", "pruned", "reduced"}
+        assert set(run["test_error"]) == {"trained", "pruned", "reduced", "file"}
+        assert run["test_error"]["file"] == pytest.approx(run["test_error"]["reduced"], abs=0.11)
+        assert run["file_bytes"] == (out / f"compressed_seed{run['seed']}.bcdl").stat().st_size
+        assert run["ratio_file"] == pytest.approx(1_066_440 / run["file_bytes"], abs=0.01)
+        assert run["float32_bytes"] == 1_066_440
         assert all(0 < error < 60 for error in run["test_error"].values())
         assert run["total_units"] == [784, 300, 100]
         assert all(0 < kept <= total for kept, total in zip(run["kept_units"], run["total_units"], strict=True))
@@ -58,10 +63,12 @@ def test_result_file(finished):
         assert run["rate_paper"]["pruned"] == pytest.approx(266_200 / sum(weights), rel=1e-5)
         reduced = 266_200 * 32 / sum(count * bits for count, bits in zip(weights, run["bits"], strict=True))
         assert run["rate_paper"]["reduced"] == pytest.approx(reduced, rel=1e-5)
+        assert run["multiply_adds"] == [266_200, sum(weights)]
+        assert run["shrunk_float32_bytes"] == 4 * (sum(weights) + hidden + last + 10)
         assert run["rate"]["pruned"] < run["rate_paper"]["pruned"]
         assert run["seconds"] > 0
         assert run["peak_memory_mb"] > 100
-    for stage in ("trained", "pruned", "reduced"):
+    for stage in ("trained", "pruned", "reduced", "file"):
         errors = [run["test_error"][stage] for run in result["runs"]]
         assert result["mean"]["test_error"][stage] == pytest.approx(sum(errors) / 2)
         assert result["range"]["test_error"][stage] == [min(errors), max(errors)]
@@ -76,7 +83,7 @@ def test_metrics_file(finished):
         *[("fine_tune", 5, seed) for seed in (3, 5)],
     ]
     for line in lines:
-        weight = 1 if line["phase"] == "train" else 0.3
+        weight = 1 if line["phase"] == "train" else 0.6
         assert line["loss"] == pytest.approx(line["nll"] + weight * line["kl"], rel=1e-4)
         assert set(line["kept"]) == {"Dense_0", "Dense_1", "Dense_2"}
     assert lines[6]["validation_error"] < lines[0]["validation_error"]
@@ -104,6 +111,30 @@ def test_reduced_parameters_score_as_reported(finished):
     run = json.loads((out / "result.json").read_text())["runs"][1]
     assert error == pytest.approx(run["test_error"]["reduced"], abs=0.11)
     assert kept == run["kept_units"][2]
+
+
+def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, tmp_path, capsys):
+    _, out = finished
+    template = jax.eval_shape(LeNet300().init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
+    params = bcdl_jax.load(out / "compressed_seed5.bcdl", like=template)
+    with np.load(out / "reduced_seed5.npz", allow_pickle=False) as file:
+        for name, layer in params.items():
+            for field in ("kernel", "kernel_step", "bias", "bias_step", "input_mask", "output_mask"):
+                np.testing.assert_array_equal(getattr(layer["posterior"], field), file[f"{name}/{field}"])
+    path = str(out / "compressed_seed5.bcdl")
+    assert score.main(["--dataset", "mnist_5k", path]) == 0
+    run = json.loads((out / "result.json").read_text())["runs"][1]
+    assert (
+        capsys.readouterr().out
+        == f"{path}: {run['file_bytes']:,} bytes, test error {run['test_error']['file']:.2f} %\n"
+    )
+    damaged = tmp_path / "damaged.bcdl"
+    damaged.write_bytes(Path(path).read_bytes()[:-1])
+    for bad, message in ((damaged, "damaged"), (tmp_path / "none.bcdl", "No such file")):
+        assert score.main(["--dataset", "mnist_5k", str(bad)]) == 2
+        assert message in capsys.readouterr().err
+    assert score.main(["--dataset", "cifar", path]) == 2
+    assert "--dataset is 'cifar'" in capsys.readouterr().err
 
 
 def test_pictures(finished):
