@@ -2,6 +2,7 @@
 
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
 from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
+from bcdl_jax.export import export_stablehlo, load_stablehlo
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
@@ -50,6 +51,7 @@ __all__ = [
     "cut",
     "decode",
     "encode",
+    "export_stablehlo",
     "from_trained",
     "kept_groups",
     "kl_divergence",
@@ -57,6 +59,7 @@ __all__ = [
     "kl_warmup",
     "layer_bits",
     "load",
+    "load_stablehlo",
     "log_dropout_rates",
     "make_train_epoch",
     "make_train_step",

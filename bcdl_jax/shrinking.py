@@ -264,7 +264,7 @@ def _fits(
             len(new.shape) == len(old.shape)
             and new.dtype == old.dtype
             and all(
-                sizes[0] == sizes[1] or axis in moving
+                axis in moving or sizes[0] == sizes[1]
                 for axis, sizes in enumerate(zip(new.shape, old.shape, strict=True))
             )
             for new, old, moving in zip(traced.shapes, program.shapes, moving_axes, strict=True)

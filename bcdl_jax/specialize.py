@@ -22,6 +22,7 @@ from bcdl_jax.program import Atom, Program, Step, evaluate_elementwise, is_eleme
 
 Axis = np.ndarray | None
 Layout = tuple[Axis, ...]
+AxisGroups = list[tuple[tuple[int, ...], tuple[int, ...]]]  # [(input axes, output axes), ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Plan:
     Attributes:
       layouts: per value, the indices that are needed; None for a value that is not needed at all.
       contracted: by step number, of products: the indices to sum over, per contracted axis.
+      reshapes: by step number, the runs of axes that a reshape turns into one another, see ``reshape_groups``.
       constants: by step number, of products: what the folded channels add to the output; of full rank, with size 1 where it is the same.
     """
 
     layouts: tuple[Layout | None, ...]
     contracted: dict[int, Layout]
+    reshapes: dict[int, AxisGroups]
     constants: dict[int, np.ndarray]
 
 
@@ -50,6 +53,11 @@ def make_plan(program: Program, analysis: Analysis, moving_axes: Sequence[frozen
             if layout is not None:
                 whole = _whole_axes(step, program, moving_axes)
                 layouts[number] = tuple(None if axis in whole else kept for axis, kept in enumerate(layout))
+    reshapes = {
+        index: reshape_groups(program.shapes[step.inputs[0]].shape, program.shapes[step.outputs[0]].shape)
+        for index, step in enumerate(program.steps)
+        if step.name == "reshape"
+    }
     contracted, constants = {}, {}
     for index, product in analysis.products.items():
         contracted[index] = tuple(_rounded(needed, multiple_of) for needed in product.needed)
@@ -57,7 +65,7 @@ def make_plan(program: Program, analysis: Analysis, moving_axes: Sequence[frozen
             constant = _folded_share(program.steps[index], program, analysis, index, contracted[index])
             if constant is not None:
                 constants[index] = constant
-    return Plan(tuple(layouts), contracted, constants)
+    return Plan(tuple(layouts), contracted, reshapes, constants)
 
 
 def _layout(live: np.ndarray, moving: frozenset[int], multiple_of: int) -> Layout:
@@ -159,8 +167,8 @@ def product_axes(step: Step, program: Program, side: int) -> tuple[Sequence[int]
     return contracted, free, list(outputs)
 
 
-def reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Splits a reshape into the smallest runs of axes with equal numbers of elements: [(input axes, output axes), ...]."""
+def reshape_groups(before: Sequence[int], after: Sequence[int]) -> AxisGroups:
+    """Splits a reshape into the smallest runs of axes with equal numbers of elements."""
     if 0 in before or 0 in after:
         return [(tuple(range(len(before))), tuple(range(len(after))))]
     groups, i, o = [], 0, 0
@@ -227,6 +235,9 @@ class Machine:
 
     def is_needed(self, number: Atom) -> bool:
         return self._plan.layouts[number] is not None
+
+    def reshape_groups(self, index: int) -> AxisGroups:
+        return self._plan.reshapes[index]
 
     def contracted(self, index: int) -> Layout:
         return self._plan.contracted[index]
@@ -469,11 +480,11 @@ def _whole_or(kept: np.ndarray, size: int) -> Axis:
     return None if len(kept) == size else kept
 
 
-def _emit_reshape(machine: Machine, _: int, step: Step) -> None:
+def _emit_reshape(machine: Machine, index: int, step: Step) -> None:
     (number,), (output,) = step.inputs, step.outputs
     before, after = machine.shape(number), machine.shape(output)
     layout = machine.layout(output)
-    groups = reshape_groups(before, after)
+    groups = machine.reshape_groups(index)
     moving = machine.moving_axes[number], machine.moving_axes[output]
     wanted = list(machine.held(number))
     for ins, outs in groups:

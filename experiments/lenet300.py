@@ -68,7 +68,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help="Adam's step size at the start of training, from where it falls to 0 along a cosine; that of fine-tuning is constant and changes in proportion (default: 0.002; 0.001 on the embedded digits)",
+        help="Adam's step size at the start of training, from where it falls to 0 along a cosine; that of fine-tuning is constant and "
+        "changes in proportion (default: 0.002; 0.001 on the embedded digits)",
     )
     parser.add_argument(
         "--seeds",

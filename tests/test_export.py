@@ -1,0 +1,40 @@
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import bcdl_jax
+from tests.conftest import CONV_CHAIN
+
+pytest.importorskip("flatbuffers")
+
+
+def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path):
+    model, params, inputs = conv_net
+    rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.log_dropout_rates(params).values()])
+    pruned = bcdl_jax.prune(params, float(np.median(rates)), CONV_CHAIN)
+    reduced = bcdl_jax.reduce_precision(pruned, 0.25)
+    apply = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    small_apply, small, _ = bcdl_jax.shrink(apply, reduced, inputs)
+    path = tmp_path / "net.stablehlo"
+    assert bcdl_jax.export_stablehlo(path, small_apply, small, inputs) == path.stat().st_size
+    run = bcdl_jax.load_stablehlo(path)
+    for batch in (1, 3, 8):
+        images = jax.random.normal(jax.random.key(batch), (batch, *inputs.shape[1:]))
+        np.testing.assert_allclose(run(images), apply(reduced, images), rtol=1e-4, atol=1e-5)
+    np.save(tmp_path / "images.npy", inputs)
+    code = (
+        "import sys, jax, numpy as np; sys.modules['bcdl_jax'] = sys.modules['flax'] = None;"
+        f"run = jax.export.deserialize(bytearray(open({str(path)!r}, 'rb').read())).call;"
+        f"np.save({str(tmp_path / 'out.npy')!r}, run(np.load({str(tmp_path / 'images.npy')!r})))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), apply(reduced, inputs), rtol=1e-4, atol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npy", "net.stablehlo", "out.npy"]
+
+
+def test_inputs_without_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="begin with a scalar"):
+        bcdl_jax.export_stablehlo(tmp_path / "a", lambda params, x: x * params, np.float32(2), np.float32(1))
