@@ -313,6 +313,7 @@ _STRUCTURAL: dict[str, Callable[[Mapping[str, Any], Sequence[tuple[int, ...]]], 
     "rev": lambda params, shapes: [np.flip(_places(shapes)[0], params["dimensions"])],
     "concatenate": lambda params, shapes: [np.concatenate(_places(shapes), params["dimension"])],
     "pad": _pad_source,
+    "tile": lambda params, shapes: [np.tile(_places(shapes)[0], params["reps"])],
     "split": _split_source,
 }
 REDUCTIONS = (

@@ -111,6 +111,8 @@ def _whole_axes(step: Step, program: Program, moving_axes: Sequence[frozenset[in
         groups = reshape_groups(program.shapes[step.inputs[0]].shape, program.shapes[step.outputs[0]].shape)
         moving = moving_axes[step.inputs[0]], moving_axes[step.outputs[0]]
         return {axis for ins, outs in groups if moving[0] & set(ins) or moving[1] & set(outs) for axis in outs}
+    if step.name == "tile":
+        return {axis for axis, count in enumerate(params["reps"]) if count != 1}
     if step.name == "pad":
         return {axis for axis, config in enumerate(params["padding_config"]) if any(config)}
     if step.name in MIXING:
@@ -617,6 +619,11 @@ def _emit_pad(machine: Machine, _: int, step: Step) -> None:
     machine.put(step.outputs[0], lax.pad(value, padding, step.params["padding_config"]), layout)
 
 
+def _emit_tile(machine: Machine, _: int, step: Step) -> None:
+    layout = machine.layout(step.outputs[0])  # whole where there is more than one repetition
+    machine.put(step.outputs[0], step.bind(machine.get(step.inputs[0], layout))[0], layout)
+
+
 def _emit_reduction(machine: Machine, _: int, step: Step) -> None:
     axes = step.params["axes"]
     number, layout = step.inputs[0], iter(machine.layout(step.outputs[0]))
@@ -684,6 +691,7 @@ _EMITTERS: dict[str, Callable[[Machine, int, Step], None]] = {
     "concatenate": _emit_concatenate,
     "split": _emit_split,
     "pad": _emit_pad,
+    "tile": _emit_tile,
     "iota": _emit_iota,
     "gather": _emit_gather,
     "dynamic_slice": _emit_gather,

@@ -58,9 +58,10 @@ def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
         _require(bool(number_of_entries) or not text, "names without entries")
         _require(len(names) == number_of_entries, "the number of names is not that of entries")
 
-    elements = sum(math.prod(header.shape) for header in headers)
     limits = _Limits(coded=16384 + 64 * len(data), elements=2**22 + 4096 * len(data))
-    limits.use_elements(elements)
+    for header in headers:
+        _require(max(header.lengths(), default=0) <= limits.elements, "a length too large for its own")
+        limits.use_elements(math.prod(header.shape))
     contents = _Contents(_RangeDecoder(stream), limits)
     entries = [
         _read_layer(header, contents) if isinstance(header, _LayerHeader) else _read_array(header, contents, reader)
@@ -129,6 +130,9 @@ class _ArrayHeader:
     coded: bool
     shape: tuple[int, ...]
 
+    def lengths(self) -> list[int]:
+        return [*self.shape]
+
 
 @dataclass
 class _LayerHeader:
@@ -140,6 +144,9 @@ class _LayerHeader:
     bias_bits: int | None
     kernel_step: np.generic
     bias_step: np.generic | None
+
+    def lengths(self) -> list[int]:
+        return [*self.shape, self.feature_groups, self.shape[-2] * self.feature_groups]
 
 
 def _read_header(reader: _Bytes) -> _ArrayHeader | _LayerHeader:
@@ -162,6 +169,7 @@ def _read_layer_header(reader: _Bytes, axes: int) -> _LayerHeader:
     has_bias = bool(flags & 1)
     shape = tuple(reader.varint() for _ in range(axes))
     feature_groups = reader.varint() if flags & 4 else 1
+    _require(feature_groups >= 2 or not flags & 4, "feature groups that are none")
     kernel_bits = reader.byte() if flags & 8 else None
     bias_bits = reader.byte() if flags & 8 and has_bias else None
     kernel_step = _read_step(reader, _STEP_TYPES[step_type])
