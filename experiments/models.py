@@ -1,15 +1,21 @@
-"""The networks of the experiments."""
+"""The networks of the experiments, variational by default, plain with ``family=None``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import bcdl_jax
+from bcdl_jax.layers import Family
 
 # Largest posterior variance of the first layer's weights: a standard deviation of 0.2 [Louizos et al. 2017, appendix].
 FIRST_LAYER_CLIP_VAR = 0.04
+
+Layer = Callable[[jax.Array], jax.Array]
+_DEFAULT = bcdl_jax.GroupNormalJeffreys()
 
 
 class LeNet300(nn.Module):
@@ -20,7 +26,7 @@ class LeNet300(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
-        hidden = images.reshape(images.shape[0], -1).astype(jnp.float32) / 127.5 - 1
+        hidden = _scaled(images).reshape(images.shape[0], -1)
         hidden = nn.relu(
             bcdl_jax.Dense(300, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(
                 hidden, deterministic=deterministic
@@ -28,3 +34,80 @@ class LeNet300(nn.Module):
         )
         hidden = nn.relu(bcdl_jax.Dense(100)(hidden, deterministic=deterministic))
         return bcdl_jax.Dense(10)(hidden, deterministic=deterministic)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5-Caffe: two convolutions of 5 x 5 with pooling, 800-500-10; 431,080 weights and biases by default.
+
+    Attributes:
+      family: of all layers; None for plain Flax layers.
+      widths: of the two convolutions and the hidden dense layer.
+    """
+
+    family: Family | None = _DEFAULT
+    widths: tuple[int, int, int] = (20, 50, 500)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
+        hidden = _scaled(images)
+        for width in self.widths[:2]:
+            convolution = _convolution(width, (5, 5), self.family, deterministic, padding="VALID")
+            hidden = nn.max_pool(nn.relu(convolution(hidden)), (2, 2), (2, 2))
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        hidden = nn.relu(_dense(self.widths[2], self.family, deterministic)(hidden))
+        return _dense(10, self.family, deterministic)(hidden)
+
+
+# Output channels of the convolutions; a pooling of 2 x 2 follows after each tuple.
+VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG(nn.Module):
+    """The paper's VGG for CIFAR-10: 13 convolutions of 3 x 3 with batch norm, 512-512-10; 14.98 million weights and biases.
+
+    Attributes:
+      family: of all layers; None for plain Flax layers.
+      widths: of the convolutions, a tuple per resolution.
+      hidden: width of the hidden dense layer.
+    """
+
+    family: Family | None = _DEFAULT
+    widths: Sequence[Sequence[int]] = VGG_WIDTHS
+    hidden: int = 512
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, deterministic: bool = True, train: bool = False) -> jax.Array:
+        """Class scores [examples, 10] of images [examples, 32, 32, 3] of uint8, which are scaled to [-1, 1].
+
+        With ``train`` the batch norms use the statistics of the batch and move their averages ("batch_stats").
+        """
+        hidden = _scaled(images)
+        for widths in self.widths:
+            for width in widths:
+                hidden = _convolution(width, (3, 3), self.family, deterministic)(hidden)
+                hidden = nn.relu(nn.BatchNorm(use_running_average=not train)(hidden))
+            hidden = nn.max_pool(hidden, (2, 2), (2, 2))
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        hidden = nn.relu(_dense(self.hidden, self.family, deterministic)(hidden))
+        return _dense(10, self.family, deterministic)(hidden)
+
+
+def _scaled(images: jax.Array) -> jax.Array:
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def _dense(features: int, family: Family | None, deterministic: bool) -> Layer:
+    if family is None:
+        return nn.Dense(features)
+    layer = bcdl_jax.Dense(features, family=family)
+    return lambda inputs: layer(inputs, deterministic=deterministic)
+
+
+def _convolution(
+    features: int, window: tuple[int, int], family: Family | None, deterministic: bool, padding: str = "SAME"
+) -> Layer:
+    if family is None:
+        return nn.Conv(features, window, padding=padding)
+    layer = bcdl_jax.Conv(features, window, family=family, padding=padding)
+    return lambda inputs: layer(inputs, deterministic=deterministic)
