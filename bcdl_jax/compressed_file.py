@@ -135,6 +135,8 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
         else:
             writer.array(where, np.asarray(node))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat] if names else None
+    if paths and any("\n" in path for path in paths):
+        raise ValueError("A name in params holds a line feed; such names can't be stored.")
     return writer.finish(len(flat), paths)
 
 
@@ -510,7 +512,7 @@ class _FileReader:
         steps = tuple(
             np.frombuffer(self._bytes(dtype.itemsize), dtype.newbyteorder("<")).astype(dtype)[0] for _ in range(parts)
         )
-        if not all(np.isfinite(step.astype(np.float64)) for step in steps):
+        if not all(np.isfinite(step) for step in steps):
             raise CompressedFileError("The file is damaged: a step is not a finite number.")
         return _Header(kind, shape, dtype, flags, groups, own_bits, steps)
 
@@ -529,10 +531,10 @@ class _FileReader:
         bits = header.own_bits or tuple(int(_two_complement_bits(array)) for array in arrays)
         return QuantizedLayer(
             kernel=jnp.asarray(kernel),
-            kernel_step=jnp.asarray(header.steps[0]),
+            kernel_step=_exactly(header.steps[0]),
             kernel_bits=jnp.asarray(bits[0], jnp.int32),
             bias=None if bias is None else jnp.asarray(bias),
-            bias_step=None if bias is None else jnp.asarray(header.steps[1]),
+            bias_step=None if bias is None else _exactly(header.steps[1]),
             bias_bits=None if bias is None else jnp.asarray(bits[1], jnp.int32),
             input_mask=jnp.asarray(inputs),
             output_mask=jnp.asarray(outputs),
@@ -553,6 +555,8 @@ class _FileReader:
                 np.frombuffer(self._copied[:copied], header.dtype.newbyteorder("<")).astype(header.dtype).reshape(shape)
             )
             self._copied = self._copied[copied:]
+            if header.dtype.kind == "b" and (part.view(np.uint8) > 1).any():
+                raise CompressedFileError("The file is damaged: a bool is neither 0 nor 1.")
         if not header.shape:
             return part, copied
         array = np.zeros(header.shape, header.dtype)
@@ -621,6 +625,8 @@ class _FileReader:
             sign = 1 << (width - 1)
             raw = np.array([self._coder.decode_raw(width) for _ in range(size)], np.int64)
             values = (raw ^ sign) - sign
+        elif way == _WITH_NEIGHBOURS and len(shape) < 2:
+            raise CompressedFileError("The file is damaged: a sequence has no rows.")
         elif way == _SPARSE:
             places = self._gaps(size)
             self._whole_left -= size
@@ -629,6 +635,8 @@ class _FileReader:
             values = np.zeros(size, np.int64)
             if len(places):
                 values[places] = self._scaled(len(places), 0)
+                if not values[places].all():
+                    raise CompressedFileError("The file is damaged: a zero stands among what is not zero.")
         else:
             values = self._scaled(size, row if way == _WITH_NEIGHBOURS else 0)
         self._check_end()
@@ -639,6 +647,11 @@ class _FileReader:
         if values.min() < low or values.max() > high:
             raise CompressedFileError(f"The file is damaged: an integer is out of the range of {dtype.name}.")
         return values.astype(dtype).reshape(shape)
+
+
+def _exactly(step: np.ndarray) -> Any:
+    """As a JAX array, if that can hold it: without x64, JAX has no float64."""
+    return jnp.asarray(step) if jax.dtypes.canonicalize_dtype(step.dtype) == step.dtype else step
 
 
 def _two_complement_bits(values: np.ndarray) -> int:

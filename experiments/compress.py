@@ -179,6 +179,7 @@ def compress(
     params, failures = run_phase(
         "train", _fresh_params(model, train[0][:1], seeds, pretrained), first_epoch=1, snapshots=snapshots
     )
+    jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
     if all(failures):
@@ -198,6 +199,7 @@ def compress(
         stacked = bcdl_jax.stack(pruned)
         params, later_failures = run_phase("fine_tune", stacked, first_epoch=recipe.epochs + 1, snapshots=[])
         failures = [first or later for first, later in zip(failures, later_failures, strict=True)]
+        jax.clear_caches()
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "pruned", pruned, seeds)
     steps = [

@@ -1,4 +1,4 @@
-"""A slow, plain decoder of the compressed params file, written after bcdl_jax/FORMAT.md, whose terms and order it follows.
+"""A slow, plain decoder of the compressed params file, in the terms and the order of bcdl_jax/FORMAT.md.
 
 It shares no code with bcdl_jax.
 """
@@ -32,7 +32,8 @@ _STEP_TYPES = [np.dtype("float32"), np.dtype("float16"), _BFLOAT16, np.dtype("fl
 def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
     """Names, or None where none are stored, and entries of a compressed params file.
 
-    An entry is a dict with the kind "array" and its value, or with the kind "layer" and the fields of a quantised layer.
+    An entry is a dict: of the kind "array" with its value, or of the kind "layer" with the fields of a quantised layer
+    (None for what it has not).
 
     Raises:
       ValueError: the file is not one that the format allows.
@@ -236,7 +237,7 @@ def _read_array(header: _ArrayHeader, contents: _Contents, copied: _Bytes) -> di
     masks = [contents.kept(length) for length in header.shape]
     if header.coded:
         return {"kind": "array", "value": contents.integer_array(masks, header.dtype)}
-    count = math.prod(np.count_nonzero(mask) for mask in masks)
+    count = math.prod(int(np.count_nonzero(mask)) for mask in masks)
     data = copied.take(count * header.dtype.itemsize)
     _require(header.dtype.kind != "b" or set(data) <= {0, 1}, "a bool that is neither 0 nor 1")
     return {"kind": "array", "value": _placed(_from_little_endian(data, header.dtype), masks)}
@@ -277,7 +278,7 @@ class _Contents:
         self._limits.use_coded(length)
         latest = self._latest_set.get(length)
         zeros, ones = [1] * 9, [1] * 9
-        bits = []
+        bits: list[int] = []
         for index in range(length):
             before = bits[-1] if bits else 2
             context = 3 * before + (2 if latest is None else int(latest[index]))
@@ -302,7 +303,7 @@ class _Contents:
 
     def integer_array(self, masks: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
         """Integers at the kept indices, in an array that is zero elsewhere."""
-        integers = self._integers([np.count_nonzero(mask) for mask in masks])
+        integers = self._integers([int(np.count_nonzero(mask)) for mask in masks])
         smallest, largest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
         _require(all(smallest <= integer <= largest for integer in integers), "an integer out of range of its type")
         return _placed(np.array(integers, dtype), masks)

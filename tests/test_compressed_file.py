@@ -130,6 +130,13 @@ def test_header_of_four_layers_takes_at_most_48_bytes():
     assert len(bcdl_jax.encode(reduced)) - steps <= 48
 
 
+def test_steps_of_float64_come_back_without_x64():
+    layer = bcdl_jax.reduce_precision({"a": make_posterior(jax.random.key(1), (3, 2), "input")}, 0.25)["a"]
+    wide = {"a": layer.replace(kernel_step=np.float64(1e300), bias_step=np.float64(1 / 3))}
+    loaded = bcdl_jax.decode(bcdl_jax.encode(wide), wide)["a"]
+    assert (float(loaded.kernel_step), float(loaded.bias_step)) == (1e300, 1 / 3)
+
+
 @pytest.mark.parametrize("width", [1, 2, 5, 8, 16, 32])
 def test_no_array_takes_more_than_its_raw_bits_and_two_bytes(width):
     rng = np.random.default_rng(width)
@@ -203,6 +210,8 @@ def test_params_that_can_not_be_stored_are_refused(net, tmp_path):
         bcdl_jax.save(tmp_path / "a.bcdl", params)
     with pytest.raises(ValueError, match="The array at a is complex64"):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a": np.zeros(2, np.complex64)})
+    with pytest.raises(ValueError, match="holds a line feed"):
+        bcdl_jax.save(tmp_path / "a.bcdl", {"a\nb": np.zeros(2)}, names=True)
     reduced = bcdl_jax.reduce_precision(params, 0.25)
     layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer))[0]
     with pytest.raises(ValueError, match="is not zero where its masks say"):
