@@ -266,9 +266,13 @@ class _FileWriter:
                 f"The array at {where} is {array.dtype} with {array.ndim} axes; allowed are {allowed}, and 15 axes."
             )
         kept = _kept_of(array)
-        part = array[np.ix_(*kept)] if array.ndim else array
         whole = array.dtype.kind in "biu"
-        coded = whole and all(abs(int(value)) <= _LARGEST for value in (part.min(initial=0), part.max(initial=0)))
+        coded = whole and all(abs(int(value)) <= _LARGEST for value in (array.min(initial=0), array.max(initial=0)))
+        if coded:
+            # Zeros may cost less than the sets that say where they are.
+            everything = [np.ones(size, bool) for size in array.shape]
+            kept = min((everything, kept), key=lambda sets: self._size_with(array, sets))
+        part = array[np.ix_(*kept)] if array.ndim else array
         self._header += bytes([_ARRAY << 4 | array.ndim, _DTYPES.index(array.dtype) | _CODED * coded])
         self._header += b"".join(map(_varint, array.shape))
         for flags in kept:
@@ -277,6 +281,14 @@ class _FileWriter:
             self._integers(part)
         else:
             self._copied += part.astype(part.dtype.newbyteorder("<")).tobytes()
+
+    def _size_with(self, array: np.ndarray, kept: Sequence[np.ndarray]) -> int:
+        trial = _FileWriter()
+        trial._flags = dict(self._flags)
+        for flags in kept:
+            trial._kept(flags)
+        trial._integers(array[np.ix_(*kept)] if array.ndim else array)
+        return len(trial._coder.finish())
 
     def finish(self, count: int, names: list[str] | None) -> bytes:
         if names is not None:
@@ -328,6 +340,8 @@ class _FileWriter:
 
             ways.append((_SPARSE, write_sparse))
         dense = {_PLAIN: flat.size, _WITH_NEIGHBOURS: flat.size}
+        if flat.size > 1 and (flat == flat[0]).all():
+            width, ways = 0, []
         found = _smallest(ways, dense, below=6 + width * flat.size)
         way, write = found or (_RAW, lambda coder: _write_raw(coder, flat, width))
         self._coder.encode_raw(way, 2)
@@ -363,6 +377,9 @@ def _width(values: np.ndarray) -> int:
 
 def _write_raw(coder: Encoder, values: np.ndarray, width: int) -> None:
     coder.encode_raw(width, 6)
+    if not width:
+        coder.encode_raw(int(values[0]) & (2**33 - 1), 33)
+        return
     for value in values.tolist():
         coder.encode_raw(value & ((1 << width) - 1), width)
 
@@ -569,6 +586,11 @@ class _FileReader:
             raise CompressedFileError("The file is damaged: it asks for more numbers than it can hold.")
         return count
 
+    def _whole(self, count: int) -> None:
+        self._whole_left -= count
+        if self._whole_left < 0:
+            raise CompressedFileError("The file is damaged: it asks for more numbers than it can hold.")
+
     def _check_end(self) -> None:
         if self._coder.bytes_beyond_the_end > 4:
             raise CompressedFileError("The file is damaged: it ends within its numbers.")
@@ -619,19 +641,20 @@ class _FileReader:
         row = shape[-1] if len(shape) > 1 else 0
         if way == _RAW:
             width = self._coder.decode_raw(6)
-            self._ask_for(size)
-            if not 1 <= width <= 33 or size * width > 8 * (self._end + 8):
+            if width:
+                self._ask_for(size)
+            else:
+                self._whole(size)
+            if width > 33 or size * width > 8 * (self._end + 8):
                 raise CompressedFileError("The file is damaged: it is shorter than it says.")
-            sign = 1 << (width - 1)
-            raw = np.array([self._coder.decode_raw(width) for _ in range(size)], np.int64)
-            values = (raw ^ sign) - sign
+            sign = 1 << (width - 1 if width else 32)
+            raw = np.array([self._coder.decode_raw(width or 33) for _ in range(size if width else 1)], np.int64)
+            values = np.broadcast_to((raw ^ sign) - sign, size)
         elif way == _WITH_NEIGHBOURS and len(shape) < 2:
             raise CompressedFileError("The file is damaged: a sequence has no rows.")
         elif way == _SPARSE:
             places = self._gaps(size)
-            self._whole_left -= size
-            if self._whole_left < 0:
-                raise CompressedFileError("The file is damaged: it asks for more numbers than it can hold.")
+            self._whole(size)
             values = np.zeros(size, np.int64)
             if len(places):
                 values[places] = self._scaled(len(places), 0)

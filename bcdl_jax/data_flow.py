@@ -147,6 +147,12 @@ def _forward(
             harmless = step.elementwise or step.name in _STRUCTURAL
             moves = not harmless and any(moving_axes[number] for number in (*step.inputs, *step.outputs))
         return nothing if moves else [np.zeros(shape, bool) for shape in shapes]
+    if step.name == "concatenate":
+        # Params that stand beside what depends on the inputs (a class token) stay params: they are not folded away.
+        inputs = [
+            dataclasses.replace(fact, unknown=fact.nonzero, value=np.zeros_like(fact.value)) if fact.fixed else fact
+            for fact in inputs
+        ]
     if (rule := _rule(step, program)) is not None:
         return rule.forward(inputs)
     if step.name in _PRODUCTS and (product := _product_rule(step, program)) is not None:

@@ -314,10 +314,11 @@ class _Contents:
             return []
         coding = self.coder.raw(2)
         if coding == 0:
-            self._limits.use_coded(count)
             width = self.coder.raw(6)
-            _require(1 <= width <= 33, "raw integers of a width out of range")
-            raw = [self.coder.raw(width) for _ in range(count)]
+            (self._limits.use_coded if width else self._limits.use_elements)(count)
+            _require(width <= 33, "raw integers of a width out of range")
+            same, width = width == 0, width or 33
+            raw = [self.coder.raw(width)] * count if same else [self.coder.raw(width) for _ in range(count)]
             return [value - (1 << width) if value >> (width - 1) else value for value in raw]
         if coding == 1:
             _require(len(shape) >= 2, "neighbours in an array of fewer than two axes")

@@ -208,6 +208,8 @@ def test_epochs_on_the_command_line_take_the_warm_up_along():
     args = lenet300.parse(["--epochs", "18", "--learning-rate", "0.01"])
     adapted = lenet300.adapt(lenet300.recipe("mnist", False), args)
     assert (adapted.epochs, adapted.warmup_epochs) == (18, 5)
+    assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.01)
+    adapted = lenet300.adapt(lenet300.recipe("mnist_5k", False), args)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
 
 
