@@ -342,10 +342,19 @@ class _FileWriter:
         dense = {_PLAIN: flat.size, _WITH_NEIGHBOURS: flat.size}
         if flat.size > 1 and (flat == flat[0]).all():
             width, ways = 0, []
-        found = _smallest(ways, dense, below=6 + width * flat.size)
-        way, write = found or (_RAW, lambda coder: _write_raw(coder, flat, width))
-        self._coder.encode_raw(way, 2)
-        write(self._coder)
+        below = 6 + width * flat.size
+        if len(ways) > 1:
+            ways = [found] if (found := _smallest(ways, dense, below)) else []
+        for way, write in ways:
+            before = self._coder.copy()
+            self._coder.encode_raw(way, 2)
+            write(self._coder)
+            bits = self._coder.bits_written - before.bits_written - 2
+            if bits < below and dense.get(way, 0) <= _CODED_PER_BYTE * bits / 8:
+                return
+            self._coder = before
+        self._coder.encode_raw(_RAW, 2)
+        _write_raw(self._coder, flat, width)
 
 
 def _size(write: Callable[[Encoder], None]) -> int:

@@ -48,6 +48,18 @@ class Encoder:
                 self._range <<= 8
                 self._low = self._shift(self._low)
 
+    def copy(self) -> Encoder:
+        """A coder in the same state, to go back to."""
+        other = Encoder()
+        other.__dict__.update(self.__dict__)
+        other._out = bytearray(self._out)
+        return other
+
+    @property
+    def bits_written(self) -> float:
+        """How much information was put in so far."""
+        return 8 * (len(self._out) + self._pending + self._started) + 32 - math.log2(self._range)
+
     def _shift(self, low: int) -> int:
         if low < 0xFF000000 or low > _MASK:
             carry = low >> 32
