@@ -49,7 +49,7 @@ def export_stablehlo(
 
     def struct(leaf: Any) -> jax.ShapeDtypeStruct:
         shape = np.shape(leaf)
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
         return jax.ShapeDtypeStruct((batch, *shape[1:]) if shape and shape[0] == size else shape, dtype)
 
     function = jax.jit(lambda *arguments: apply(params, *arguments))

@@ -285,7 +285,9 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
+    """The type that JAX gives an array: without x64, int64 becomes int32."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return dtype if jnp.issubdtype(dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _key(key: Any) -> str:
