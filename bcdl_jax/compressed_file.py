@@ -48,7 +48,7 @@ _LARGEST = 2**32 - 1
 _SAMPLE = 2**14
 
 # What a file of some bytes may ask for, so that a damaged one can't ask for everything. The writer keeps to it.
-_CODED_PER_BYTE, _CODED_AT_LEAST = 64, 2**14
+_CODED_PER_BYTE, _CODED_AT_LEAST = 32, 2**12
 _WHOLE_PER_BYTE, _WHOLE_AT_LEAST = 4096, 2**22
 
 

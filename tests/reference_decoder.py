@@ -59,7 +59,7 @@ def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
         _require(bool(number_of_entries) or not text, "names without entries")
         _require(len(names) == number_of_entries, "the number of names is not that of entries")
 
-    limits = _Limits(coded=16384 + 64 * len(data), elements=2**22 + 4096 * len(data))
+    limits = _Limits(coded=4096 + 32 * len(data), elements=2**22 + 4096 * len(data))
     for header in headers:
         _require(max(header.lengths(), default=0) <= limits.elements, "a length too large for its own")
         limits.use_elements(math.prod(header.shape))
