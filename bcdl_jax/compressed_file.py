@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bcdl_jax.atomic_file import write_atomically
 from bcdl_jax.integer_coding import decode_integers, encode_integers, layout_of
 from bcdl_jax.posterior import Posterior, PyTree, layer_name
 from bcdl_jax.precision import QuantizedLayer, integer_bits
@@ -91,16 +91,7 @@ def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -
       ValueError: the tree holds posteriors, or an array that can't be stored.
     """
     data = encode(params, names=names)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, data)
     return len(data)
 
 
@@ -409,7 +400,7 @@ class _BitmapModel:
     """Counts of kept and removed indices by what the index before is, and what this index was in an earlier set of that size."""
 
     def __init__(self, before: np.ndarray | None):
-        self._before = [2] * 0 if before is None else before.astype(int).tolist()
+        self._before = [] if before is None else before.astype(int).tolist()
         self._counts = [[1, 1] for _ in range(9)]
 
     def context(self, place: int, last: int) -> list[int]:

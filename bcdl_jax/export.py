@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from bcdl_jax.atomic_file import write_atomically
 
 PyTree = Any
 
@@ -55,13 +56,7 @@ def export_stablehlo(
     function = jax.jit(lambda *arguments: apply(params, *arguments))
     exported = jax.export.export(function, platforms=tuple(platforms))(*jax.tree.map(struct, inputs))
     data = bytes(exported.serialize())
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, data)
     return len(data)
 
 
