@@ -2,7 +2,10 @@
 
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
 from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
+from bcdl_jax.cpu import for_cpu
 from bcdl_jax.export import export_stablehlo, load_stablehlo
+from bcdl_jax.export_onnx import export_onnx
+from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
@@ -12,7 +15,7 @@ from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_prec
 from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
 from bcdl_jax.rates import layer_bits, rate, rate_paper
 from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, shrink
-from bcdl_jax.trained import from_trained
+from bcdl_jax.trained import from_trained, mean_weights
 from bcdl_jax.training import (
     EnsembleReport,
     EpochReport,
@@ -51,7 +54,10 @@ __all__ = [
     "cut",
     "decode",
     "encode",
+    "export_onnx",
+    "export_safetensors",
     "export_stablehlo",
+    "for_cpu",
     "from_trained",
     "kept_groups",
     "kl_divergence",
@@ -63,6 +69,7 @@ __all__ = [
     "log_dropout_rates",
     "make_train_epoch",
     "make_train_step",
+    "mean_weights",
     "negative_elbo",
     "parameter_kinds",
     "posterior_moments",
@@ -77,6 +84,7 @@ __all__ = [
     "shrink",
     "stack",
     "summarize",
+    "torch_state_dict",
     "train_ensemble",
     "unstack",
 ]

@@ -39,6 +39,27 @@ def export_stablehlo(
     Raises:
       ValueError: an input has no leading axis.
     """
+    function = jax.jit(lambda *arguments: apply(params, *arguments))
+    exported = jax.export.export(function, platforms=tuple(platforms))(*inputs_of_any_batch(example_inputs))
+    data = bytes(exported.serialize())
+    write_atomically(path, data)
+    return len(data)
+
+
+def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., PyTree]:
+    """The network of such a file, as a jitted function of the inputs.
+
+    It is no more than ``jax.export.deserialize(bytes).call``, so a program that only has JAX can do the same.
+    """
+    return jax.jit(jax.export.deserialize(bytearray(Path(path).read_bytes())).call)
+
+
+def inputs_of_any_batch(example_inputs: Any) -> tuple[PyTree, ...]:
+    """Shapes and dtypes of the inputs, with "batch" in place of the leading axis of the first array, wherever it stands in front.
+
+    Raises:
+      ValueError: an input has no leading axis.
+    """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves = jax.tree.leaves(inputs)
     if not leaves or not np.ndim(leaves[0]):
@@ -53,16 +74,4 @@ def export_stablehlo(
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
         return jax.ShapeDtypeStruct((batch, *shape[1:]) if shape and shape[0] == size else shape, dtype)
 
-    function = jax.jit(lambda *arguments: apply(params, *arguments))
-    exported = jax.export.export(function, platforms=tuple(platforms))(*jax.tree.map(struct, inputs))
-    data = bytes(exported.serialize())
-    write_atomically(path, data)
-    return len(data)
-
-
-def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., PyTree]:
-    """The network of such a file, as a jitted function of the inputs.
-
-    It is no more than ``jax.export.deserialize(bytes).call``, so a program that only has JAX can do the same.
-    """
-    return jax.jit(jax.export.deserialize(bytearray(Path(path).read_bytes())).call)
+    return jax.tree.map(struct, inputs)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import Posterior, PyTree, map_layers, posteriors
+from bcdl_jax.posterior import Posterior, PyTree, map_layers, plain_layers, posteriors
 
 
 @jax.jit
@@ -47,22 +44,12 @@ def posterior_moments(params: PyTree) -> tuple[PyTree, PyTree]:
     """
     posteriors(params)
 
-    def is_layer(node: Any) -> bool:
-        return isinstance(node, Posterior) or (
-            isinstance(node, Mapping) and isinstance(node.get("posterior"), Posterior)
-        )
-
     def moment(index: int) -> PyTree:
-        def replace(node: Any) -> Any:
-            if isinstance(node, Posterior):
-                bias = node.bias_moments()
-                return {"kernel": node.kernel_moments()[index]} | ({} if bias is None else {"bias": bias[index]})
-            if isinstance(node, Mapping):
-                others = {key: value for key, value in node.items() if key != "posterior"}
-                return replace(node["posterior"]) | jax.tree.map(replace, others, is_leaf=is_layer)
-            return node if index == 0 else jnp.zeros_like(node)
+        def weights(posterior: Posterior) -> dict[str, jax.Array]:
+            bias = posterior.bias_moments()
+            return {"kernel": posterior.kernel_moments()[index]} | ({} if bias is None else {"bias": bias[index]})
 
-        return jax.tree.map(replace, params, is_leaf=is_layer)
+        return plain_layers(weights, params, Posterior, (lambda leaf: leaf) if index == 0 else jnp.zeros_like)
 
     return moment(0), moment(1)
 

@@ -198,6 +198,33 @@ def map_named_layers(function: Callable[[str, T], Any], params: PyTree, node_typ
     )
 
 
+def plain_layers(
+    function: Callable[[Any], dict[str, jax.Array]],
+    params: PyTree,
+    node_types: type | tuple[type, ...],
+    other: Callable[[jax.Array], jax.Array] = lambda leaf: leaf,
+) -> PyTree:
+    """The tree of the deterministic twin: nodes of the given types become ``function(node)``, other leaves ``other(leaf)``.
+
+    What stands beside a node in its layer, of which it is the entry "posterior", stays beside the entries of ``function(node)``.
+    """
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, node_types) or (
+            isinstance(node, Mapping) and isinstance(node.get("posterior"), node_types)
+        )
+
+    def replace(node: Any) -> Any:
+        if isinstance(node, node_types):
+            return function(node)
+        if isinstance(node, Mapping):
+            others = {key: value for key, value in node.items() if key != "posterior"}
+            return function(node["posterior"]) | jax.tree.map(replace, others, is_leaf=is_layer)
+        return other(node)
+
+    return jax.tree.map(replace, params, is_leaf=is_layer)
+
+
 def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str, Any]:
     """All nodes of the given types by layer name, in the order of the tree.
 

@@ -7,7 +7,7 @@ a custom derivative stay whole, to keep that derivative.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,9 @@ class Step:
         return list(outputs) if primitive.multiple_results else [outputs]
 
 
+Rule = Callable[..., Any]  # (step, *operands) -> the step's single output, or None
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A traced function.
@@ -103,15 +106,32 @@ class Program:
         """Every value of the program, by number, for flattened arguments."""
 
         def run(arguments: Sequence[Any]) -> list[Any]:
-            values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constants
-            for step in self.steps:
-                results = step.bind(*(values[number] for number in step.inputs))
-                values |= dict(zip(step.outputs, results, strict=True))
+            values = self._run(arguments, {})
             return [values[number] for number in range(len(self.shapes))]
 
         quick: dict[str, Any] = {"xla_backend_optimization_level": 0}  # once is not worth optimising for
         compiled = jax.jit(run).lower(arguments).compile(compiler_options=quick)
         return list(compiled(arguments))
+
+    def run(self, arguments: Sequence[Any], rules: Mapping[str, Rule]) -> PyTree:
+        """The results for flattened arguments.
+
+        Args:
+          arguments: arrays of the traced shapes.
+          rules: by name of a primitive, what to compute in its place. A rule that returns None leaves a step as it is.
+        """
+        values = self._run(arguments, rules)
+        return jax.tree.unflatten(self.result_tree, [values[number] for number in self.outputs])
+
+    def _run(self, arguments: Sequence[Any], rules: Mapping[str, Rule]) -> dict[Atom, Any]:
+        values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constants
+        for step in self.steps:
+            operands = [values[number] for number in step.inputs]
+            rule = rules.get(step.name)
+            result = None if rule is None else rule(step, *operands)
+            results = step.bind(*operands) if result is None else [result]
+            values |= dict(zip(step.outputs, results, strict=True))
+        return values
 
     def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:
         """What two traces of one function at different batch sizes have in common."""
@@ -119,7 +139,69 @@ class Program:
 
 
 def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
-    """Traces a function of pytrees of arrays (or ShapeDtypeStructs) and lists its steps."""
+    """Traces a function of pytrees of arrays (or ShapeDtypeStructs) and lists its steps.
+
+    With one symbolic size among the shapes it is traced at two sizes, and the difference is extended to any: JAX traces indexing
+    differently with symbolic sizes, and what it makes then is no longer the program that ``shrink`` has looked at.
+    """
+    symbols = {size for leaf in jax.tree.leaves(arguments) for size in np.shape(leaf) if not isinstance(size, int)}
+    if len(symbols) == 1:
+        (size,) = symbols
+        try:
+            two, three = (_trace(function, *_resized(arguments, size, number)) for number in (2, 3))
+            return _between(two, three, size)
+        except ValueError:
+            pass  # the steps depend on the size
+    return _trace(function, *arguments)
+
+
+def _resized(arguments: PyTree, symbol: Any, size: int) -> PyTree:
+    def resized(leaf: Any) -> Any:
+        shape = np.shape(leaf)
+        if symbol not in shape:
+            return leaf
+        return jax.ShapeDtypeStruct(tuple(size if each is symbol else each for each in shape), leaf.dtype)
+
+    return jax.tree.map(resized, arguments)
+
+
+def _between(two: Program, three: Program, size: Any) -> Program:
+    """The program at any size, from those at 2 and 3. Raises ValueError if they differ in more than sizes."""
+
+    def combined(first: Any, second: Any) -> Any:
+        if type(first) is not type(second):
+            raise ValueError
+        if isinstance(first, tuple | list) and len(first) == len(second):
+            parts = [combined(*pair) for pair in zip(first, second, strict=True)]
+            return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+        if isinstance(first, int) and not isinstance(first, bool) and first != second:
+            return (second - first) * size + (3 * first - 2 * second)
+        if first is second or np.all(np.equal(first, second)):
+            return first
+        raise ValueError
+
+    def step(first: Step, second: Step) -> Step:
+        if first.name == "custom_jvp_call" and first.elementwise:  # evaluated at any shape as it is
+            return first
+        params = {name: combined(value, second.params[name]) for name, value in first.params.items()}
+        return dataclasses.replace(first, equation=first.equation.replace(params=params))
+
+    if two.signature() != three.signature():
+        raise ValueError
+    for number, value in two.constants.items():
+        if value is not three.constants[number]:
+            combined(np.asarray(value), np.asarray(three.constants[number]))
+    return dataclasses.replace(
+        two,
+        shapes=tuple(
+            jax.ShapeDtypeStruct(combined(one.shape, other.shape), one.dtype)
+            for one, other in zip(two.shapes, three.shapes, strict=True)
+        ),
+        steps=tuple(step(*pair) for pair in zip(two.steps, three.steps, strict=True)),
+    )
+
+
+def _trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
     shapes: list[jax.ShapeDtypeStruct] = []
     constants: dict[Atom, Any] = {}
@@ -159,6 +241,15 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     inputs = [new(variable.aval.shape, variable.aval.dtype) for variable in closed.jaxpr.invars]
     outputs = run(closed.jaxpr, [constant(value) for value in closed.consts], inputs)
     return Program(tuple(shapes), tuple(inputs), constants, tuple(steps), tuple(outputs), jax.tree.structure(result))
+
+
+def rewrite(function: Callable[..., PyTree], rules: Mapping[str, Rule]) -> Callable[..., PyTree]:
+    """The same function with some primitives computed by other means, see ``Program.run``."""
+
+    def rewritten(*arguments: PyTree) -> PyTree:
+        return trace(function, *arguments).run(jax.tree.leaves(arguments), rules)
+
+    return rewritten
 
 
 def _inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:

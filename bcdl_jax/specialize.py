@@ -369,8 +369,9 @@ def _small_custom_rule(machine: Machine, step: Step, sizes: tuple[int, ...]) -> 
     if step.name != "custom_jvp_call":
         return None
     inside = step.params["call_jaxpr"]
-    whole = [machine.program.shapes[number] for number in step.inputs]
-    shape = machine.shape(step.outputs[0])
+    # At the size for which the inner function was traced, which a program for any batch size does not tell.
+    whole = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in step.equation.invars]
+    shape = step.equation.outvars[0].aval.shape
     if any(not jnp.issubdtype(value.dtype, jnp.floating) for value in whole):
         return None
     derivative = jax.make_jaxpr(lambda primals, tangents: jax.jvp(lambda *xs: step.bind(*xs), primals, tangents))(

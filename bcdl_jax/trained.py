@@ -1,4 +1,4 @@
-"""Starting a variational network from a trained deterministic one."""
+"""From a trained deterministic network to a variational one, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import Posterior, PyTree
+from bcdl_jax.posterior import Posterior, PyTree, plain_layers
+from bcdl_jax.precision import QuantizedLayer
 
 
 def from_trained(params: PyTree, trained: PyTree) -> PyTree:
@@ -58,6 +59,24 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
     if extra := sorted(set(given) - used):
         raise ValueError(f"The trained net holds {', '.join(extra)}, which this network does not have.")
     return filled
+
+
+def mean_weights(params: PyTree) -> PyTree:
+    """The weights of the deterministic twin, built of plain layers such as ``flax.linen.Dense`` and ``Conv``.
+
+    Args:
+      params: a tree with variational layers, pruned or not, or with layers of reduced precision. Other parameters stay as they are.
+
+    Returns:
+      The tree with ``{"kernel": ..., "bias": ...}`` in place of each such layer: posterior means, or the rounded weights; zero where
+      pruned, so that ``shrink`` can cut the twin.
+    """
+
+    def weights(layer: Any) -> dict[str, jax.Array]:
+        kernel, bias = layer.mean_weights()
+        return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
+
+    return plain_layers(weights, params, (Posterior, QuantizedLayer))
 
 
 def _path(path: tuple[Any, ...]) -> str:

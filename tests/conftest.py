@@ -13,6 +13,9 @@ import pytest
 import bcdl_jax
 from bcdl_jax.posterior import Posterior, map_layers
 
+# Most tests compile more than they compute.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 class SmallNet(nn.Module):
     """6-5-4-3 with ReLU."""

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,3 +44,22 @@ def test_what_does_not_fit_is_named(net):
         bcdl_jax.from_trained(params, trained | {"Dense_1": trained["Dense_1"] | {"kernel": jnp.ones((4, 5))}})
     with pytest.raises(ValueError, match=r"holds Dense_9/kernel, which this network does not have"):
         bcdl_jax.from_trained(params, trained | {"Dense_9": {"kernel": jnp.ones(1)}})
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_mean_weights_run_the_plain_twin(reduced, conv_net):
+    model, params, inputs = conv_net
+    pruned = bcdl_jax.prune(params, 0.0, ["Conv_0", "Conv_1", "Dense_0"])
+    compressed = bcdl_jax.reduce_precision(pruned, 0.5) if reduced else pruned
+
+    class Twin(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
+            x = nn.relu(nn.Conv(6, (3, 3), padding="VALID")(x))
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+    weights = bcdl_jax.mean_weights(compressed | {"other": jnp.ones(2)})
+    np.testing.assert_array_equal(weights.pop("other"), jnp.ones(2))
+    outputs = Twin().apply({"params": weights}, inputs)
+    np.testing.assert_allclose(outputs, model.apply({"params": compressed}, inputs), rtol=1e-5, atol=1e-6)
