@@ -1,7 +1,8 @@
 """Speed of dense, masked and shrunk networks: ``python -m experiments.benchmark_inference``.
 
 The networks have the kept units of the paper's results, at random places, and random weights: speed does not depend on
-them. Masked networks multiply by their masks, as the tutorial does. All sides run in turn, in one process.
+them. Masked networks multiply by their masks, as the tutorial does. Each side runs in XLA, in XLA in the form that suits a CPU
+(``bcdl_jax.for_cpu``) and, where it is installed, in onnxruntime; its fastest way counts. All run in turn, in one process.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
+import importlib.util
+import logging
+import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -22,9 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import bcdl_jax
+from experiments.compress import machine
 from experiments.errors import UserError
-from experiments.models import VGG, LeNet5
+from experiments.figures import speed_bars
+from experiments.files import check_out, prepare_out, write_json
+from experiments.models import VGG, LeNet5, LeNet300
 
+RESULT, PICTURE = "result.json", "speed.png"
 SIDES = ("dense", "masked", "shrunk")
 
 
@@ -49,17 +58,8 @@ class Case:
     batches: tuple[int, ...]
 
 
-class _PlainLeNet300(nn.Module):
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        hidden = images.reshape(images.shape[0], -1).astype(jnp.float32) / 127.5 - 1
-        for width in (300, 100):
-            hidden = nn.relu(nn.Dense(width)(hidden))
-        return nn.Dense(10)(hidden)
-
-
 CASES = {
-    "lenet300": Case("LeNet-300-100, GNJ", _PlainLeNet300(), (28, 28, 1), (), (278, 98, 13), (1, 256, 8192)),
+    "lenet300": Case("LeNet-300-100, GNJ", LeNet300(family=None), (28, 28, 1), (), (278, 98, 13), (1, 256, 8192)),
     "lenet5": Case("LeNet-5-Caffe, GHS", LeNet5(family=None), (28, 28, 1), (5, 10), (76, 16), (1, 256, 8192)),
     "vgg": Case(
         "VGG, GHS",
@@ -108,48 +108,78 @@ def masks_of(case: Case, variables: dict[str, Any], seed: int) -> dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """A compiled network, and the bytes it needs while it runs (arguments, results and what lies between)."""
+class Contestant:
+    """A network in one of the ways to run it.
 
+    Attributes:
+      side: "dense", "masked" or "shrunk".
+      engine: "XLA", "XLA, for_cpu" or "onnxruntime".
+      run: one batch.
+      bytes: what it needs while it runs (arguments, results and what lies between); None where nobody tells.
+    """
+
+    side: str
+    engine: str
     run: Callable[[], Any]
-    bytes: int
+    bytes: int | None
 
 
-def sides_of(case: Case, batch: int, seed: int = 0) -> tuple[dict[str, Side], bcdl_jax.ShrinkReport]:
-    """The three sides of a network at one batch size, compiled."""
+def contestants_of(case: Case, batch: int, seed: int = 0) -> tuple[list[Contestant], tuple[int, int]]:
+    """The three sides of a network at one batch size, compiled in every way, and multiply-adds before and after."""
     images = jax.random.randint(jax.random.key(seed), (batch, *case.image), 0, 256).astype(jnp.uint8)
     variables = jax.jit(case.model.init)(jax.random.key(seed + 1), images[:1])
-    masks = masks_of(case, variables, seed)
-    pruned = jax.tree.map(jnp.multiply, variables, masks)
-    small_apply, small, report = bcdl_jax.shrink(case.model.apply, pruned, images[:2])
+    masks = jax.tree.map(jnp.asarray, masks_of(case, variables, seed))
+    small_apply, small, report = bcdl_jax.shrink(
+        case.model.apply, jax.tree.map(jnp.multiply, variables, masks), images[:2]
+    )
 
     def masked(arguments: Any, images: jax.Array) -> Any:
         return case.model.apply(jax.tree.map(jnp.multiply, *arguments), images)
 
-    functions: dict[str, tuple[Callable[..., Any], Any]] = {
+    sides: dict[str, tuple[Callable[..., Any], Any]] = {
         "dense": (case.model.apply, variables),
-        "masked": (masked, (variables, jax.tree.map(jnp.asarray, masks))),
+        "masked": (masked, (variables, masks)),
         "shrunk": (small_apply, small),
     }
-    sides = {}
-    for name, (function, params) in functions.items():
-        compiled = jax.jit(function).lower(params, images).compile()
-        memory: Any = compiled.memory_analysis()
-        size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        sides[name] = Side(functools.partial(_run, compiled, params, images), size)
-    return sides, report
+    on_cpu = jax.default_backend() == "cpu"
+    contestants = []
+    for side, (apply, params) in sides.items():
+        engines = {"XLA": apply} | ({"XLA, for_cpu": bcdl_jax.for_cpu(apply)} if on_cpu else {})
+        for engine, function in engines.items():
+            compiled = jax.jit(function).lower(params, images).compile()
+            memory: Any = compiled.memory_analysis()
+            size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            contestants.append(Contestant(side, engine, functools.partial(_run, compiled, params, images), size))
+        if on_cpu and (run := _onnxruntime(apply, params, images)) is not None:
+            contestants.append(Contestant(side, "onnxruntime", run, None))
+    return contestants, report.multiply_adds
 
 
 def _run(function: Callable[..., Any], params: Any, images: jax.Array) -> None:
     jax.block_until_ready(function(params, images))
 
 
+def _onnxruntime(apply: Callable[..., Any], params: Any, images: jax.Array) -> Callable[[], Any] | None:
+    """Runs the network in onnxruntime; None where that or jax2onnx is not installed. Masks are multiplied into the weights there."""
+    if not all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime"))):
+        return None
+    import onnxruntime
+
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # speaks of types that nobody needs
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "net.onnx"
+        bcdl_jax.export_onnx(path, apply, params, images[:2])
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: np.asarray(images)}
+    return lambda: session.run(None, feed)
+
+
 def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Prints and returns medians per network, batch size and side.
+    """Prints and returns the times of every network, batch size, side and engine.
 
     Args:
       nets: names of ``CASES``.
-      rounds: how often each side is timed, in turn.
+      rounds: how often each is timed, in turn.
       seconds: how long each timing lasts at least, by repetition.
 
     Raises:
@@ -160,51 +190,77 @@ def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str
             raise UserError(f"--nets names {name}; allowed are {', '.join(CASES)}.")
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}; it must be at least 1.")
+    if not seconds > 0:
+        raise UserError(f"--seconds is {seconds}; it must be more than 0.")
+    print(f"{machine()}, jax {jax.__version__}, {rounds} rounds in turn: median (lowest to highest)")
+    if jax.default_backend() == "cpu" and importlib.util.find_spec("onnxruntime") is None:
+        print("onnxruntime is not installed (pip install 'bcdl-jax[onnx]'): XLA alone.")
+    return [_compare(name, batch, rounds, seconds) for name in nets for batch in CASES[name].batches]
+
+
+def _compare(name: str, batch: int, rounds: int, seconds: float) -> dict[str, Any]:
+    case = CASES[name]
+    print(f"{case.title}, batch {batch}", flush=True)
+    contestants, (before, after) = contestants_of(case, batch)
+    times = _times([contestant.run for contestant in contestants], rounds, seconds)
+    medians = [statistics.median(each) for each in times]
+    best = {
+        side: min((i for i, each in enumerate(contestants) if each.side == side), key=medians.__getitem__)
+        for side in SIDES
+    }
+    entries = []
+    for contestant, each, median in zip(contestants, times, medians, strict=True):
+        memory = "" if contestant.bytes is None else f"{contestant.bytes / 2**20:10.1f} MiB"
+        spread = f"({1e3 * min(each):.3f} to {1e3 * max(each):.3f})"
+        print(
+            f"  {contestant.side:<7} {contestant.engine:<13} {1e3 * median:10.3f} ms {spread:<24}{memory}", flush=True
+        )
+        entries.append(
+            {
+                "side": contestant.side,
+                "engine": contestant.engine,
+                "seconds": each,
+                "bytes": contestant.bytes,
+            }
+        )
+    speed_up = {
+        side: statistics.median(
+            [dense / mine for dense, mine in zip(times[best["dense"]], times[best[side]], strict=True)]
+        )
+        for side in SIDES[1:]
+    }
     print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {rounds} rounds in turn"
+        f"  fastest against fastest: masked {speed_up['masked']:.2f}x, shrunk {speed_up['shrunk']:.2f}x as fast as dense; "
+        f"{before / after:.2f}x fewer multiply-adds",
+        flush=True,
     )
-    results = []
-    for name in nets:
-        case = CASES[name]
-        for batch in case.batches:
-            sides, report = sides_of(case, batch)
-            before, after = report.multiply_adds
-            print(f"{case.title}, batch {batch}: multiply-adds / {before / after:.2f}", flush=True)
-            times: dict[str, list[float]] = {side: [] for side in SIDES}
-            repeats = {}
-            for side in SIDES:
-                sides[side].run()
-                start = time.perf_counter()
-                sides[side].run()
-                repeats[side] = max(1, round(seconds / max(time.perf_counter() - start, 1e-9)))
-            for _ in range(rounds):
-                for side in SIDES:
-                    start = time.perf_counter()
-                    for _ in range(repeats[side]):
-                        sides[side].run()
-                    times[side].append((time.perf_counter() - start) / repeats[side])
-            for side in SIDES:
-                median = statistics.median(times[side])
-                ratio = statistics.median(
-                    [dense / mine for dense, mine in zip(times["dense"], times[side], strict=True)]
-                )
-                low, high = min(times[side]), max(times[side])
-                print(
-                    f"  {side:<7} {1e3 * median:10.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})  {ratio:6.2f}x dense  "
-                    f"{sides[side].bytes / 2**20:8.1f} MiB",
-                    flush=True,
-                )
-                results.append(
-                    {
-                        "net": name,
-                        "batch": batch,
-                        "side": side,
-                        "seconds": median,
-                        "speed_up": ratio,
-                        "bytes": sides[side].bytes,
-                    }
-                )
-    return results
+    return {
+        "net": name,
+        "title": case.title,
+        "batch": batch,
+        "multiply_adds": [before, after],
+        "fastest": {side: contestants[index].engine for side, index in best.items()},
+        "speed_up": speed_up,
+        "times": entries,
+    }
+
+
+def _times(runs: Sequence[Callable[[], Any]], rounds: int, seconds: float) -> list[list[float]]:
+    """Seconds per call, for each of the functions and each round."""
+    repeats = []
+    for run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        repeats.append(max(1, round(seconds / max(time.perf_counter() - start, 1e-9))))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, repeat, mine in zip(runs, repeats, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeat):
+                run()
+            mine.append((time.perf_counter() - start) / repeat)
+    return times
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,14 +269,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--nets", nargs="+", default=list(CASES), metavar="NET", help=f"of {', '.join(CASES)} (default: all)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each side, in turn (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each, in turn (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.5, help="least length of a timing (default: 0.5)")
+    parser.add_argument(
+        "--out",
+        default="runs/benchmark_inference",
+        help="directory for result.json and speed.png (default: runs/benchmark_inference)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
     args = parser.parse_args(arguments)
     try:
-        benchmark(args.nets, args.rounds, args.seconds)
+        check_out(args.out, args.overwrite)
+        results = benchmark(args.nets, args.rounds, args.seconds)
+        out = prepare_out(args.out, args.overwrite, [RESULT, PICTURE])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    command = shlex.join(
+        ["python", "-m", "experiments.benchmark_inference", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    write_json(out / RESULT, {"command": command, "machine": machine(), "jax": jax.__version__, "results": results})
+    speed_bars(out / PICTURE, results)
+    print(f"{out / RESULT} and {out / PICTURE} written.")
     return 0
 
 

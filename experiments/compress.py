@@ -407,7 +407,7 @@ def result(
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "seconds": round(seconds, 1),
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
         "runs": runs,
@@ -518,7 +518,7 @@ def _snapshot_arrays(stacked_params: Any) -> tuple[dict[str, jax.Array], dict[st
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     return f"{platform.system()} {platform.machine()}, {len(jax.devices())} x {devices}, {_cores()} CPU cores"
 

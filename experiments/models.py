@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -19,21 +20,24 @@ _DEFAULT = bcdl_jax.GroupNormalJeffreys()
 
 
 class LeNet300(nn.Module):
-    """LeNet-300-100: 784-300-100-10, 266,610 weights and biases."""
+    """LeNet-300-100: 784-300-100-10, 266,610 weights and biases.
 
+    Attributes:
+      family: of all layers; None for plain Flax layers.
+      clip_var: largest posterior variance of the first layer's weights, in place of the family's own.
+    """
+
+    family: bcdl_jax.GroupNormalJeffreys | None = _DEFAULT
     clip_var: float | None = FIRST_LAYER_CLIP_VAR
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = _scaled(images).reshape(images.shape[0], -1)
-        hidden = nn.relu(
-            bcdl_jax.Dense(300, family=bcdl_jax.GroupNormalJeffreys(clip_var=self.clip_var))(
-                hidden, deterministic=deterministic
-            )
-        )
-        hidden = nn.relu(bcdl_jax.Dense(100)(hidden, deterministic=deterministic))
-        return bcdl_jax.Dense(10)(hidden, deterministic=deterministic)
+        first = None if self.family is None else dataclasses.replace(self.family, clip_var=self.clip_var)
+        hidden = nn.relu(_dense(300, first, deterministic)(hidden))
+        hidden = nn.relu(_dense(100, self.family, deterministic)(hidden))
+        return _dense(10, self.family, deterministic)(hidden)
 
 
 class LeNet5(nn.Module):

@@ -1,3 +1,8 @@
+import dataclasses
+import importlib.util
+import json
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -20,17 +25,49 @@ def test_the_shrunk_networks_have_the_kept_sizes(capsys):
     assert convolutions == [(5, 5, 1, 5), (5, 5, 5, 10)]
 
 
-def test_the_benchmark_prints_all_sides(capsys):
-    assert benchmark_inference.main(["--nets", "lenet300", "--rounds", "1", "--seconds", "0.001"]) == 0
+@pytest.mark.parametrize("onnx", [True, False])
+def test_the_benchmark_prints_all_sides_and_writes_its_files(onnx, tmp_path, monkeypatch, capsys):
+    if not onnx:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        pytest.importorskip("jax2onnx")
+    case = dataclasses.replace(benchmark_inference.CASES["lenet300"], batches=(1, 64))
+    monkeypatch.setitem(benchmark_inference.CASES, "lenet300", case)
+    arguments = ["--nets", "lenet300", "--rounds", "2", "--seconds", "0.001", "--out", str(tmp_path / "out")]
+    assert benchmark_inference.main(arguments) == 0
     out = capsys.readouterr().out
-    assert out.count("x dense") == 9
-    assert "LeNet-300-100, GNJ, batch 8192: multiply-adds / 9.29" in out
+    assert "LeNet-300-100, GNJ, batch 64" in out
+    assert out.count("9.29x fewer multiply-adds") == 2
+    assert ("onnxruntime is not installed" in out) != onnx
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["result.json", "speed.png"]
+    results = json.loads((tmp_path / "out" / "result.json").read_text())["results"]
+    assert [result["batch"] for result in results] == [1, 64]
+    engines = ["XLA", "XLA, for_cpu", *["onnxruntime"] * onnx]
+    for result in results:
+        assert [(time["side"], time["engine"]) for time in result["times"]] == [
+            (side, engine) for side in ("dense", "masked", "shrunk") for engine in engines
+        ]
+        fastest = {
+            side: min((time["seconds"] for time in result["times"] if time["side"] == side), key=np.median)
+            for side in ("dense", "masked", "shrunk")
+        }
+        for side in ("masked", "shrunk"):
+            expected = np.median(np.divide(fastest["dense"], fastest[side]))
+            assert result["speed_up"][side] == pytest.approx(expected)
+    assert benchmark_inference.main(arguments) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--nets", "resnet"], "--nets names resnet; allowed are lenet300"), (["--rounds", "0"], "--rounds is 0")],
+    [
+        (["--nets", "resnet"], "--nets names resnet; allowed are lenet300"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--seconds", "0"], "--seconds is 0.0"),
+    ],
 )
-def test_bad_input_gets_one_sentence(arguments, message, capsys):
-    assert benchmark_inference.main(arguments) == 2
+def test_bad_input_gets_one_sentence(arguments, message, tmp_path, capsys):
+    assert benchmark_inference.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
     assert message in capsys.readouterr().err
