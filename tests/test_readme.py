@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_example_runs(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict = {}
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks[:4]), names)
@@ -22,13 +22,24 @@ def test_the_example_runs(capsys, tmp_path, monkeypatch):
     assert int(re.search(r"(\d+) bytes on disk", printed)[1]) == (tmp_path / "model.bcdl").stat().st_size
 
 
-def test_the_example_of_shrinking_prints_what_it_says(capsys):
+def test_the_example_of_shrinking_prints_what_it_says_and_exports(capsys, tmp_path, monkeypatch):
     text = README.read_text()
-    block, shown = re.search(r"## Make it small.*?```python\n(.*?)```.*?```text\n(.*?)```", text, re.DOTALL).groups()
-    exec(block, {})
+    section = text[text.index("## Make it small") :]
+    block, export = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (shown,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
     printed = capsys.readouterr().out
     # The difference of the outputs is rounding noise, which depends on the machine.
     assert re.sub(r"outputs: .*", "", printed) == re.sub(r"outputs: .*", "", shown)
+    exec(export, names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "net.onnx",
+        "net.safetensors",
+        "net.stablehlo",
+        "net_torch.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"bcdl_jax\.([A-Za-z_]+)", README.read_text()))))

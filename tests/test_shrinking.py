@@ -253,6 +253,24 @@ def test_an_nnx_model(key):
     assert shapes_after(report)["second/kernel"] == (4 * 16, 3)
 
 
+def test_an_equinox_model(key):
+    equinox = pytest.importorskip("equinox")
+    first, second = jax.random.split(key)
+    layers = [equinox.nn.Conv2d(2, 6, 3, key=first), equinox.nn.Linear(6, 3, key=second)]
+    layers[0] = equinox.tree_at(lambda layer: layer.weight, layers[0], layers[0].weight.at[jnp.array([1, 4])].set(0))
+    layers[0] = equinox.tree_at(lambda layer: layer.bias, layers[0], layers[0].bias.at[jnp.array([1, 4])].set(-1))
+    params, static = equinox.partition(layers, equinox.is_array)
+
+    def apply(params, x):
+        convolution, linear = equinox.combine(params, static)
+        return jax.vmap(lambda image: linear(jax.nn.relu(convolution(image)).mean((1, 2))))(x)
+
+    x = jax.random.normal(key, (4, 2, 6, 5))  # Equinox has the channels first
+    small_apply, small, report = bcdl_jax.shrink(apply, params, x)
+    assert [leaf.after for leaf in report.leaves] == [(4, 2, 3, 3), (4, 1, 1), (3, 4), (3,)]
+    np.testing.assert_allclose(small_apply(small, x[:1]), apply(params, x[:1]), rtol=1e-5, atol=1e-6)
+
+
 def test_pruned_nets_of_this_library(net, conv_net, key):
     for (model, params, inputs), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
         rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.log_dropout_rates(params).values()])
