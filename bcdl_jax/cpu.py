@@ -1,9 +1,10 @@
 """The same network in the form that a CPU runs fastest.
 
 XLA's convolution on a CPU gathers the patches of all examples before it multiplies, and is slow when they do not fit the cache: so a
-large batch is worked off in pieces that do. With few channels, as in a pruned network, it spends its time on moving single numbers. But
-a convolution is also one matrix product for each row of the output, with a banded matrix that holds the kernel once for each of
-a block of neighbouring columns. That multiplies with zeros too, but at the full speed of matrix products.
+large batch is worked off in pieces that do. In such a loop XLA runs convolutions on one core, but matrix products on all: so there
+a convolution becomes the product of patches and kernel. With few channels, as in a pruned network, patches are moved number by number.
+But a convolution is also one matrix product for each row of the output, with a banded matrix that holds the kernel once for each
+of a block of neighbouring columns. That multiplies with zeros too, but at the full speed of matrix products.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from bcdl_jax.program import Program, Step, rewrite, trace
 
 PyTree = Any
 
-# A piece of the batch is so large that its largest intermediate value has about this size. Measured on a CPU with 2 MiB of
-# second-level cache per core; half and double of it differ by less than a tenth.
+# A piece of the batch is so large that its largest intermediate value has about this size; so much for the patches of a convolution.
+# Measured on a CPU with 2 MiB of second-level cache per core; half and double of them are at most a quarter slower.
 _PIECE_BYTES = 2**22
-# A convolution reading up to so many channels becomes a product with a banded matrix, whose blocks make at least so many outputs.
-_FEW_CHANNELS = 24
-_BLOCK_OUTPUTS = 48
+_PATCH_BYTES = 2**23
+# A convolution whose window reads up to so many numbers of a row becomes a product with a banded matrix, whose blocks make about so
+# many outputs.
+_FEW_NUMBERS = 16
+_BLOCK_OUTPUTS = 72
 
 
 def for_cpu(apply: Callable[..., PyTree], *, examples_at_a_time: int | None = None) -> Callable[..., PyTree]:
@@ -51,21 +54,26 @@ def for_cpu(apply: Callable[..., PyTree], *, examples_at_a_time: int | None = No
     """
     if examples_at_a_time is not None and examples_at_a_time < 1:
         raise ValueError(f"examples_at_a_time is {examples_at_a_time}; it must be at least 1, or None.")
-    run = rewrite(apply, {"conv_general_dilated": _convolution, "reduce_window_max": _max_pool})
+    whole, looped = (
+        rewrite(apply, {"conv_general_dilated": rule, "reduce_window_max": _max_pool})
+        for rule in (_convolution, _convolution_in_a_loop)
+    )
 
     def in_pieces(params: PyTree, *inputs: PyTree) -> PyTree:
         batch = _batch_size("input", inputs)
         size = examples_at_a_time or _examples_that_fit(trace(apply, params, *inputs), batch)
-        if batch <= size:
-            return run(params, *inputs)
+        run = whole if batch <= size else looped
 
         def piece(inputs: PyTree) -> PyTree:
-            outputs = run(params, *inputs)
-            if (given := _batch_size("output", outputs)) != _batch_size("input", inputs):
+            outputs, given = run(params, *inputs), _batch_size("input", inputs)
+            if (found := _batch_size("output", outputs)) != given:
                 raise ValueError(
-                    f"The outputs have a leading axis of {given} for {size} examples; it must be the batch."
+                    f"The outputs have a leading axis of {found} for {given} examples; it must be the batch."
                 )
             return outputs
+
+        if batch <= size:
+            return piece(inputs)
 
         full = batch // size * size
         stacked = jax.tree.map(lambda leaf: leaf[:full].reshape(-1, size, *leaf.shape[1:]), inputs)
@@ -103,6 +111,22 @@ def _intermediates(program: Program) -> list[int]:
 
 def _convolution(step: Step, images: jax.Array, kernel: jax.Array) -> jax.Array | None:
     """A two-dimensional convolution of few channels as a product with a banded matrix; None for any other."""
+    few = kernel.ndim == 4 and _row_numbers(step, kernel) <= _FEW_NUMBERS
+    return _product(step, images, kernel, _banded_product) if few else None
+
+
+def _convolution_in_a_loop(step: Step, images: jax.Array, kernel: jax.Array) -> jax.Array | None:
+    """A two-dimensional convolution as a matrix product; None for what cannot be one."""
+    few = kernel.ndim == 4 and _row_numbers(step, kernel) <= _FEW_NUMBERS
+    return _product(step, images, kernel, _banded_product if few else _patches_product)
+
+
+def _row_numbers(step: Step, kernel: jax.Array) -> int:
+    spec = step.params["dimension_numbers"].rhs_spec
+    return kernel.shape[spec[3]] * kernel.shape[spec[1]]
+
+
+def _product(step: Step, images: jax.Array, kernel: jax.Array, product: Callable[..., jax.Array]) -> jax.Array | None:
     params = step.params
     numbers = params["dimension_numbers"]
     plain = (
@@ -113,21 +137,56 @@ def _convolution(step: Step, images: jax.Array, kernel: jax.Array) -> jax.Array 
         and jnp.issubdtype(images.dtype, jnp.floating)
         and images.dtype == kernel.dtype
     )
-    if not plain or not 1 <= images.shape[numbers.lhs_spec[1]] <= _FEW_CHANNELS or not kernel.size:
+    if not plain or not kernel.size or not images.size:
         return None
     images = images.transpose([numbers.lhs_spec[axis] for axis in (0, 2, 3, 1)])
     kernel = kernel.transpose([numbers.rhs_spec[axis] for axis in (2, 3, 1, 0)])
-    outputs = _banded_product(images, kernel, params["window_strides"], params["padding"], params["precision"])
+    outputs = product(images, kernel, params["window_strides"], params["padding"], params["precision"])
     return outputs.transpose(np.argsort([numbers.out_spec[axis] for axis in (0, 2, 3, 1)]).tolist())
 
 
-def _banded_product(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
-    """Args: images [batch, rows, columns, channels], kernel [rows, columns, channels, features]. Returns [batch, rows, columns, features]."""
-    window_rows, window_columns, channels, features = kernel.shape
-    batch = images.shape[0]
+# Both: images [batch, rows, columns, channels], kernel [rows, columns, channels, features] -> [batch, rows, columns, features].
+
+
+def _output_sizes(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> tuple[int, int]:
     rows, columns = (
         (images.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis]) // strides[axis] + 1 for axis in (0, 1)
     )
+    return rows, columns
+
+
+def _patches_product(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
+    window_rows, window_columns, _, features = kernel.shape
+    rows, columns = _output_sizes(images, kernel, strides, padding)
+    if not rows or not columns:
+        return jnp.zeros((len(images), rows, columns, features), images.dtype)
+    matrix = kernel.reshape(-1, features)
+
+    def multiply(images: jax.Array) -> jax.Array:
+        images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+        ends = ((rows - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1)
+        patches = jnp.concatenate(
+            [
+                images[:, row : row + ends[0] : strides[0], column : column + ends[1] : strides[1]]
+                for row in range(window_rows)
+                for column in range(window_columns)
+            ],
+            -1,
+        )
+        product = jnp.dot(patches.reshape(-1, len(matrix)), matrix, precision=precision)
+        return product.reshape(len(images), rows, columns, features)
+
+    fitting = _PATCH_BYTES // (rows * columns * len(matrix) * images.dtype.itemsize)
+    size = max(count for count in range(1, max(fitting, 1) + 1) if len(images) % count == 0)
+    if size == len(images):
+        return multiply(images)
+    return lax.map(multiply, images.reshape(-1, size, *images.shape[1:])).reshape(-1, rows, columns, features)
+
+
+def _banded_product(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
+    window_rows, window_columns, channels, features = kernel.shape
+    batch = images.shape[0]
+    rows, columns = _output_sizes(images, kernel, strides, padding)
     # Blocks of equal numbers of output columns, the last of them beyond the edge if need be.
     blocks = max(1, columns // max(1, -(-_BLOCK_OUTPUTS // features)))
     width = -(-columns // blocks)

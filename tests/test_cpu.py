@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
+from bcdl_jax import cpu
 from bcdl_jax.program import trace
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -14,7 +15,7 @@ OPTIONS = {
     "strides": {"window_strides": (2, 3), "padding": "VALID", "dimension_numbers": NHWC},
     "uneven padding": {"window_strides": (3, 2), "padding": ((2, 0), (1, 4)), "dimension_numbers": NHWC},
     "channels first": {"window_strides": (1, 2), "padding": "SAME", "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
-    "mixed": {"window_strides": (2, 1), "padding": "SAME", "dimension_numbers": ("NCHW", "HWIO", "HWNC")},
+    "mixed": {"window_strides": (2, 1), "padding": "SAME", "dimension_numbers": ("NCHW", "HWIO", "NWCH")},
     # Left as they are:
     "dilated": {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1), "dimension_numbers": NHWC},
     "transposed": {
@@ -92,6 +93,21 @@ def test_networks_compute_the_same_in_pieces_of_any_size(net, pieces):
         )
 
 
+@pytest.mark.parametrize("name", ["plain", "same", "strides", "uneven padding", "channels first", "transposed"])
+def test_convolutions_in_a_loop_compute_the_same(name, key, monkeypatch):
+    """In pieces, convolutions of any number of channels are matrix products, whose patches are cut to fit, too."""
+    options = OPTIONS[name]
+    specs = options["dimension_numbers"]
+    images = shaped(specs[0], {"N": 13, "H": 9, "W": 10, "C": 7}, key)
+    kernel = shaped(specs[1], {"H": 3, "W": 5, "I": 7, "O": 4}, key)
+    apply = lambda kernel, images: jax.lax.conv_general_dilated(images, kernel, **options)  # noqa: E731
+    monkeypatch.setattr(cpu, "_PATCH_BYTES", 100_000)
+    fast = bcdl_jax.for_cpu(apply, examples_at_a_time=6)
+    (loop,) = [step for step in trace(fast, kernel, images).steps if step.name == "scan"]
+    assert ("conv_general_dilated" in str(loop.params["jaxpr"])) == (name == "transposed")
+    np.testing.assert_allclose(jax.jit(fast)(kernel, images), apply(kernel, images), rtol=1e-5, atol=1e-5)
+
+
 def test_a_large_batch_is_cut_to_what_fits_the_cache(net):
     apply, params, _ = net
     images = jax.ShapeDtypeStruct((65536, 12, 12, 1), jnp.float32)
@@ -121,8 +137,9 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="examples_at_a_time is 0; it must be at least 1"):
         bcdl_jax.for_cpu(jnp.add, examples_at_a_time=0)
     total = bcdl_jax.for_cpu(lambda params, x: jnp.sum(x) + params, examples_at_a_time=2)
-    with pytest.raises(ValueError, match="outputs have shapes"):
-        total(1.0, jnp.ones(5))
+    for size in (1, 5):
+        with pytest.raises(ValueError, match="outputs have shapes"):
+            total(1.0, jnp.ones(size))
     halves = bcdl_jax.for_cpu(lambda params, x: x[::2] + params, examples_at_a_time=2)
     with pytest.raises(ValueError, match="outputs have a leading axis of 1 for 2 examples"):
         halves(1.0, jnp.ones(5))
