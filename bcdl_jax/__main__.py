@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -31,10 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     except CompressedFileError as error:
         print(f"error: {args.file}: {error}", file=sys.stderr)
         return 2
-    if args.command == "verify":
-        print(f"{args.file}: whole, {len(summaries)} layers and arrays, {len(data):,} bytes")
-    else:
-        print_summaries(summaries, len(data))
+    try:
+        if args.command == "verify":
+            print(f"{args.file}: whole, {len(summaries)} layers and arrays, {len(data):,} bytes")
+        else:
+            print_summaries(summaries, len(data))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -47,8 +52,11 @@ def print_summaries(summaries: list[RecordSummary], size: int) -> None:
         each = f"{8 * summary.bytes / kept:.2f}" if kept else "-"
         shape, left = ("x".join(map(str, sizes)) or "scalar" for sizes in (summary.shape, summary.kept))
         print(f"{summary.name:<{width}}  {shape:<18} {left:<18} {summary.bits:>4} {summary.bytes:>10,.0f} {each:>11}")
-    whole = sum(math.prod(summary.shape) for summary in summaries)
-    print(f"{size:,} bytes; these weights in float32: {4 * whole:,} bytes ({4 * whole / size:.1f}x)")
+    whole = sum(math.prod(summary.shape) + summary.biases for summary in summaries)
+    print(f"{size:,} bytes; these weights and biases in float32: {4 * whole:,} bytes ({4 * whole / size:.1f}x)")
+    print(
+        "bits: of an integer as it is; bits/weight: in the file, with the layer's biases, steps and sets of kept indices."
+    )
 
 
 if __name__ == "__main__":

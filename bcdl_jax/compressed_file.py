@@ -66,6 +66,7 @@ class RecordSummary:
       kept: how many indices are kept along each axis.
       bits: of the widest integer of a layer's kernel; of the type for an array.
       bytes: of the file that it takes: kernel, bias, steps and kept indices.
+      biases: how many a layer has beside its kernel.
     """
 
     name: str
@@ -73,6 +74,7 @@ class RecordSummary:
     kept: tuple[int, ...]
     bits: int
     bytes: float
+    biases: int = 0
 
 
 def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -> int:
@@ -164,7 +166,8 @@ def summarize(data: bytes) -> list[RecordSummary]:
             kernel = np.asarray(value.kernel)
             kept_in = int(np.sum(value.input_mask)) if kernel.shape[-2] == value.input_mask.size else kernel.shape[-2]
             kept: tuple[int, ...] = (*kernel.shape[:-2], kept_in, int(np.sum(value.output_mask)))
-            summaries.append(RecordSummary(name, kernel.shape, kept, int(value.kernel_bits), size))
+            biases = 0 if value.bias is None else value.bias.size
+            summaries.append(RecordSummary(name, kernel.shape, kept, int(value.kernel_bits), size, biases))
         else:
             kept = tuple(int(np.sum(flags)) for flags in _kept_of(value))
             summaries.append(RecordSummary(name, value.shape, kept, 8 * value.dtype.itemsize, size))

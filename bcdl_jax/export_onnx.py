@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bcdl_jax.atomic_file import write_atomically
-from bcdl_jax.export import inputs_of_any_batch
+from bcdl_jax.atomic_file import check_writable, write_atomically
+from bcdl_jax.export import any_batch_or_error, inputs_of_any_batch
 from bcdl_jax.program import CUSTOM, Rule, Step, evaluate_elementwise, trace
 
 PyTree = Any
@@ -33,14 +34,17 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
       The number of bytes of the file.
 
     Raises:
-      ValueError: an input has no leading axis.
+      ValueError: an input has no leading axis, or the network cannot run at any batch size.
+      OSError: the file cannot be written.
       NotImplementedError: the network uses a primitive that has no counterpart in ONNX, or whose conversion fails; what was said of it follows.
     """
     from jax2onnx import to_onnx  # heavy, and optional
 
+    check_writable(path)
     inputs = inputs_of_any_batch(example_inputs)
     # Traced before the conversion, which puts primitives of its own in the place of many functions of JAX and Flax.
-    program = trace(lambda *arguments: apply(params, *arguments), *inputs)
+    with any_batch_or_error():
+        program = trace(lambda *arguments: apply(params, *arguments), *inputs)
     rules: dict[str, Rule] = {
         "conv_general_dilated": _convolution,
         "reduce_window_max": _max_pool,
@@ -51,6 +55,9 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
     def run(*leaves: jax.Array) -> PyTree:
         return program.run(leaves, rules)
 
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of types that no reader needs
     try:
         model = to_onnx(run, jax.tree.leaves(inputs), model_name="network")
     except Exception as error:
@@ -58,6 +65,8 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
         raise NotImplementedError(
             f"The network could not be written as ONNX; it consists of {names}. {error}"
         ) from error
+    finally:
+        logger.setLevel(level)
     data = model.SerializeToString()
     write_atomically(path, data)
     return len(data)

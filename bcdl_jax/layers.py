@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys
 from bcdl_jax.posterior import GroupAxis, Posterior, WeightsNode
@@ -75,6 +76,10 @@ class _VariationalLayer(nn.Module):
             )
         return apply_sampled(node, inputs, self.make_rng("noise"), linear_map)
 
+    def _check_features(self, features: int) -> None:
+        if not isinstance(features, int | np.integer) or features < 1:
+            raise ValueError(f"{self._where()} has features {features}; it must be an int of at least 1.")
+
     def _where(self) -> str:
         return f"Layer {'/'.join(self.path) or type(self).__name__}"
 
@@ -119,6 +124,7 @@ class Dense(_VariationalLayer):
         inputs = jnp.asarray(inputs)
         if inputs.ndim < 2:
             raise ValueError(f"{self._where()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
+        self._check_features(self.features)
         node = self._posterior((inputs.shape[-1], self.features), "input")
         return self._apply(node, inputs, self.dtype, deterministic, dense_map(self.precision))
 
@@ -175,6 +181,7 @@ class Conv(_VariationalLayer):
                 f"{self._where()} was given inputs of shape {inputs.shape}; with kernel_size {window} it needs "
                 f"[examples, ..., {rank} spatial axes, channels]."
             )
+        self._check_features(self.features)
         for name, count in (("input", inputs.shape[-1]), ("output", self.features)):
             if self.feature_group_count < 1 or count % self.feature_group_count:
                 raise ValueError(

@@ -147,11 +147,12 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     symbols = {size for leaf in jax.tree.leaves(arguments) for size in np.shape(leaf) if not isinstance(size, int)}
     if len(symbols) == 1:
         (size,) = symbols
+        symbolic = _trace(function, *arguments)  # fails where the program depends on the size
         try:
             two, three = (_trace(function, *_resized(arguments, size, number)) for number in (2, 3))
             return _between(two, three, size)
         except ValueError:
-            pass  # the steps depend on the size
+            return symbolic
     return _trace(function, *arguments)
 
 

@@ -37,7 +37,7 @@ def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = 
       ValueError: a layer without threshold, a threshold or a chain entry for an unknown layer, or a chain whose widths do not fit.
     """
     by_layer = thresholds_by_layer(thresholds, list(posteriors(params)))
-    return _prune(params, by_layer, tuple(chain or ()))
+    return _prune(params, by_layer, chain if isinstance(chain, str) else tuple(chain or ()))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -92,6 +92,11 @@ def kept_groups(params: PyTree, thresholds: Thresholds | None = None) -> dict[st
 
 def thresholds_by_layer(thresholds: Thresholds, names: Sequence[str]) -> dict[str, float]:
     """One threshold per layer name. Raises ValueError if names and thresholds do not match."""
+    for value in thresholds.values() if isinstance(thresholds, Mapping) else [thresholds]:
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(
+                "thresholds holds a value that is not a number; it must be a log dropout rate, or infinite."
+            )
     if not isinstance(thresholds, Mapping):
         return dict.fromkeys(names, thresholds)
     for name in thresholds:
@@ -129,7 +134,7 @@ def choose_thresholds(
       infinite where all are kept. Groups of equal score stay together, and a layer that had groups keeps at least one.
 
     Raises:
-      ValueError: ``max_increase`` is negative or not a number.
+      ValueError: ``max_increase`` is negative or not a number, or the error of the unpruned network is not a number.
     """
     if not max_increase >= 0:
         raise ValueError(f"max_increase is {max_increase}; it must be 0 or more.")
@@ -144,6 +149,8 @@ def choose_thresholds(
     # The search moves, per layer, along the list of cuts, from the last one (all is kept) towards the first.
     positions = {name: len(choices) - 1 for name, choices in cuts.items()}
     start_error, size = measure(positions)
+    if start_error != start_error:
+        raise ValueError("error(params) is not a number; it must be the validation error of the unpruned network.")
     current_error, limit = start_error, start_error + max_increase
 
     common = sorted({threshold for choices in cuts.values() for _, threshold in choices})
@@ -209,6 +216,8 @@ def _kept_weights(params: PyTree) -> jax.Array:
 
 
 def _checked_chain(chain: Sequence[str], layers: Mapping[str, Posterior]) -> Sequence[str]:
+    if isinstance(chain, str):
+        raise ValueError(f"chain is {chain!r}; it must be a sequence of layer names.")
     for name in chain:
         if name not in layers:
             raise ValueError(f"chain names layer {name}, which does not exist; the layers are {', '.join(layers)}.")

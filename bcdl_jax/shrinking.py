@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,8 +100,8 @@ def shrink(
     Warns:
       UserWarning: nothing is left of a layer.
     """
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of is {multiple_of}; it must be at least 1.")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(f"multiple_of is {multiple_of}; it must be an int of at least 1.")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -147,24 +147,38 @@ def cut(tree: PyTree, report: ShrinkReport) -> PyTree:
 
     Args:
       tree: any tree. Each part of it that has the structure of the params (gradients; the moments in an optimiser's state) is cut, the rest is
-        left as it is.
+        left as it is. If Flax variables were shrunk, with "params" among their collections, so is each part with the structure of "params".
       report: of ``shrink``.
 
     Raises:
-      ValueError: an array of such a part has another shape than that of the params.
+      ValueError: an array of such a part has another shape than that of the params, or there is no such part.
     """
 
+    places = jax.tree.unflatten(report.structure, range(len(report.leaves)))
+    collection = places.get("params") if isinstance(places, Mapping) else None
+    parts = {jax.tree.structure(part): jax.tree.leaves(part) for part in (collection, places) if part is not None}
+    found = False
+
     def cut_part(part: PyTree) -> PyTree:
-        if jax.tree.structure(part) != report.structure:
+        nonlocal found
+        structure = jax.tree.structure(part)
+        if structure not in parts:
             return part
+        found = True
         leaves = []
-        for leaf, entry in zip(jax.tree.leaves(part), report.leaves, strict=True):
+        for leaf, number in zip(jax.tree.leaves(part), parts[structure], strict=True):
+            entry = report.leaves[number]
             if np.shape(leaf) != entry.before:
                 raise ValueError(f"The array at {entry.path} has shape {np.shape(leaf)}; it must be {entry.before}.")
             leaves.append(_cut(leaf, entry.kept))
-        return jax.tree.unflatten(report.structure, leaves)
+        return jax.tree.unflatten(structure, leaves)
 
-    return jax.tree.map(cut_part, tree, is_leaf=lambda part: jax.tree.structure(part) == report.structure)
+    result = jax.tree.map(cut_part, tree, is_leaf=lambda part: jax.tree.structure(part) in parts)
+    if not found:
+        raise ValueError(
+            "tree has no part with the structure of the params that were shrunk, so there is nothing to cut."
+        )
+    return result
 
 
 def _trace_for_any_batch(
@@ -189,7 +203,8 @@ def _trace_for_any_batch(
         except Exception:  # whatever a model says to another batch size: then it is for this one alone
             pass
         else:
-            if two.signature() == three.signature():
+            given = traced(leading[0])
+            if two.signature() == three.signature() == given.signature():
                 axes = [
                     frozenset(
                         axis for axis, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if len({*sizes}) > 1
@@ -228,13 +243,22 @@ def _small_function(
         structs = [jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)) for leaf in leaves]
         key = (tree, tuple((struct.shape, struct.dtype) for struct in structs))
         if key not in traces:
-            traced = trace(apply, whole, *jax.tree.unflatten(tree, structs))
-            if not _fits(traced, program, moving_axes, moving_constants):
-                given = ", ".join(f"{struct.dtype}{list(struct.shape)}" for struct in structs)
-                raise ValueError(
-                    f"The inputs are {given}; for this small function they must be like those it was made for, which may differ in "
-                    "the batch size alone (if the model takes any)."
+            inputs_before = program.inputs[count:]
+            alike = len(structs) == len(inputs_before) and all(
+                _is_like(struct, program.shapes[number], moving_axes[number])
+                for struct, number in zip(structs, inputs_before, strict=True)
+            )
+            traced = trace(apply, whole, *jax.tree.unflatten(tree, structs)) if alike else None
+            if traced is None or not _fits(traced, program, moving_axes, moving_constants):
+                given = _described(structs, {})
+                allowed = _described(
+                    [program.shapes[number] for number in inputs_before],
+                    {place: moving_axes[number] for place, number in enumerate(inputs_before)},
                 )
+                why = (
+                    " At this batch size the model computes something else than at the one it was shrunk with." * alike
+                )
+                raise ValueError(f"The inputs are {given}; this small function takes {allowed}.{why}")
             traces[key] = traced
         return traces[key]
 
@@ -254,21 +278,33 @@ def _small_function(
     return small_apply
 
 
+def _is_like(new: jax.ShapeDtypeStruct, old: jax.ShapeDtypeStruct, moving: frozenset[int]) -> bool:
+    """Whether two values differ along moving axes alone."""
+    return (
+        len(new.shape) == len(old.shape)
+        and new.dtype == old.dtype
+        and all(
+            axis in moving or sizes[0] == sizes[1] for axis, sizes in enumerate(zip(new.shape, old.shape, strict=True))
+        )
+    )
+
+
+def _described(structs: Sequence[jax.ShapeDtypeStruct], moving_axes: Mapping[int, frozenset[int]]) -> str:
+    described = []
+    for place, struct in enumerate(structs):
+        moving = moving_axes.get(place, frozenset())
+        sizes = ("batch" if axis in moving else str(size) for axis, size in enumerate(struct.shape))
+        described.append(f"{struct.dtype}[{', '.join(sizes)}]")
+    return ", ".join(described) or "nothing"
+
+
 def _fits(
     traced: Program, program: Program, moving_axes: Sequence[frozenset[int]], moving_constants: frozenset[int]
 ) -> bool:
     """Whether two traces differ in the batch size alone."""
     return (
         traced.signature() == program.signature()
-        and all(
-            len(new.shape) == len(old.shape)
-            and new.dtype == old.dtype
-            and all(
-                axis in moving or sizes[0] == sizes[1]
-                for axis, sizes in enumerate(zip(new.shape, old.shape, strict=True))
-            )
-            for new, old, moving in zip(traced.shapes, program.shapes, moving_axes, strict=True)
-        )
+        and all(map(_is_like, traced.shapes, program.shapes, moving_axes))
         and all(
             number in moving_constants or _same(value, program.constants[number])
             for number, value in traced.constants.items()
@@ -342,7 +378,8 @@ def _reasons(program: Program, analysis: Analysis, plan: Plan, numbers: Sequence
         if layout is not None and fact.fixed:
             for axis, kept in enumerate(layout):
                 used = (fact.value != 0).any(tuple(other for other in range(fact.value.ndim) if other != axis))
-                if fact.value.ndim > 1 and not (used if kept is None else used[kept]).all():
+                needed = fact.live.any(tuple(other for other in range(fact.live.ndim) if other != axis))
+                if fact.value.ndim > 1 and not (used | ~needed if kept is None else (used | ~needed)[kept]).all():
                     readers = ", ".join(sorted(blame.get(number, set())))
                     reason = f"zeros kept: read whole by {readers}" if readers else "zeros kept: other parts need them"
         reasons.append(reason)

@@ -175,11 +175,14 @@ def make_train_epoch(
       once: ``jax.jit(jax.vmap(epoch, in_axes=(0, None)), donate_argnums=0)``.
 
     Raises:
-      ValueError: (when called) there are fewer examples than ``batch_size``.
+      ValueError: (when called) there are fewer examples than ``batch_size``, or arrays of different lengths.
     """
 
     def epoch(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
-        examples = jax.tree.leaves(data)[0].shape[0]
+        lengths = sorted({array.shape[0] for array in jax.tree.leaves(data)})
+        if len(lengths) != 1:
+            raise ValueError(f"The arrays of data have {lengths or 'no'} examples; all must have the same number.")
+        (examples,) = lengths
         steps = examples // batch_size if batch_size > 0 else 0
         if steps == 0:
             raise ValueError(

@@ -13,14 +13,14 @@ from experiments.data import NAMES
 from experiments.errors import UserError
 
 
-def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None) -> tuple[list[float], str | None]:
+def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None) -> list[float]:
     """Decodes LeNet-300-100 files, shrinks them, and runs them on the test images.
 
     Returns:
-      Errors in percent, and the notice of the data set that was used instead, or None.
+      Errors in percent.
 
     Raises:
-      UserError: a file or the data set can't be read.
+      UserError: a file or the data set can't be read; the embedded digits would stand in for full MNIST.
     """
     import jax
     import jax.numpy as jnp
@@ -30,6 +30,11 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
     from experiments.models import LeNet300
 
     loaded = data.load(dataset, data_dir)
+    if loaded.notice:  # nets trained on full MNIST have seen the embedded digits
+        raise UserError(
+            f"{loaded.notice.split(':')[0]}, on whose test images the files are scored. Give --data-dir or set TFDS_DATA_DIR; for nets "
+            f"trained on the embedded digits, --dataset {data.EMBEDDED}."
+        )
     images, labels = jnp.asarray(loaded.test.images), jnp.asarray(loaded.test.labels)
     model = LeNet300()
     template = jax.eval_shape(model.init, jax.random.key(0), images[:1])["params"]
@@ -37,14 +42,16 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
     for path in paths:
         try:
             params = bcdl_jax.load(path, like=template)
-        except (OSError, bcdl_jax.CompressedFileError) as error:
-            raise UserError(f"{path}: {error}") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        except bcdl_jax.CompressedFileError as error:
+            raise UserError(f"{path} is not a file of LeNet-300-100: {error}") from error
         small_apply, small, _ = bcdl_jax.shrink(
             lambda params, images: model.apply({"params": params}, images), params, images[:2]
         )
         wrong = jnp.argmax(jax.jit(small_apply)(small, images), axis=-1) != labels
         errors.append(float(100 * jnp.mean(wrong)))
-    return errors, loaded.notice
+    return errors
 
 
 def in_fresh_process(paths: Sequence[Path], dataset: str, data_dir: str | None) -> list[float]:
@@ -77,15 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.dataset not in NAMES:
             raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
-        errors, notice = test_errors(args.files, args.dataset, args.data_dir)
+        errors = test_errors(args.files, args.dataset, args.data_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(errors))
         return 0
-    if notice:
-        print(notice)
     for path, percent in zip(args.files, errors, strict=True):
         print(f"{path}: {Path(path).stat().st_size:,} bytes, test error {percent:.2f} %")
     return 0

@@ -1,6 +1,8 @@
 import os
 import random
 import resource
+import subprocess
+import sys
 import time
 import zlib
 
@@ -293,3 +295,10 @@ def test_inspect_and_verify(net, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "none.bcdl")]) == 2
     assert "cannot be read: No such file" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["net.bcdl"]
+    command = [sys.executable, "-m", "bcdl_jax", "inspect", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # a reader that has seen enough
+        assert process.stderr.read() == b""
+    for target in (tmp_path / "none" / "net.bcdl", path / "net.bcdl", tmp_path):
+        with pytest.raises(OSError, match=f"'{target}'"):
+            bcdl_jax.save(target, reduced)

@@ -35,6 +35,39 @@ def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npy", "net.stablehlo", "out.npy"]
 
 
+@pytest.mark.parametrize("export", [bcdl_jax.export_stablehlo, bcdl_jax.export_onnx])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_path):
+    if export is bcdl_jax.export_onnx:
+        pytest.importorskip("jax2onnx")
+    params, inputs = np.array([[1.0, 0], [2, 0]], np.float32), np.ones((3, 2), np.float32)
+    apply = lambda params, x: (x if len(x) > 4 else 2 * x) @ params  # noqa: E731
+    network = bcdl_jax.shrink(apply, params, inputs)[:2] if small else (apply, params)
+    with pytest.raises(ValueError, match="cannot be traced for any batch size, so it cannot be exported"):
+        export(tmp_path / "net", *network, inputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_and_arguments_that_are_wrong_are_named(tmp_path):
+    apply, inputs = lambda params, x: params * x, np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"platforms are \['gpu'\]; allowed are cpu, cuda, rocm, tpu"):
+        bcdl_jax.export_stablehlo(tmp_path / "net", apply, 2.0, inputs, platforms=("gpu",))
+    for path in (tmp_path / "none" / "net", tmp_path):
+        for export in (bcdl_jax.export_stablehlo, bcdl_jax.export_onnx):
+            with pytest.raises(OSError, match=f"'{path}'"):
+                export(path, apply, 2.0, inputs)
+    assert not list(tmp_path.iterdir())
+    path = tmp_path / "net"
+    bcdl_jax.export_stablehlo(path, apply, 2.0, inputs)
+    whole = path.read_bytes()
+    for damaged in (b"", b"nothing of the kind", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a file of export_stablehlo, or it is damaged"):
+            bcdl_jax.load_stablehlo(path)
+
+
 def test_inputs_without_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="are empty"):
+        bcdl_jax.export_stablehlo(tmp_path / "a", lambda params: params, np.float32(2), ())
     with pytest.raises(ValueError, match="begin with a scalar"):
         bcdl_jax.export_stablehlo(tmp_path / "a", lambda params, x: x * params, np.float32(2), np.float32(1))

@@ -265,6 +265,8 @@ def test_integer_inputs_are_promoted(key):
             (1, 5, 5, 2),
             r"3 output channels, which feature_group_count 2 does not divide",
         ),
+        (bcdl_jax.Dense(0), (2, 3), "has features 0; it must be an int of at least 1"),
+        (bcdl_jax.Conv(2.5, (3,)), (2, 3, 1), "has features 2.5; it must be an int of at least 1"),
     ],
 )
 def test_bad_input_gets_one_sentence(layer, shape, message, key):

@@ -221,8 +221,19 @@ def test_max_increase_must_not_be_negative(net, max_increase):
         bcdl_jax.choose_thresholds(net[1], lambda _: 0.0, max_increase=max_increase)
 
 
+def test_what_is_not_a_number_is_refused(net):
+    _, params, _ = net
+    for thresholds in (float("nan"), {**dict.fromkeys(CHAIN, 0.0), "Dense_1": float("nan")}):
+        with pytest.raises(ValueError, match="thresholds holds a value that is not a number"):
+            bcdl_jax.prune(params, thresholds)
+    with pytest.raises(ValueError, match=r"error\(params\) is not a number"):
+        bcdl_jax.choose_thresholds(params, lambda _: float("nan"), max_increase=1)
+
+
 def test_wrong_names_are_named(net):
     _, params, _ = net
+    with pytest.raises(ValueError, match="chain is 'Dense_0'; it must be a sequence of layer names"):
+        bcdl_jax.prune(params, 0.0, "Dense_0")
     with pytest.raises(ValueError, match="no value for layer Dense_1; the layers are Dense_0, Dense_1, Dense_2"):
         bcdl_jax.prune(params, {"Dense_0": 0.0})
     with pytest.raises(ValueError, match="thresholds names layer Dense_7, which does not exist"):

@@ -448,6 +448,47 @@ def test_widths_are_rounded_up():
     np.testing.assert_allclose(small_apply(small, inputs), dense_chain(params, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_depends_on_the_batch_size_is_shrunk_for_that_size_alone():
+    params = random_chain(1)
+    inputs = np.random.default_rng(0).normal(size=(8, 7)).astype(np.float32)
+
+    def apply(params, x):
+        return dense_chain(params, x if len(x) > 4 else 2 * x)
+
+    small_apply, small, report = bcdl_jax.shrink(apply, params, inputs)
+    assert [leaf.after for leaf in report.leaves] != [leaf.before for leaf in report.leaves]
+    np.testing.assert_allclose(small_apply(small, inputs), apply(params, inputs), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"The inputs are float32\[2, 7\]; this small function takes float32\[8, 7\]"):
+        small_apply(small, inputs[:2])
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs[:3])
+    with pytest.raises(
+        ValueError, match=r"takes float32\[batch, 7\]. At this batch size the model computes something else"
+    ):
+        small_apply(small, inputs)
+
+
+def test_the_state_of_an_optimiser_of_params_alone_is_cut_by_the_report_of_all_variables(key):
+    inputs = jax.random.normal(key, (2, 8, 8, 3))
+    variables = jax.jit(ResNet().init)(key, inputs)
+    kernel = variables["params"]["Conv_1"]["kernel"].at[..., ::2].set(0)
+    variables["params"]["Conv_1"]["kernel"] = kernel
+    variables["params"]["BatchNorm_1"]["scale"] = variables["params"]["BatchNorm_1"]["scale"].at[::2].set(0)
+    _, small, report = bcdl_jax.shrink(ResNet().apply, variables, inputs)
+    assert small["params"]["Conv_1"]["kernel"].shape != kernel.shape
+    state = bcdl_jax.cut(optax.adam(0.1).init(variables["params"]), report)
+    assert jax.tree.map(jnp.shape, state[0].mu) == jax.tree.map(jnp.shape, small["params"])
+
+
+def test_widths_that_are_rounded_up_are_no_zeros_kept():
+    params = random_chain(1, (24, 40, 30, 5))
+    inputs = np.ones((2, 24), np.float32)
+    report = bcdl_jax.shrink(dense_chain, params, inputs, multiple_of=8)[2]
+    assert [leaf.after for leaf in report.leaves] != [
+        leaf.after for leaf in bcdl_jax.shrink(dense_chain, params, inputs)[2].leaves
+    ]
+    assert not any(leaf.reason for leaf in report.leaves)
+
+
 def test_a_layer_that_is_pruned_away_is_named():
     params = random_chain(0)
     params["layer1"]["kernel"][:] = 0
@@ -476,11 +517,18 @@ def test_bad_input_is_refused():
     inputs = np.ones((4, 7), np.float32)
     with pytest.raises(ValueError, match="multiple_of is 0"):
         bcdl_jax.shrink(dense_chain, params, inputs, multiple_of=0)
+    with pytest.raises(ValueError, match="it must be an int of at least 1"):
+        bcdl_jax.shrink(dense_chain, params, inputs, multiple_of=1.5)
     with pytest.raises(ValueError, match="tolerance is -1"):
         bcdl_jax.shrink(dense_chain, params, inputs, tolerance=-1)
     small_apply, small, report = bcdl_jax.shrink(dense_chain, params, inputs)
-    with pytest.raises(ValueError, match=r"The inputs are int32\[4, 7\]"):
+    takes = r"this small function takes float32\[batch, 7\]\.$"
+    with pytest.raises(ValueError, match=r"The inputs are int32\[4, 7\]; " + takes):
         small_apply(small, inputs.astype(np.int32))
+    with pytest.raises(ValueError, match=r"The inputs are float32\[7\]; " + takes):
+        small_apply(small, inputs[0])
+    with pytest.raises(ValueError, match="tree has no part with the structure of the params"):
+        bcdl_jax.cut({"other": inputs}, report)
     with pytest.raises(ValueError, match="small_params has layer0/bias of shape"):
         small_apply(params, inputs)
     params["layer0"]["kernel"][0, 0] = np.nan

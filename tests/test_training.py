@@ -296,6 +296,10 @@ def test_training_goes_on_from_a_pruned_net(data):
 
 
 def test_bad_arguments(data):
+    _, epoch, states = setup(optax.sgd(0.1), seeds=(0,))
+    for bad, message in (((data[0], data[1][:-3]), r"data have \[\d+, \d+\] examples"), ((), "data have no examples")):
+        with pytest.raises(ValueError, match=message):
+            epoch(bcdl_jax.unstack(states, 0), bad)
     with pytest.raises(ValueError, match="num_examples is 0"):
         bcdl_jax.make_train_step(nll, optax.sgd(0.1), num_examples=0)
     with pytest.raises(ValueError, match="params holds no variational layers"):

@@ -113,7 +113,10 @@ def test_reduced_parameters_score_as_reported(finished):
     assert kept == run["kept_units"][2]
 
 
-def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, tmp_path, capsys):
+def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, tmp_path, monkeypatch, capsys):
+    def unavailable(name, data_dir):
+        raise data._Unavailable("no network")
+
     _, out = finished
     template = jax.eval_shape(LeNet300().init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
     params = bcdl_jax.load(out / "compressed_seed5.bcdl", like=template)
@@ -133,6 +136,11 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     for bad, message in ((damaged, "damaged"), (tmp_path / "none.bcdl", "No such file")):
         assert score.main(["--dataset", "mnist_5k", str(bad)]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setattr(data, "_load_full", unavailable)
+    assert score.main([path]) == 2
+    assert (
+        "Full MNIST is not at hand (no network), on whose test images the files are scored" in capsys.readouterr().err
+    )
     assert score.main(["--dataset", "cifar", path]) == 2
     assert "--dataset is 'cifar'" in capsys.readouterr().err
 
