@@ -152,11 +152,11 @@ def test_no_array_takes_more_than_its_raw_bits_and_two_bytes(width):
 
 
 def test_sparse_and_constant_arrays_take_next_to_nothing():
-    values = np.zeros((1000, 1000), np.int32)
+    values = np.zeros((300, 1000), np.int32)
     values[::100, 3] = 7
-    tree = {"a": values, "b": np.zeros(10**6, np.float32), "c": np.ones(10**5, np.int8)}
-    values = np.zeros(10**5, np.int8)
-    values[np.random.default_rng(0).integers(0, 10**5, 50)] = 1
+    tree = {"a": values, "b": np.zeros(10**5, np.float32), "c": np.ones(10**5, np.int8)}
+    values = np.zeros(3 * 10**4, np.int8)
+    values[np.random.default_rng(0).integers(0, 3 * 10**4, 50)] = 1
     tree["d"] = values
     data = bcdl_jax.encode(tree)
     assert len(data) < 2500

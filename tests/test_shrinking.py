@@ -28,9 +28,10 @@ def check_random_network(seed):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Nothing is left")
         small_apply, small, report = bcdl_jax.shrink(apply, params, inputs)
-    expected = np.asarray(apply(params, inputs[:1]))
+    expected = np.asarray(jax.jit(apply)(params, inputs[:1]))
     scale = np.abs(expected).max() + 1e-30
-    np.testing.assert_allclose(small_apply(small, inputs[:1]), expected, rtol=0, atol=1e-4 * scale, err_msg=str(seed))
+    mine = jax.jit(small_apply)(small, inputs[:1])
+    np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-4 * scale, err_msg=str(seed))
     assert report.bytes[1] == sum(leaf.nbytes for leaf in jax.tree.leaves(small))
 
 
@@ -279,7 +280,8 @@ def test_pruned_nets_of_this_library(net, conv_net, key):
         small_apply, small, report = bcdl_jax.shrink(apply, pruned, inputs)
         assert report.bytes[1] < report.bytes[0]
         assert any(0 in leaf.after for leaf in report.leaves if "variance" in leaf.path)  # not read at the mean
-        np.testing.assert_allclose(small_apply(small, inputs), apply(pruned, inputs), rtol=1e-5, atol=1e-5)
+        mine, expected = jax.jit(small_apply)(small, inputs), jax.jit(apply)(pruned, inputs)
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5)
         if chain is CONV_CHAIN:
             continue
         # Noise hangs on key, example and position, so a sampling net shrinks without changing it.
@@ -288,9 +290,8 @@ def test_pruned_nets_of_this_library(net, conv_net, key):
         )
         small_apply, small, report = bcdl_jax.shrink(sampled, pruned, (inputs, key))
         assert report.bytes[1] < report.bytes[0]
-        np.testing.assert_allclose(
-            small_apply(small, inputs[:2], key), sampled(pruned, inputs[:2], key), rtol=1e-4, atol=1e-5
-        )
+        mine, expected = jax.jit(small_apply)(small, inputs[:2], key), jax.jit(sampled)(pruned, inputs[:2], key)
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
         quantized = bcdl_jax.reduce_precision(pruned, 0.25)
         small_apply, small, report = bcdl_jax.shrink(apply, quantized, inputs)
         assert report.bytes[1] < report.bytes[0]
