@@ -136,6 +136,7 @@ def _product(step: Step, images: jax.Array, kernel: jax.Array, product: Callable
         and min(itertools.chain(*params["padding"])) >= 0
         and jnp.issubdtype(images.dtype, jnp.floating)
         and images.dtype == kernel.dtype
+        and params["preferred_element_type"] in (None, images.dtype)
     )
     if not plain or not kernel.size or not images.size:
         return None

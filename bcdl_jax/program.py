@@ -78,6 +78,14 @@ class Step:
         outputs = primitive.bind(*functions, *values, **params)
         return list(outputs) if primitive.multiple_results else [outputs]
 
+    def bind_at_any_size(self, *values: Any) -> list[Any]:
+        """Like ``bind``; an elementwise function with a custom derivative, which knows one size, loses it at another."""
+        traced = [variable.aval.shape for variable in self.equation.invars]
+        if self.name not in CUSTOM or not self.elementwise or [np.shape(value) for value in values] == traced:
+            return self.bind(*values)
+        jaxpr, constants = _inner(self.equation) or (None, ())
+        return evaluate_elementwise(jaxpr, constants, values, max(map(np.shape, values), key=len))
+
 
 Rule = Callable[..., Any]  # (step, *operands) -> the step's single output, or None
 
@@ -129,7 +137,7 @@ class Program:
             operands = [values[number] for number in step.inputs]
             rule = rules.get(step.name)
             result = None if rule is None else rule(step, *operands)
-            results = step.bind(*operands) if result is None else [result]
+            results = step.bind_at_any_size(*operands) if result is None else [result]
             values |= dict(zip(step.outputs, results, strict=True))
         return values
 
@@ -141,7 +149,7 @@ class Program:
 def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     """Traces a function of pytrees of arrays (or ShapeDtypeStructs) and lists its steps.
 
-    With one symbolic size among the shapes it is traced at two sizes, and the difference is extended to any: JAX traces indexing
+    With one symbolic size among the shapes it is traced at three sizes, and what differs is extended to any: JAX traces indexing
     differently with symbolic sizes, and what it makes then is no longer the program that ``shrink`` has looked at.
     """
     symbols = {size for leaf in jax.tree.leaves(arguments) for size in np.shape(leaf) if not isinstance(size, int)}
@@ -149,11 +157,13 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
         (size,) = symbols
         symbolic = _trace(function, *arguments)  # fails where the program depends on the size
         try:
-            two, three = (_trace(function, *_resized(arguments, size, number)) for number in (2, 3))
-            return _between(two, three, size)
+            return _extended([_trace(function, *_resized(arguments, size, number)) for number in _SIZES], size)
         except ValueError:
             return symbolic
     return _trace(function, *arguments)
+
+
+_SIZES = (2, 3, 7)
 
 
 def _resized(arguments: PyTree, symbol: Any, size: int) -> PyTree:
@@ -166,39 +176,47 @@ def _resized(arguments: PyTree, symbol: Any, size: int) -> PyTree:
     return jax.tree.map(resized, arguments)
 
 
-def _between(two: Program, three: Program, size: Any) -> Program:
-    """The program at any size, from those at 2 and 3. Raises ValueError if they differ in more than sizes."""
+def _extended(programs: Sequence[Program], size: Any) -> Program:
+    """The program at any size, from those at ``_SIZES``. Raises ValueError if they differ in more than sizes that grow evenly."""
 
-    def combined(first: Any, second: Any) -> Any:
-        if type(first) is not type(second):
+    def combined(*values: Any) -> Any:
+        first, *others = values
+        if any(type(other) is not type(first) for other in others):
             raise ValueError
-        if isinstance(first, tuple | list) and len(first) == len(second):
-            parts = [combined(*pair) for pair in zip(first, second, strict=True)]
+        if isinstance(first, tuple | list) and {len(value) for value in values} == {len(first)}:
+            parts = [combined(*entries) for entries in zip(*values, strict=True)]
             return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-        if isinstance(first, int) and not isinstance(first, bool) and first != second:
-            return (second - first) * size + (3 * first - 2 * second)
-        if first is second or np.all(np.equal(first, second)):
+        if all(other is first or np.all(np.asarray(other == first)) for other in others):
             return first
-        raise ValueError
+        if not isinstance(first, int) or isinstance(first, bool):
+            raise ValueError
+        slope = values[1] - first  # the first two sizes differ by one
+        constant = first - slope * _SIZES[0]
+        if any(value != slope * number + constant for number, value in zip(_SIZES, values, strict=True)):
+            raise ValueError
+        return slope * size + constant
 
-    def step(first: Step, second: Step) -> Step:
+    def step(*steps: Step) -> Step:
+        first = steps[0]
         if first.name == "custom_jvp_call" and first.elementwise:  # evaluated at any shape as it is
             return first
-        params = {name: combined(value, second.params[name]) for name, value in first.params.items()}
+        params = {name: combined(*(each.params[name] for each in steps)) for name in first.params}
         return dataclasses.replace(first, equation=first.equation.replace(params=params))
 
-    if two.signature() != three.signature():
+    first, *others = programs
+    if any(other.signature() != first.signature() for other in others):
         raise ValueError
-    for number, value in two.constants.items():
-        if value is not three.constants[number]:
-            combined(np.asarray(value), np.asarray(three.constants[number]))
+    for number, value in first.constants.items():
+        for other in others:
+            if other.constants[number] is not value and not np.array_equal(other.constants[number], value):
+                raise ValueError
+    shapes = zip(*(program.shapes for program in programs), strict=True)
     return dataclasses.replace(
-        two,
+        first,
         shapes=tuple(
-            jax.ShapeDtypeStruct(combined(one.shape, other.shape), one.dtype)
-            for one, other in zip(two.shapes, three.shapes, strict=True)
+            jax.ShapeDtypeStruct(combined(*(value.shape for value in values)), values[0].dtype) for values in shapes
         ),
-        steps=tuple(step(*pair) for pair in zip(two.steps, three.steps, strict=True)),
+        steps=tuple(step(*each) for each in zip(*(program.steps for program in programs), strict=True)),
     )
 
 
