@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bcdl_jax.program import Program, Step, rewrite, trace
+from bcdl_jax.program import Program, Step, data_dependent, rewrite, trace
 
 PyTree = Any
 
@@ -31,13 +31,16 @@ _PATCH_BYTES = 2**23
 # many outputs.
 _FEW_NUMBERS = 16
 _BLOCK_OUTPUTS = 72
+# Pooling over at most so many numbers becomes maxima of slices.
+_LARGEST_WINDOW = 16
 
 
 def for_cpu(apply: Callable[..., PyTree], *, examples_at_a_time: int | None = None) -> Callable[..., PyTree]:
     """The same function, computed in the way that suits a CPU.
 
     Two-dimensional convolutions of few channels become matrix products, max pooling over windows that do not overlap becomes maxima of slices,
-    and a large batch is worked off in pieces that fit the cache. The results agree up to rounding.
+    and a large batch is worked off in pieces that fit the cache. For finite inputs the results agree up to rounding; so do gradients, except
+    where a maximum is reached twice. Custom derivatives are kept of elementwise functions (activations) only.
 
     Args:
       apply: ``apply(params, *inputs)``, such as the small function of ``shrink``; any JAX function that treats the examples one by one (a
@@ -61,7 +64,10 @@ def for_cpu(apply: Callable[..., PyTree], *, examples_at_a_time: int | None = No
 
     def in_pieces(params: PyTree, *inputs: PyTree) -> PyTree:
         batch = _batch_size("input", inputs)
-        size = examples_at_a_time or _examples_that_fit(trace(apply, params, *inputs), batch)
+        if not isinstance(batch, int):  # symbolic: an export for any batch size
+            return whole(params, *inputs)
+        num_params = len(jax.tree.leaves(params))
+        size = examples_at_a_time or _examples_that_fit(trace(apply, params, *inputs), num_params, batch)
         run = whole if batch <= size else looped
 
         def piece(inputs: PyTree) -> PyTree:
@@ -72,18 +78,23 @@ def for_cpu(apply: Callable[..., PyTree], *, examples_at_a_time: int | None = No
                 )
             return outputs
 
-        if batch <= size:
-            return piece(inputs)
-
-        full = batch // size * size
-        stacked = jax.tree.map(lambda leaf: leaf[:full].reshape(-1, size, *leaf.shape[1:]), inputs)
-        outputs = jax.tree.map(lambda leaf: leaf.reshape(full, *leaf.shape[2:]), lax.map(piece, stacked))
-        if full == batch:
-            return outputs
-        rest = piece(jax.tree.map(lambda leaf: leaf[full:], inputs))
-        return jax.tree.map(lambda first, last: jnp.concatenate([first, last]), outputs, rest)
+        return _in_pieces(piece, inputs, size)
 
     return in_pieces
+
+
+def _in_pieces(function: Callable[[PyTree], PyTree], inputs: PyTree, size: int) -> PyTree:
+    """``function`` applied to ``size`` examples at a time, and to what remains."""
+    batch = np.shape(jax.tree.leaves(inputs)[0])[0]
+    if batch <= size:
+        return function(inputs)
+    full = batch // size * size
+    stacked = jax.tree.map(lambda leaf: leaf[:full].reshape(-1, size, *leaf.shape[1:]), inputs)
+    outputs = jax.tree.map(lambda leaf: leaf.reshape(full, *leaf.shape[2:]), lax.map(function, stacked))
+    if full == batch:
+        return outputs
+    rest = function(jax.tree.map(lambda leaf: leaf[full:], inputs))
+    return jax.tree.map(lambda first, last: jnp.concatenate([first, last]), outputs, rest)
 
 
 def _batch_size(what: str, tree: PyTree) -> int:
@@ -94,19 +105,16 @@ def _batch_size(what: str, tree: PyTree) -> int:
     return sizes.pop()[0]
 
 
-def _examples_that_fit(program: Program, batch: int) -> int:
-    """As many as make the largest intermediate value fit the cache, rounded down to a power of two."""
-    largest = max(
-        (program.shapes[number].size * program.shapes[number].dtype.itemsize for number in _intermediates(program)),
-        default=1,
-    )
-    return 2 ** max(0, int(_PIECE_BYTES * batch / largest).bit_length() - 1)
-
-
-def _intermediates(program: Program) -> list[int]:
-    return [
-        number for step in program.steps for number in step.outputs if hasattr(program.shapes[number].dtype, "itemsize")
+def _examples_that_fit(program: Program, num_params: int, batch: int) -> int:
+    """As many as make the largest value that depends on the inputs fit the cache, rounded down to a power of two."""
+    depends = data_dependent(program, num_params)
+    sizes = [
+        program.shapes[number].size * program.shapes[number].dtype.itemsize
+        for step in program.steps
+        for number in step.outputs
+        if number in depends and hasattr(program.shapes[number].dtype, "itemsize")
     ]
+    return 2 ** max(0, (_PIECE_BYTES * batch // max([1, *sizes])).bit_length() - 1)
 
 
 def _convolution(step: Step, images: jax.Array, kernel: jax.Array) -> jax.Array | None:
@@ -136,12 +144,14 @@ def _product(step: Step, images: jax.Array, kernel: jax.Array, product: Callable
         and min(itertools.chain(*params["padding"])) >= 0
         and jnp.issubdtype(images.dtype, jnp.floating)
         and images.dtype == kernel.dtype
-        and params["preferred_element_type"] in (None, images.dtype)
+        and (params["preferred_element_type"] is None or params["preferred_element_type"] == images.dtype)
     )
-    if not plain or not kernel.size or not images.size:
+    if not plain or 0 in kernel.shape or 0 in images.shape:
         return None
     images = images.transpose([numbers.lhs_spec[axis] for axis in (0, 2, 3, 1)])
     kernel = kernel.transpose([numbers.rhs_spec[axis] for axis in (2, 3, 1, 0)])
+    if min(_output_sizes(images, kernel, params["window_strides"], params["padding"])) < 1:
+        return None
     outputs = product(images, kernel, params["window_strides"], params["padding"], params["precision"])
     return outputs.transpose(np.argsort([numbers.out_spec[axis] for axis in (0, 2, 3, 1)]).tolist())
 
@@ -159,8 +169,6 @@ def _output_sizes(images: jax.Array, kernel: jax.Array, strides: Any, padding: A
 def _patches_product(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
     window_rows, window_columns, _, features = kernel.shape
     rows, columns = _output_sizes(images, kernel, strides, padding)
-    if not rows or not columns:
-        return jnp.zeros((len(images), rows, columns, features), images.dtype)
     matrix = kernel.reshape(-1, features)
 
     def multiply(images: jax.Array) -> jax.Array:
@@ -178,10 +186,7 @@ def _patches_product(images: jax.Array, kernel: jax.Array, strides: Any, padding
         return product.reshape(len(images), rows, columns, features)
 
     fitting = _PATCH_BYTES // (rows * columns * len(matrix) * images.dtype.itemsize)
-    size = max(count for count in range(1, max(fitting, 1) + 1) if len(images) % count == 0)
-    if size == len(images):
-        return multiply(images)
-    return lax.map(multiply, images.reshape(-1, size, *images.shape[1:])).reshape(-1, rows, columns, features)
+    return _in_pieces(multiply, images, max(1, fitting))
 
 
 def _banded_product(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any) -> jax.Array:
@@ -223,6 +228,7 @@ def _max_pool(step: Step, values: jax.Array) -> jax.Array | None:
     window, strides = step.params["window_dimensions"], step.params["window_strides"]
     if (
         window != strides
+        or np.prod(window) > _LARGEST_WINDOW
         or any(itertools.chain(*step.params["padding"]))
         or {*step.params["base_dilation"], *step.params["window_dilation"]} != {1}
         or any(size < each for size, each in zip(values.shape, window, strict=True))

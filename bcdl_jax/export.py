@@ -25,7 +25,7 @@ def export_stablehlo(
     *,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> int:
-    """Writes a network, its params inside, as serialised StableHLO. Needs ``flatbuffers`` (``pip install 'bcdl-jax[export]'``).
+    """Writes a network, its params inside, as serialised StableHLO. Needs ``flatbuffers`` (``pip install -e '.[export]'``).
 
     Args:
       path: the file. It is written under a temporary name and then renamed.
@@ -66,6 +66,8 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., PyTree]:
     data = bytearray(Path(path).read_bytes())
     try:
         exported = jax.export.deserialize(data)
+    except ImportError:
+        raise
     except Exception as error:  # whatever the reader of the format stumbles over
         raise ValueError(f"{path} is not a file of export_stablehlo, or it is damaged ({error}).") from error
     return jax.jit(exported.call)

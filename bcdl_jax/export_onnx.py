@@ -21,7 +21,7 @@ PyTree = Any
 
 
 def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], params: PyTree, example_inputs: Any) -> int:
-    """Writes a network, its params inside, as ONNX. Needs ``jax2onnx`` (``pip install 'bcdl-jax[onnx]'``).
+    """Writes a network, its params inside, as ONNX. Needs ``jax2onnx`` (``pip install -e '.[onnx]'``).
 
     Args:
       path: the file. It is written under a temporary name and then renamed.
@@ -108,6 +108,8 @@ def _convolution(step: Step, values: jax.Array, kernel: jax.Array) -> jax.Array 
         params["rhs_dilation"][1:],
         ("NHWC", "HWIO", "NHWC"),
         groups,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
     )
     outputs = outputs.reshape(-1, planes, *outputs.shape[1:])
     place = dict(zip((numbers.out_spec[axis] for axis in (0, 2, 3, 4, 1)), range(5), strict=True))
@@ -128,12 +130,13 @@ def _pool(step: Step, values: jax.Array, pool: Callable[..., jax.Array], neutral
     params = step.params
     window, strides, padding = (params[name] for name in ("window_dimensions", "window_strides", "padding"))
     dilations = {*params["base_dilation"], *params.get("window_dilation", (1,))}
-    if dilations != {1} or any(min(pair) < 0 for pair in padding):
-        return None
-    axes = [axis for axis in range(values.ndim) if (window[axis], strides[axis], *padding[axis]) != (1, 1, 0, 0)]
-    others = [axis for axis in range(values.ndim) if axis not in axes]
-    if not axes or len(others) != 2:
-        return None
+    if dilations != {1} or any(min(pair) < 0 for pair in padding) or not jnp.issubdtype(values.dtype, jnp.floating):
+        raise NotImplementedError(f"{step.name} of {values.dtype} with dilation or negative padding.")
+    others = [axis for axis in range(values.ndim) if (window[axis], strides[axis], *padding[axis]) == (1, 1, 0, 0)]
+    others = [others[0], others[-1]] if len(others) > 1 else []
+    axes = [axis for axis in range(values.ndim) if axis not in others]
+    if not others or not axes:
+        raise NotImplementedError(f"{step.name} over all of {values.ndim} axes.")
     order = [others[0], *axes, others[1]]
     if any(map(any, padding)):  # jax2onnx passes over the padding of a pool
         values = jnp.pad(values, padding, constant_values=neutral)

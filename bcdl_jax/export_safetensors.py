@@ -12,7 +12,7 @@ import numpy as np
 from bcdl_jax.atomic_file import write_atomically
 from bcdl_jax.posterior import Posterior
 from bcdl_jax.precision import QuantizedLayer
-from bcdl_jax.program import Program, Step, trace
+from bcdl_jax.program import Program, Step, data_dependent, trace
 from bcdl_jax.trained import mean_weights
 
 PyTree = Any
@@ -27,13 +27,14 @@ _TORCH_NAMES = {
     "var": "running_var",
 }
 # Primitives that only move numbers from place to place: the first operand is moved, the others say where.
+_MIXING = frozenset(["conv_general_dilated", "dot_general"])
 _MOVES = frozenset(["copy", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "transpose"])
 
 
 def export_safetensors(
     path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, str] | None = None
 ) -> int:
-    """Writes a tree of arrays under their names. Needs ``safetensors`` (``pip install 'bcdl-jax[export]'``).
+    """Writes a tree of arrays under their names. Needs ``safetensors`` (``pip install -e '.[export]'``).
 
     Args:
       path: the file. It is written under a temporary name and then renamed.
@@ -74,8 +75,9 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
       Arrays by name, for ``load_state_dict`` or ``export_safetensors``. Names are paths joined by dots, without Flax's collections.
 
     Raises:
-      ValueError: params hold variational or quantised layers; a kernel belongs to a transposed convolution, which PyTorch stores
-        in another way; two arrays get the same name.
+      ValueError: params hold variational or quantised layers; a kernel is used in another way than by a dense layer or a convolution
+        (a transposed one, say); something between a flatten and a dense layer keeps the order of its inputs from being followed;
+        two arrays get the same name.
     """
     for layer in jax.tree.leaves(params, is_leaf=_is_layer):
         if _is_layer(layer):
@@ -87,7 +89,7 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
         for value in program.evaluate(*jax.tree.leaves((params, *inputs)))
     ]
     users = _users(program)
-    depends = _data_dependent(program, len(jax.tree.leaves(params)))
+    order = _Order(program, values, len(jax.tree.leaves(params)))
     state: dict[str, np.ndarray] = {}
     for number, (path, leaf) in zip(program.inputs, _named(params, "/").items(), strict=False):
         *parents, name = path.split("/")
@@ -99,10 +101,14 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
         entries = {_TORCH_NAMES.get(name, name): array}
         if step is not None and step.name == "conv_general_dilated":
             entries = {"weight": _convolution_weight(step, array, path)}
-        elif step is not None and array.ndim == 2:
-            (contracted,) = step.params["dimension_numbers"][0][1]
-            weight = array.T if contracted == 0 else array
-            entries = _with_channels_first(weight, _flattened_places(program, values, depends, step.inputs[0]))
+        elif step is not None and _is_dense(step, array):
+            weight = array.T if step.params["dimension_numbers"][0][1] == (0,) else array
+            entries = _with_channels_first(weight, order.of_inputs(step.inputs[0], path))
+        elif name == "kernel" and array.ndim > 1:
+            raise ValueError(
+                f"{path} of shape {array.shape} is not used as the kernel of a dense layer or a convolution as it is, so there "
+                "is no PyTorch layout for it."
+            )
         for key, value in entries.items():
             full = f"{prefix}.{key}" if prefix else key
             if full in state:
@@ -123,6 +129,8 @@ def _named(tree: PyTree, separator: str) -> dict[str, np.ndarray]:
     named: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=separator)
+        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.extended):
+            raise ValueError(f"{name} is of type {leaf.dtype}; only plain numbers can be written.")
         if name in named:
             raise ValueError(f"Two arrays are called {name}.")
         named[name] = np.array(leaf, order="C")
@@ -138,6 +146,11 @@ def _users(program: Program) -> dict[int, Step]:
         elif step.name in ("convert_element_type", "copy") and step.outputs[0] in users:
             users[step.inputs[0]] = users[step.outputs[0]]
     return users
+
+
+def _is_dense(step: Step, kernel: np.ndarray) -> bool:
+    (_, contracted), batch = step.params["dimension_numbers"]
+    return kernel.ndim == 2 and len(contracted) == 1 and not any(batch)
 
 
 def _convolution_weight(step: Step, kernel: np.ndarray, path: str) -> np.ndarray:
@@ -162,39 +175,75 @@ def _with_channels_first(
     return entries
 
 
-def _flattened_places(
-    program: Program, values: list[Any], depends: set[int], number: int
-) -> tuple[np.ndarray, tuple[int, ...]] | None:
-    """Where the inputs of a dense layer stand in the channels-last values they were flattened from.
+class _Order:
+    """Follows the order of flattened values through a program.
 
-    Returns the places in the flattened values, and their shape [..., channels] without the batch; None if nothing was flattened.
+    Of a value it knows the *origin*, the last value before it whose elements it only moves or changes one by one, and the *places*: which
+    element of an example's origin each of its elements comes from.
     """
-    if values[number].ndim != 2:
-        return None
-    producers = {output: step for step in program.steps for output in step.outputs}
-    moves: list[Step] = []
-    while number in producers:
-        step = producers[number]
-        if step.name in _MOVES:
-            moves.append(step)
-            number = step.inputs[0]
-        elif step.elementwise and len(sources := [each for each in step.inputs if each in depends]) == 1:
-            number = sources[0]
-        else:
-            break
-    shape = values[number].shape
-    if len(shape) < 3:
-        return None
-    places = np.broadcast_to(np.arange(values[number][0].size, dtype=np.int32).reshape(1, *shape[1:]), shape)
-    for step in reversed(moves):
-        places = np.asarray(step.bind(places, *(values[each] for each in step.inputs[1:]))[0])
-    return places[0], shape[1:]
 
+    def __init__(self, program: Program, values: list[Any], num_params: int):
+        self._values = values
+        self._producers = {output: step for step in program.steps for output in step.outputs}
+        self._depends = data_dependent(program, num_params)
+        self._known: dict[int, tuple[int, np.ndarray] | None] = {}
 
-def _data_dependent(program: Program, num_params: int) -> set[int]:
-    """Numbers of the values that depend on the inputs, which follow the params."""
-    depends = set(program.inputs[num_params:])
-    for step in program.steps:
-        if depends & set(step.inputs):
-            depends |= set(step.outputs)
-    return depends
+    def of_inputs(self, number: int, path: str) -> tuple[np.ndarray, tuple[int, ...]] | None:
+        """Places of a dense layer's inputs [in], and the shape [..., channels] they were flattened from; None if they were not.
+
+        Raises:
+          ValueError: they were, but the order is lost.
+        """
+        found = self._follow(number)
+        if found is not None and not self._is_flattened(found):
+            return None
+        if found is None or self._values[number].ndim != 2:
+            raise ValueError(
+                f"{path} reads values that were flattened and then mixed, scaled or rearranged, so their order cannot be followed; "
+                "PyTorch has another one."
+            )
+        origin, places = found
+        return places[0], self._values[origin].shape[1:]
+
+    def _is_flattened(self, found: tuple[int, np.ndarray]) -> bool:
+        """Whether the last axis runs over more than one position of channels-last values."""
+        origin, places = found
+        shape = self._values[origin].shape
+        if len(shape) < 3 or places.ndim < 2 or not places.size:
+            return False
+        positions = (places // shape[-1]).reshape(-1, places.shape[-1])
+        return bool((positions != positions[:, :1]).any())
+
+    def _follow(self, number: int) -> tuple[int, np.ndarray] | None:
+        if number not in self._known:
+            self._known[number] = self._found(number)
+        return self._known[number]
+
+    def _found(self, number: int) -> tuple[int, np.ndarray] | None:
+        value = self._values[number]
+        own = (
+            number,
+            np.broadcast_to(np.arange(value[:1].size, dtype=np.int32).reshape(1, *value.shape[1:]), value.shape),
+        )
+        step = self._producers.get(number)
+        if step is None or value.ndim < 1:
+            return own
+        sources = [each for each in step.inputs if each in self._depends]
+        if step.name in _MOVES and sources[:1] == [step.inputs[0]]:
+            before = self._follow(step.inputs[0])
+            if before is None:
+                return None
+            others = (self._values[each] for each in step.inputs[1:])
+            return before[0], np.asarray(step.bind(before[1], *others)[0])
+        if step.name in _MIXING:
+            return own
+        found = [self._follow(each) for each in sources]
+        first = found[0] if found else None
+        if first is None:
+            return None if found else own
+        flattened = any(each is None or self._is_flattened(each) for each in found)
+        scaled = any(self._values[each].size > 1 for each in step.inputs if each not in self._depends)
+        same = all(each is not None and each[0] == first[0] and np.array_equal(each[1], first[1]) for each in found)
+        if step.elementwise and same and not (flattened and scaled):
+            return first
+        return None if flattened else own

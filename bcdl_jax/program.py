@@ -149,7 +149,7 @@ class Program:
 def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     """Traces a function of pytrees of arrays (or ShapeDtypeStructs) and lists its steps.
 
-    With one symbolic size among the shapes it is traced at three sizes, and what differs is extended to any: JAX traces indexing
+    With one symbolic size among the shapes it is traced at some sizes, and what differs is extended to any: JAX traces indexing
     differently with symbolic sizes, and what it makes then is no longer the program that ``shrink`` has looked at.
     """
     symbols = {size for leaf in jax.tree.leaves(arguments) for size in np.shape(leaf) if not isinstance(size, int)}
@@ -157,13 +157,15 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
         (size,) = symbols
         symbolic = _trace(function, *arguments)  # fails where the program depends on the size
         try:
-            return _extended([_trace(function, *_resized(arguments, size, number)) for number in _SIZES], size)
-        except ValueError:
+            extended = _extended([_trace(function, *_resized(arguments, size, number)) for number in _SIZES], size)
+        except Exception:  # whatever a model says to one of the sizes; or its steps depend on the size
             return symbolic
+        results = [[program.shapes[number].shape for number in program.outputs] for program in (extended, symbolic)]
+        return extended if results[0] == results[1] else symbolic
     return _trace(function, *arguments)
 
 
-_SIZES = (2, 3, 7)
+_SIZES = (2, 3, 7, 2**16 + 1)  # the last shows a size that is capped
 
 
 def _resized(arguments: PyTree, symbol: Any, size: int) -> PyTree:
@@ -198,7 +200,7 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
 
     def step(*steps: Step) -> Step:
         first = steps[0]
-        if first.name == "custom_jvp_call" and first.elementwise:  # evaluated at any shape as it is
+        if first.name in CUSTOM and first.elementwise:  # evaluated at any shape as it is
             return first
         params = {name: combined(*(each.params[name] for each in steps)) for name in first.params}
         return dataclasses.replace(first, equation=first.equation.replace(params=params))
@@ -321,6 +323,15 @@ def evaluate_elementwise(
             results = Step(equation, (), (), True).bind(*values)
         known |= dict(zip(equation.outvars, results, strict=True))
     return [value(variable) for variable in jaxpr.outvars]
+
+
+def data_dependent(program: Program, num_params: int) -> set[int]:
+    """Numbers of the values that depend on the inputs, which follow the params."""
+    depends = set(program.inputs[num_params:])
+    for step in program.steps:
+        if depends & set(step.inputs):
+            depends |= set(step.outputs)
+    return depends
 
 
 def multiply_adds(program: Program) -> int:

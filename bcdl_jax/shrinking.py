@@ -214,7 +214,8 @@ def _trace_for_any_batch(
                 constants = frozenset(
                     number for number, value in two.constants.items() if not _same(value, three.constants[number])
                 )
-                return two, resized(2), axes, constants
+                if _fits(given, two, axes, constants):
+                    return two, resized(2), axes, constants
     program = trace(apply, params, *inputs)
     return program, inputs, [frozenset()] * len(program.shapes), frozenset()
 
@@ -255,8 +256,12 @@ def _small_function(
                     [program.shapes[number] for number in inputs_before],
                     {place: moving_axes[number] for place, number in enumerate(inputs_before)},
                 )
+                known = all(isinstance(size, int) for struct in structs for size in struct.shape)
                 why = (
-                    " At this batch size the model computes something else than at the one it was shrunk with." * alike
+                    f" At {'this' if known else 'some other'} batch size the model computes something else than at the one "
+                    "it was shrunk with."
+                    if alike
+                    else ""
                 )
                 raise ValueError(f"The inputs are {given}; this small function takes {allowed}.{why}")
             traces[key] = traced

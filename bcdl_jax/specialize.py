@@ -343,7 +343,7 @@ def _expand(axis: Axis, size: int) -> np.ndarray:
 
 def _emit_whole(machine: Machine, _: int, step: Step) -> None:
     operands = [machine.get(number, (None,) * len(machine.shape(number))) for number in step.inputs]
-    for number, value in zip(step.outputs, step.bind(*operands), strict=True):
+    for number, value in zip(step.outputs, step.bind_at_any_size(*operands), strict=True):
         machine.put(number, value, (None,) * len(machine.shape(number)))
 
 

@@ -70,9 +70,20 @@ def mean_weights(params: PyTree) -> PyTree:
     Returns:
       The tree with ``{"kernel": ..., "bias": ...}`` in place of each such layer: posterior means, or the rounded weights; zero where
       pruned, so that ``shrink`` can cut the twin.
+
+    Raises:
+      ValueError: a variational layer was shrunk, and so has lost what its moments need.
     """
 
     def weights(layer: Any) -> dict[str, jax.Array]:
+        if (
+            isinstance(layer, Posterior)
+            and 0 in [leaf.size for leaf in jax.tree.leaves(layer)]
+            and layer.kernel_mean.size
+        ):
+            raise ValueError(
+                "params hold a variational layer that was shrunk; take mean_weights first, and shrink the twin."
+            )
         kernel, bias = layer.mean_weights()
         return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
 

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import logging
 import shlex
 import statistics
 import sys
@@ -161,17 +160,20 @@ def _run(function: Callable[..., Any], params: Any, images: jax.Array) -> None:
 
 def _onnxruntime(apply: Callable[..., Any], params: Any, images: jax.Array) -> Callable[[], Any] | None:
     """Runs the network in onnxruntime; None where that or jax2onnx is not installed. Masks are multiplied into the weights there."""
-    if not all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime"))):
+    if not _has_onnx():
         return None
     import onnxruntime
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # speaks of types that nobody needs
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "net.onnx"
         bcdl_jax.export_onnx(path, apply, params, images[:2])
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: np.asarray(images)}
     return lambda: session.run(None, feed)
+
+
+def _has_onnx() -> bool:
+    return all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime")))
 
 
 def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -190,11 +192,11 @@ def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str
             raise UserError(f"--nets names {name}; allowed are {', '.join(CASES)}.")
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}; it must be at least 1.")
-    if not seconds > 0:
-        raise UserError(f"--seconds is {seconds}; it must be more than 0.")
+    if not 0 < seconds < 3600:
+        raise UserError(f"--seconds is {seconds}; it must be more than 0 and less than 3600.")
     print(f"{machine()}, jax {jax.__version__}, {rounds} rounds in turn: median (lowest to highest)")
-    if jax.default_backend() == "cpu" and importlib.util.find_spec("onnxruntime") is None:
-        print("onnxruntime is not installed (pip install 'bcdl-jax[onnx]'): XLA alone.")
+    if jax.default_backend() == "cpu" and not _has_onnx():
+        print("onnxruntime or jax2onnx is not installed (pip install -e '.[onnx]'): XLA alone.")
     return [_compare(name, batch, rounds, seconds) for name in nets for batch in CASES[name].batches]
 
 

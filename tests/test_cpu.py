@@ -108,6 +108,30 @@ def test_convolutions_in_a_loop_compute_the_same(name, key, monkeypatch):
     np.testing.assert_allclose(jax.jit(fast)(kernel, images), apply(kernel, images), rtol=1e-5, atol=1e-5)
 
 
+def test_empty_outputs_other_types_and_large_windows_are_left_as_they_are(key):
+    images, kernel = jax.random.normal(key, (5, 4, 4, 3)), jax.random.normal(key, (5, 4, 3, 2))
+    shrinking = lambda kernel, x: jax.lax.conv_general_dilated(x, kernel, **OPTIONS["plain"])  # noqa: E731
+    for pieces in (None, 2):
+        assert bcdl_jax.for_cpu(shrinking, examples_at_a_time=pieces)(kernel, images).shape == (5, 0, 1, 2)
+    half = lambda kernel, x: jax.lax.conv_general_dilated(  # noqa: E731
+        x, kernel, preferred_element_type=jnp.float32, **OPTIONS["plain"]
+    )
+    kernel = kernel[:3].astype(jnp.float16)
+    mine = bcdl_jax.for_cpu(half, examples_at_a_time=2)(kernel, images.astype(jnp.float16))
+    assert mine.dtype == jnp.float32
+    np.testing.assert_allclose(mine, half(kernel, images.astype(jnp.float16)), rtol=1e-3, atol=1e-3)
+    pool = lambda params, x: nn.max_pool(x, (5, 5), (5, 5))  # noqa: E731
+    names = [step.name for step in trace(bcdl_jax.for_cpu(pool), None, jnp.ones((2, 10, 10, 1))).steps]
+    assert "reduce_window_max" in names
+
+
+def test_weights_do_not_count_for_the_size_of_a_piece():
+    apply = lambda params, x: x @ params.astype(jnp.float32)  # noqa: E731
+    struct = jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16)  # 32 MiB in float32
+    names = [step.name for step in trace(bcdl_jax.for_cpu(apply), struct, jnp.ones((64, 2048))).steps]
+    assert "scan" not in names
+
+
 def test_a_large_batch_is_cut_to_what_fits_the_cache(net):
     apply, params, _ = net
     images = jax.ShapeDtypeStruct((65536, 12, 12, 1), jnp.float32)

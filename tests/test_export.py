@@ -35,6 +35,15 @@ def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npy", "net.stablehlo", "out.npy"]
 
 
+def test_for_cpu_is_exported_for_any_batch_size(tmp_path, key):
+    apply = lambda kernel, x: jax.nn.relu(jax.lax.conv(x, kernel, (1, 1), "SAME"))  # noqa: E731
+    kernel, images = jax.random.normal(key, (4, 2, 3, 3)), jax.random.normal(key, (9, 2, 6, 5))
+    bcdl_jax.export_stablehlo(tmp_path / "net", bcdl_jax.for_cpu(apply, examples_at_a_time=4), kernel, images)
+    np.testing.assert_allclose(
+        bcdl_jax.load_stablehlo(tmp_path / "net")(images), apply(kernel, images), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("export", [bcdl_jax.export_stablehlo, bcdl_jax.export_onnx])
 @pytest.mark.parametrize("small", [True, False])
 def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_path):
@@ -49,6 +58,7 @@ def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_
 
 
 def test_files_and_arguments_that_are_wrong_are_named(tmp_path):
+    pytest.importorskip("jax2onnx")
     apply, inputs = lambda params, x: params * x, np.ones((3, 2), np.float32)
     with pytest.raises(ValueError, match=r"platforms are \['gpu'\]; allowed are cpu, cuda, rocm, tpu"):
         bcdl_jax.export_stablehlo(tmp_path / "net", apply, 2.0, inputs, platforms=("gpu",))

@@ -50,6 +50,7 @@ def test_shrunk_random_networks(seed, tmp_path):
 POOLS = {
     "max": lambda x: nn.max_pool(x, (2, 2), (2, 2)),
     "overlapping": lambda x: nn.max_pool(x, (3, 2), (2, 1), "SAME"),
+    "one axis": lambda x: nn.max_pool(x, (3, 1), (2, 1), "SAME"),
     "average": lambda x: nn.avg_pool(x, (2, 3), (2, 2), ((1, 0), (0, 1))),
     "channels first": lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 1), "VALID"),
     "gelu": nn.gelu,
@@ -74,6 +75,10 @@ def test_what_has_no_counterpart_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(NotImplementedError, match="could not be written as ONNX; it consists of reduce_window_max"):
         bcdl_jax.export_onnx(tmp_path / "net.onnx", apply, {}, jnp.ones((4, 4)))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(NotImplementedError, match="reduce_window_max of int32"):
+        bcdl_jax.export_onnx(
+            tmp_path / "net.onnx", lambda params, x: nn.max_pool(x, (2, 2)), {}, jnp.ones((2, 4, 4, 1), jnp.int32)
+        )
     with pytest.raises(ValueError, match="begin with a scalar"):
         bcdl_jax.export_onnx(tmp_path / "net.onnx", apply, {}, np.float32(1))
 

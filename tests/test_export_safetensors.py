@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,70 @@ def test_the_torch_layout_of_a_shrunk_network_says_which_inputs_it_reads(net):
     assert state["Dense_0.weight"].shape[1] == len(state["Dense_0.input_indices"]) < 9 * 4
     assert (np.diff(state["Dense_0.input_indices"]) > 0).all()
     np.testing.assert_allclose(channels_first(state, images), apply(masked, images), rtol=1e-4, atol=1e-5)
+
+
+class Between(nn.Module):
+    """A flatten, something, and a dense layer."""
+
+    between: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (2, 2))(x)
+        return nn.Dense(2)(self.between(x.reshape(len(x), -1)))
+
+
+def between(function, key):
+    images = jax.random.normal(key, (2, 3, 4, 2))
+    model = Between(function)
+    return model.apply, jax.jit(model.init)(key, images), images
+
+
+@pytest.mark.parametrize("function", [lambda x: x, nn.relu, nn.gelu, nn.silu, lambda x: x[:, ::-1][:, ::-1] * 2])
+def test_the_order_is_followed_through_activations(function, key):
+    apply, variables, images = between(function, key)
+    weight = bcdl_jax.torch_state_dict(apply, variables, images)["Dense_0.weight"]
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(weight, kernel.reshape(3, 4, 3, 2).transpose(3, 2, 0, 1).reshape(2, -1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: nn.LayerNorm()(x),
+        lambda x: nn.BatchNorm(use_running_average=True)(x),
+        lambda x: jnp.concatenate([x, x[:, :1]], 1),
+        lambda x: x.reshape(len(x), 2, -1),
+        nn.softmax,
+    ],
+)
+def test_an_order_that_is_lost_is_refused(function, key):
+    with pytest.raises(ValueError, match="params/Dense_0/kernel reads values that were flattened and then mixed"):
+        bcdl_jax.torch_state_dict(*between(function, key))
+
+
+def test_channels_of_one_position_are_not_flattened(key):
+    tokens = jax.random.normal(key, (2, 5, 4))
+    for function in (lambda x: x[:, 0], lambda x: x.mean(1), lambda x: x):
+        apply = lambda params, x, function=function: function(x) @ params["kernel"]  # noqa: E731
+        kernel = jnp.arange(12.0).reshape(4, 3)
+        state = bcdl_jax.torch_state_dict(apply, {"kernel": kernel}, tokens)
+        assert set(state) == {"weight"}
+        np.testing.assert_array_equal(state["weight"], kernel.T)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MultiHeadDotProductAttention(2),
+        nn.Conv(4, (2,), mask=jnp.ones((2, 4, 4))),
+        nn.ConvTranspose(4, (2,), (2,), transpose_kernel=True),
+    ],
+)
+def test_kernels_used_in_other_ways_are_refused(layer, key):
+    tokens = jax.random.normal(key, (2, 5, 4))
+    with pytest.raises(ValueError, match=r"params/.*kernel (of shape .* is not used as|belongs to a transposed)"):
+        bcdl_jax.torch_state_dict(layer.apply, layer.init(key, tokens), tokens)
 
 
 def test_torch_itself_computes_the_same(net):
@@ -157,4 +223,9 @@ def test_bad_input_is_refused(net, conv_net, key, tmp_path):
         bcdl_jax.torch_state_dict(transposed.apply, transposed.init(key, images), images)
     with pytest.raises(ValueError, match="would both be called x"):
         bcdl_jax.torch_state_dict(lambda params, x: x, {"x": {"weight": jnp.ones(1), "scale": jnp.ones(1)}}, images)
+    with pytest.raises(ValueError, match="key is of type key<"):
+        bcdl_jax.export_safetensors(tmp_path / "a", {"key": key})
+    small = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), params, inputs)[1]
+    with pytest.raises(ValueError, match="variational layer that was shrunk; take mean_weights first"):
+        bcdl_jax.export_safetensors(tmp_path / "a", small)
     assert not list(tmp_path.iterdir())

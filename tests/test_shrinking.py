@@ -468,6 +468,19 @@ def test_a_model_that_depends_on_the_batch_size_is_shrunk_for_that_size_alone():
         small_apply(small, inputs)
 
 
+def test_constants_that_depend_on_the_batch_size_are_those_of_the_example():
+    params = random_chain(1)
+    inputs = np.random.default_rng(0).normal(size=(8, 7)).astype(np.float32)
+
+    def apply(params, x):
+        return dense_chain(params, x) * (3.0 if len(x) > 4 else 2.0)
+
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    np.testing.assert_allclose(small_apply(small, inputs), apply(params, inputs), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"this small function takes float32\[8, 7\]"):
+        small_apply(small, inputs[:2])
+
+
 def test_the_state_of_an_optimiser_of_params_alone_is_cut_by_the_report_of_all_variables(key):
     inputs = jax.random.normal(key, (2, 8, 8, 3))
     variables = jax.jit(ResNet().init)(key, inputs)
