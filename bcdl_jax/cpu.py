@@ -28,8 +28,9 @@ PyTree = Any
 _PIECE_BYTES = 2**22
 _PATCH_BYTES = 2**23
 # A convolution whose window reads up to so many numbers of a row becomes a product with a banded matrix, whose blocks make about so
-# many outputs.
+# many outputs. One that reads many becomes a product with patches in a loop; XLA is best at those between.
 _FEW_NUMBERS = 16
+_MANY_NUMBERS = 32
 _BLOCK_OUTPUTS = 72
 # Pooling over at most so many numbers becomes maxima of slices.
 _LARGEST_WINDOW = 16
@@ -124,9 +125,11 @@ def _convolution(step: Step, images: jax.Array, kernel: jax.Array) -> jax.Array 
 
 
 def _convolution_in_a_loop(step: Step, images: jax.Array, kernel: jax.Array) -> jax.Array | None:
-    """A two-dimensional convolution as a matrix product; None for what cannot be one."""
-    few = kernel.ndim == 4 and _row_numbers(step, kernel) <= _FEW_NUMBERS
-    return _product(step, images, kernel, _banded_product if few else _patches_product)
+    """A two-dimensional convolution as a matrix product; None for what cannot be one, or is better off without."""
+    numbers = _row_numbers(step, kernel) if kernel.ndim == 4 else 0
+    if _FEW_NUMBERS < numbers <= _MANY_NUMBERS:
+        return None
+    return _product(step, images, kernel, _banded_product if numbers <= _FEW_NUMBERS else _patches_product)
 
 
 def _row_numbers(step: Step, kernel: jax.Array) -> int:
