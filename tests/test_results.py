@@ -1,6 +1,7 @@
 """The committed results, and that the README quotes them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import bcdl_jax
 
 ROOT = Path(__file__).parents[1]
-RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+RESULTS = sorted((ROOT / "experiments" / "results").glob("lenet300_*.json"))
 
 
 def test_there_are_results():
@@ -48,3 +49,13 @@ def test_the_compressed_files_of_the_results_are_there():
         layers = bcdl_jax.summarize(path.read_bytes())
         assert [layer.kept[0] for layer in layers] == run["kept_units"]
         assert [layer.bits for layer in layers] == run["bits"]
+
+
+def test_the_readme_quotes_the_speed_of_inference():
+    result = json.loads((ROOT / "experiments" / "results" / "inference.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert result["command"] == "python -m experiments.benchmark_inference"
+    for entry in result["results"]:
+        before, after = entry["multiply_adds"]
+        row = rf"\| {entry['title']} \| {entry['batch']} \|.*{entry['speed_up']['shrunk']:.2f}x \| {before / after:.2f}x \|\n"
+        assert re.search(row, readme), row
