@@ -33,12 +33,11 @@ def shaped(spec, sizes, key):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("features", [1, 60])
-def test_convolutions_compute_the_same(name, features, key):
+def test_convolutions_compute_the_same(name, key):
     options = OPTIONS[name]
     specs = options["dimension_numbers"]
     images = shaped(specs[0], {"N": 5, "H": 13, "W": 17, "C": 3}, key)
-    kernel = shaped(specs[1], {"H": 3, "W": 5, "I": 3, "O": features}, key)
+    kernel = shaped(specs[1], {"H": 3, "W": 5, "I": 3, "O": 60 if name == "same" else 5}, key)
     apply = lambda kernel, images: jax.lax.conv_general_dilated(images, kernel, **options)  # noqa: E731
     fast = bcdl_jax.for_cpu(apply, examples_at_a_time=5)
     names = [step.name for step in trace(fast, kernel, images).steps]
@@ -150,7 +149,7 @@ def test_shrunk_networks_under_vmap_and_grad(net):
     loss = lambda apply: lambda params, images: jnp.sum(apply(params, images)["scores"] ** 2)  # noqa: E731
     stacked = jnp.stack([images, 2 * images])
     for mine, theirs in (
-        (jax.vmap(fast, (None, 0))(small, stacked), jax.vmap(apply, (None, 0))(pruned, stacked)),
+        (jax.jit(jax.vmap(fast, (None, 0)))(small, stacked), jax.jit(jax.vmap(apply, (None, 0)))(pruned, stacked)),
         (jax.jit(jax.grad(loss(fast)))(small, images), jax.jit(jax.grad(loss(small_apply)))(small, images)),
     ):
         for left, right in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):

@@ -35,7 +35,7 @@ def check_random_network(seed):
     assert report.bytes[1] == sum(leaf.nbytes for leaf in jax.tree.leaves(small))
 
 
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_random_networks_compute_the_same(part):
     for seed in range(1000 + 3 * part, 1003 + 3 * part):
         check_random_network(seed)
