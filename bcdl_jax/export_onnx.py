@@ -36,10 +36,13 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
     Raises:
       ValueError: an input has no leading axis, or the network cannot run at any batch size.
       OSError: the file cannot be written.
+      ModuleNotFoundError: jax2onnx is not installed.
       NotImplementedError: the network uses a primitive that has no counterpart in ONNX, or whose conversion fails; what was said of it follows.
     """
-    from jax2onnx import to_onnx  # heavy, and optional
-
+    try:
+        from jax2onnx import to_onnx  # takes seconds
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("export_onnx needs jax2onnx: pip install -e '.[onnx]'.") from error
     check_writable(path)
     inputs = inputs_of_any_batch(example_inputs)
     # Traced before the conversion, which puts primitives of its own in the place of many functions of JAX and Flax.

@@ -27,7 +27,7 @@ _TORCH_NAMES = {
     "var": "running_var",
 }
 # Primitives that only move numbers from place to place: the first operand is moved, the others say where.
-_MIXING = frozenset(["conv_general_dilated", "dot_general"])
+_PRODUCTS = frozenset(["conv_general_dilated", "dot_general"])
 _MOVES = frozenset(["copy", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "transpose"])
 
 
@@ -46,10 +46,13 @@ def export_safetensors(
       The number of bytes of the file.
 
     Raises:
-      ValueError: two arrays have the same name, or metadata hold something other than strings.
+      ValueError: two arrays have the same name, one does not hold plain numbers, or metadata hold something other than strings.
+      ModuleNotFoundError: safetensors is not installed.
     """
-    from safetensors.numpy import save  # optional
-
+    try:
+        from safetensors.numpy import save
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("export_safetensors needs safetensors: pip install -e '.[export]'.") from error
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata has {key!r}: {value!r}; both must be strings.")
@@ -141,7 +144,7 @@ def _users(program: Program) -> dict[int, Step]:
     """By number of a value: the product that reads it as its second operand, directly or converted to another type."""
     users: dict[int, Step] = {}
     for step in reversed(program.steps):
-        if step.name in ("dot_general", "conv_general_dilated"):
+        if step.name in _PRODUCTS:
             users[step.inputs[1]] = step
         elif step.name in ("convert_element_type", "copy") and step.outputs[0] in users:
             users[step.inputs[0]] = users[step.outputs[0]]
@@ -235,7 +238,7 @@ class _Order:
                 return None
             others = (self._values[each] for each in step.inputs[1:])
             return before[0], np.asarray(step.bind(before[1], *others)[0])
-        if step.name in _MIXING:
+        if step.name in _PRODUCTS:  # they may read flattened values: what they make has an order of its own
             return own
         found = [self._follow(each) for each in sources]
         first = found[0] if found else None

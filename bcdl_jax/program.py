@@ -157,7 +157,7 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
         (size,) = symbols
         symbolic = _trace(function, *arguments)  # fails where the program depends on the size
         try:
-            extended = _extended([_trace(function, *_resized(arguments, size, number)) for number in _SIZES], size)
+            extended = _extended([_trace(function, *_resized(arguments, number)) for number in _SIZES], size)
         except Exception:  # whatever a model says to one of the sizes; or its steps depend on the size
             return symbolic
         results = [[program.shapes[number].shape for number in program.outputs] for program in (extended, symbolic)]
@@ -168,12 +168,14 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
 _SIZES = (2, 3, 7, 2**16 + 1)  # the last shows a size that is capped
 
 
-def _resized(arguments: PyTree, symbol: Any, size: int) -> PyTree:
+def _resized(arguments: PyTree, size: int) -> PyTree:
+    """The arguments with a size in place of the symbolic one."""
+
     def resized(leaf: Any) -> Any:
         shape = np.shape(leaf)
-        if symbol not in shape:
+        if all(isinstance(each, int) for each in shape):
             return leaf
-        return jax.ShapeDtypeStruct(tuple(size if each is symbol else each for each in shape), leaf.dtype)
+        return jax.ShapeDtypeStruct(tuple(each if isinstance(each, int) else size for each in shape), leaf.dtype)
 
     return jax.tree.map(resized, arguments)
 

@@ -76,6 +76,15 @@ def test_files_and_arguments_that_are_wrong_are_named(tmp_path):
             bcdl_jax.load_stablehlo(path)
 
 
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ModuleNotFoundError, match="export_onnx needs jax2onnx: pip install"):
+        bcdl_jax.export_onnx(tmp_path / "net", lambda params, x: x, {}, np.ones((3, 2)))
+    with pytest.raises(ModuleNotFoundError, match="export_safetensors needs safetensors: pip install"):
+        bcdl_jax.export_safetensors(tmp_path / "net", {"a": np.ones(2)})
+
+
 def test_inputs_without_a_batch_are_refused(tmp_path):
     with pytest.raises(ValueError, match="are empty"):
         bcdl_jax.export_stablehlo(tmp_path / "a", lambda params: params, np.float32(2), ())

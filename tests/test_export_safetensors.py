@@ -150,7 +150,9 @@ def test_torch_itself_computes_the_same(net):
         "Dense_0": torch.nn.Linear(54, 5),
         "Dense_1": torch.nn.Linear(5, 4),
     }
-    print(torch.nn.ModuleDict(layers).load_state_dict(state, strict=False))
+    loaded = torch.nn.ModuleDict(layers).load_state_dict(state, strict=False)
+    assert not loaded.unexpected_keys
+    assert not loaded.missing_keys
     with torch.no_grad():
         x = torch.from_numpy(np.array(jnp.moveaxis(images, -1, 1)))
         x = torch.nn.functional.max_pool2d(torch.relu(layers["BatchNorm_0"](layers["Conv_0"](x))), 2)
