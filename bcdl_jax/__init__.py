@@ -14,7 +14,7 @@ from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
 from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
 from bcdl_jax.rates import layer_bits, rate, rate_paper
-from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, shrink
+from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, expand, shrink
 from bcdl_jax.trained import from_trained, mean_weights
 from bcdl_jax.training import (
     EnsembleReport,
@@ -54,6 +54,7 @@ __all__ = [
     "cut",
     "decode",
     "encode",
+    "expand",
     "export_onnx",
     "export_safetensors",
     "export_stablehlo",

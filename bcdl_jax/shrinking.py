@@ -154,29 +154,63 @@ def cut(tree: PyTree, report: ShrinkReport) -> PyTree:
       ValueError: an array of such a part has another shape than that of the params, or there is no such part.
     """
 
+    def cut_leaf(entry: LeafReport, leaf: Any) -> jax.Array:
+        if np.shape(leaf) != entry.before:
+            raise ValueError(f"The array at {entry.path} has shape {np.shape(leaf)}; it must be {entry.before}.")
+        return _cut(leaf, entry.kept)
+
+    return _map_parts(cut_leaf, report, tree)
+
+
+def expand(tree: PyTree, report: ShrinkReport, into: PyTree) -> PyTree:
+    """Undoes ``cut``: writes what was kept back to where it came from.
+
+    Args:
+      tree: a tree that ``cut`` (or ``shrink``) made, perhaps trained since.
+      report: of ``shrink``.
+      into: the tree before it was cut, which gives the values of what was cut away.
+
+    Returns:
+      A tree with the shapes of ``into``; what ``cut`` leaves as it is comes from ``tree``.
+
+    Raises:
+      ValueError: an array has another shape than the report says, or there is nothing to expand.
+    """
+
+    def expand_leaf(entry: LeafReport, leaf: Any, whole: Any) -> jax.Array:
+        for given, shape in ((leaf, entry.after), (whole, entry.before)):
+            if np.shape(given) != shape:
+                raise ValueError(f"The array at {entry.path} has shape {np.shape(given)}; it must be {shape}.")
+        if entry.before == entry.after:
+            return jnp.asarray(leaf)
+        expanded = np.array(whole)
+        expanded[np.ix_(*entry.kept)] = np.asarray(leaf)
+        return jnp.asarray(expanded)
+
+    return _map_parts(expand_leaf, report, tree, into)
+
+
+def _map_parts(function: Callable[..., Any], report: ShrinkReport, tree: PyTree, *others: PyTree) -> PyTree:
+    """Maps ``function(entry of the report, leaf, leaves of the others)`` over each part of the trees with the structure of the params
+    that were shrunk; what lies outside such parts is taken from the first tree."""
     places = jax.tree.unflatten(report.structure, range(len(report.leaves)))
     collection = places.get("params") if isinstance(places, Mapping) else None
     parts = {jax.tree.structure(part): jax.tree.leaves(part) for part in (collection, places) if part is not None}
     found = False
 
-    def cut_part(part: PyTree) -> PyTree:
+    def map_part(part: PyTree, *other_parts: PyTree) -> PyTree:
         nonlocal found
         structure = jax.tree.structure(part)
         if structure not in parts:
             return part
         found = True
-        leaves = []
-        for leaf, number in zip(jax.tree.leaves(part), parts[structure], strict=True):
-            entry = report.leaves[number]
-            if np.shape(leaf) != entry.before:
-                raise ValueError(f"The array at {entry.path} has shape {np.shape(leaf)}; it must be {entry.before}.")
-            leaves.append(_cut(leaf, entry.kept))
-        return jax.tree.unflatten(structure, leaves)
+        leaves = zip(parts[structure], jax.tree.leaves(part), *map(structure.flatten_up_to, other_parts), strict=True)
+        return jax.tree.unflatten(structure, [function(report.leaves[number], *rest) for number, *rest in leaves])
 
-    result = jax.tree.map(cut_part, tree, is_leaf=lambda part: jax.tree.structure(part) in parts)
+    result = jax.tree.map(map_part, tree, *others, is_leaf=lambda part: jax.tree.structure(part) in parts)
     if not found:
         raise ValueError(
-            "tree has no part with the structure of the params that were shrunk, so there is nothing to cut."
+            "tree has no part with the structure of the params that were shrunk, so there is nothing to cut or expand."
         )
     return result
 

@@ -115,6 +115,28 @@ def test_report_gives_the_kept_indices_and_cut_follows_them():
         bcdl_jax.cut(jax.tree.map(lambda _: np.ones(1), params), report)
 
 
+def test_expand_undoes_cut():
+    params = random_chain(3)
+    _, small, report = bcdl_jax.shrink(dense_chain, params, np.ones((5, 7), np.float32))
+    optimizer = optax.adam(1e-3)
+    whole = {"optimizer": optimizer.init(params), "key": jax.random.key(3), "steps": 3}
+    assert_trees_close(bcdl_jax.expand(bcdl_jax.cut(whole, report), report, into=whole), whole)
+    ones = jax.tree.map(jnp.ones_like, small)
+    expanded = bcdl_jax.expand({"params": ones, "steps": 4}, report, into={"params": params, "steps": 3})
+    assert expanded["steps"] == 4
+    for leaf, value, original in zip(
+        report.leaves, jax.tree.leaves(expanded["params"]), jax.tree.leaves(params), strict=True
+    ):
+        expected = np.array(original)
+        for index in np.ndindex(*leaf.after):
+            expected[tuple(int(kept[i]) for kept, i in zip(leaf.kept, index, strict=True))] = 1
+        np.testing.assert_array_equal(value, expected)
+    with pytest.raises(ValueError, match=r"layer0/bias has shape \(9,\); it must be"):
+        bcdl_jax.expand(params, report, into=params)
+    with pytest.raises(ValueError, match="nothing to cut or expand"):
+        bcdl_jax.expand({"other": np.ones(3)}, report, into={"other": np.ones(3)})
+
+
 def test_a_shrunk_net_trains_like_the_masked_one():
     params = random_chain(5)
     inputs = np.random.default_rng(0).normal(size=(16, 7)).astype(np.float32)
