@@ -119,7 +119,7 @@ def test_expand_undoes_cut():
     params = random_chain(3)
     _, small, report = bcdl_jax.shrink(dense_chain, params, np.ones((5, 7), np.float32))
     optimizer = optax.adam(1e-3)
-    whole = {"optimizer": optimizer.init(params), "key": jax.random.key(3), "steps": 3}
+    whole = {"optimizer": optimizer.init(params), "key": jax.random.key(3), "steps": jnp.array(3)}
     assert_trees_close(bcdl_jax.expand(bcdl_jax.cut(whole, report), report, into=whole), whole)
     ones = jax.tree.map(jnp.ones_like, small)
     expanded = bcdl_jax.expand({"params": ones, "steps": 4}, report, into={"params": params, "steps": 3})
