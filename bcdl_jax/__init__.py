@@ -3,6 +3,7 @@
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
 from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
 from bcdl_jax.cpu import for_cpu
+from bcdl_jax.ensemble import EnsembleReport, EpochReport, train_ensemble
 from bcdl_jax.export import export_stablehlo, load_stablehlo
 from bcdl_jax.export_onnx import export_onnx
 from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
@@ -18,18 +19,17 @@ from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
 from bcdl_jax.rates import layer_bits, rate, rate_paper
 from bcdl_jax.settings import make_step_by_setting, with_setting
 from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, expand, shrink
+from bcdl_jax.shrinking_training import Shrinking, SmallTraining, prune_state, shrink_further, shrink_training
 from bcdl_jax.trained import from_trained, mean_weights
 from bcdl_jax.training import (
-    EnsembleReport,
-    EpochReport,
     TrainState,
     create_train_state,
     make_train_epoch,
     make_train_step,
+    make_train_steps,
     parameter_kinds,
     scale_by_kind,
     stack,
-    train_ensemble,
     unstack,
 )
 
@@ -47,6 +47,8 @@ __all__ = [
     "QuantizedLayer",
     "RecordSummary",
     "ShrinkReport",
+    "Shrinking",
+    "SmallTraining",
     "TrainState",
     "average_params",
     "averaged_params",
@@ -78,6 +80,7 @@ __all__ = [
     "make_step_by_setting",
     "make_train_epoch",
     "make_train_step",
+    "make_train_steps",
     "mean_weights",
     "negative_elbo",
     "parameter_kinds",
@@ -87,6 +90,7 @@ __all__ = [
     "posteriors",
     "process_rows",
     "prune",
+    "prune_state",
     "rate",
     "rate_paper",
     "reduce_precision",
@@ -95,6 +99,8 @@ __all__ = [
     "save",
     "scale_by_kind",
     "shrink",
+    "shrink_further",
+    "shrink_training",
     "stack",
     "summarize",
     "torch_state_dict",

@@ -1,9 +1,13 @@
-"""Training: one pure step on any optax optimiser, whole epochs as one compiled loop, many seeds at once by ``vmap``."""
+"""Training: one pure step on any optax optimiser, many steps as one compiled loop.
+
+Where a run stands follows from ``state.step`` alone: the epoch, the place within it, the order of the examples, the noise, the
+schedules. So a state is all that is needed to go on, from any step, to the same result bit by bit.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -15,7 +19,6 @@ from bcdl_jax.batches import count_examples, epoch_rows, steps_per_epoch, take_b
 from bcdl_jax.kl import clip_variances, kl_divergence_per_layer
 from bcdl_jax.objective import Schedule, check_num_examples
 from bcdl_jax.posterior import Posterior, PyTree, layer_name, posteriors
-from bcdl_jax.pruning import Thresholds, kept_groups
 
 NegativeLogLikelihood = Callable[[PyTree, Any, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
@@ -32,6 +35,7 @@ class TrainState:
       key: the PRNG key that all noise and the data order of this run derive from.
       halted: True once a loss or an update was not finite; from then on the state stays the last good one.
       blamed: [parts] of bool, which parts of the params (in the order of ``part_names``) were not finite at that step.
+      metric_sums: of each metric of the step, float32, the sum over the steps of this epoch so far.
     """
 
     step: jax.Array
@@ -40,6 +44,10 @@ class TrainState:
     key: jax.Array
     halted: jax.Array
     blamed: jax.Array
+    metric_sums: Metrics
+
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -52,6 +60,7 @@ def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, 
         key=key,
         halted=jnp.zeros((), bool),
         blamed=jnp.zeros((len(part_names(params)),), bool),
+        metric_sums={name: jnp.zeros((), jnp.float32) for name in ("loss", "nll", "kl")},
     )
 
 
@@ -100,7 +109,7 @@ def make_train_step(
     *,
     num_examples: int,
     kl_weight: float | Schedule = 1.0,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Builds the training step: gradient of the negative ELBO, optimiser update, variance clipping.
 
     Args:
@@ -132,7 +141,7 @@ def make_train_step(
             state.params, batch, key, weight
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        params = clip_variances(_keep_masks(optax.apply_updates(state.params, updates), state.params))
+        params = clip_variances(keep_masks(optax.apply_updates(state.params, updates), state.params))
 
         bad_kl = jnp.stack(
             [~jnp.isfinite(per_layer[name]) if name in per_layer else jnp.array(False) for name in part_names(params)]
@@ -154,6 +163,7 @@ def make_train_step(
             key=state.key,
             halted=state.halted,
             blamed=state.blamed,
+            metric_sums=state.metric_sums,
         )
         old_state = state.replace(halted=state.halted | bad, blamed=jnp.where(state.halted, state.blamed, blamed))  # type: ignore[attr-defined]
         state = jax.tree.map(lambda new, old: jnp.where(go_on, new, old), new_state, old_state)
@@ -162,31 +172,73 @@ def make_train_step(
     return step
 
 
-def make_train_epoch(
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]], *, batch_size: int, shards: int = 1
-) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
-    """Builds one epoch as a ``lax.scan`` over random batches: ``epoch(state, data) -> (state, mean metrics)``.
+def make_train_steps(
+    step: TrainStep, *, batch_size: int, shards: int = 1
+) -> Callable[[TrainState, PyTree, jax.Array | int], tuple[TrainState, Metrics]]:
+    """Builds a loop over random batches: ``train_steps(state, data, count) -> (state, metrics)``.
+
+    However the steps of an epoch are divided into calls, the result is the same, and so is the compiled program, since ``count``
+    is an input of it.
 
     Args:
-      step: from ``make_train_step``.
+      step: from ``make_train_step``, or any step whose metrics are those of ``state.metric_sums``.
       batch_size: examples per step; the last incomplete batch of each epoch's order is left out.
       shards: how many devices the data is spread over, so that each batch takes equally many examples from each; see ``batches``.
 
     Returns:
-      A pure function. ``data`` is a tree of arrays [examples, ...]. The order derives from the state's key and the epoch. For many seeds at
-      once: ``jax.jit(jax.vmap(epoch, in_axes=(0, None)), donate_argnums=0)``.
+      A pure function. ``data`` is a tree of arrays [examples, ...]; ``count`` is the number of steps, at most those that are left of the
+      epoch. The metrics are means over the steps of the epoch so far; not a number once the state is halted, when nothing moves
+      any more. The order derives from the state's key and the epoch. For many seeds at once:
+      ``jax.jit(jax.vmap(train_steps, in_axes=(0, None, None)), donate_argnums=0)``.
 
     Raises:
-      ValueError: (when called) there are fewer examples than ``batch_size``, arrays of different lengths, or numbers that are no
-        multiple of ``shards``.
+      ValueError: (when called) there are fewer examples than ``batch_size``, arrays of different lengths, numbers that are no
+        multiple of ``shards``, or metrics that ``state.metric_sums`` does not have.
     """
 
-    def epoch(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
+    def train_steps(state: TrainState, data: PyTree, count: jax.Array | int) -> tuple[TrainState, Metrics]:
         examples = count_examples(data)
-        number = state.step // steps_per_epoch(examples, batch_size, shards)
-        order = epoch_rows(state.key, number, examples, batch_size, shards)
-        state, metrics = jax.lax.scan(lambda s, rows: step(s, take_batch(data, rows, shards)), state, order)
-        return state, jax.tree.map(jnp.mean, metrics)
+        steps = steps_per_epoch(examples, batch_size, shards)
+        order = epoch_rows(state.key, state.step // steps, examples, batch_size, shards)
+
+        def take_step(_: Any, state: TrainState) -> TrainState:
+            place = state.step % steps
+            after, metrics = step(state, take_batch(data, order[place], shards))
+            if metrics.keys() != state.metric_sums.keys():
+                raise ValueError(
+                    f"The step's metrics are {', '.join(sorted(metrics))}; state.metric_sums has {', '.join(sorted(state.metric_sums))}."
+                )
+            sums = {
+                name: jnp.where(after.halted, jnp.nan, jnp.where(place == 0, 0, total) + metrics[name]).astype(
+                    total.dtype
+                )
+                for name, total in state.metric_sums.items()
+            }
+            return after.replace(metric_sums=sums)  # type: ignore[attr-defined]
+
+        state = jax.lax.fori_loop(0, count, take_step, state)
+        return state, mean_metrics(state, steps)
+
+    return train_steps
+
+
+def mean_metrics(state: TrainState, steps: int) -> Metrics:
+    """Means over the steps of the epoch so far, ``steps`` being those of a whole one."""
+    taken = (state.step - 1) % steps + 1
+    return {name: total / taken for name, total in state.metric_sums.items()}
+
+
+def make_train_epoch(
+    step: TrainStep, *, batch_size: int, shards: int = 1
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
+    """Builds one epoch: ``epoch(state, data) -> (state, mean metrics)``, for a state at the start of an epoch.
+
+    All else is as for ``make_train_steps``. For many seeds at once: ``jax.jit(jax.vmap(epoch, in_axes=(0, None)), donate_argnums=0)``.
+    """
+    train_steps = make_train_steps(step, batch_size=batch_size, shards=shards)
+
+    def epoch(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
+        return train_steps(state, data, steps_per_epoch(count_examples(data), batch_size, shards))
 
     return epoch
 
@@ -199,148 +251,6 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 def unstack(tree: PyTree, index: int) -> PyTree:
     """Entry ``index`` of every array's leading axis: one seed's part of an ensemble."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-@dataclasses.dataclass(frozen=True)
-class EpochReport:
-    """What one epoch of one run came to.
-
-    Attributes:
-      epoch: counted from 1.
-      seed: name of the run, usually its seed.
-      loss: negative ELBO in nats per example, mean over the epoch.
-      nll: cross-entropy part.
-      kl: KL / num_examples, unweighted.
-      validation_error: in percent, at the posterior means.
-      kept: groups per layer that would be kept at the families' default thresholds, or at the given ones.
-      failure: one sentence if the run was halted by a value that is not finite, else None.
-    """
-
-    epoch: int
-    seed: int
-    loss: float
-    nll: float
-    kl: float
-    validation_error: float
-    kept: dict[str, int]
-    failure: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class EnsembleReport:
-    """One epoch of an ensemble: a report per seed, and what a person should know now, in plain words."""
-
-    reports: tuple[EpochReport, ...]
-    messages: tuple[str, ...]
-
-
-def train_ensemble(
-    states: TrainState,
-    data: PyTree,
-    *,
-    train_epoch: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]],
-    epochs: int,
-    validation_error: Callable[[PyTree, PyTree], jax.Array],
-    validation_data: PyTree,
-    seeds: Sequence[int],
-    first_epoch: int = 1,
-    thresholds: Thresholds | None = None,
-) -> Iterator[tuple[TrainState, EnsembleReport]]:
-    """Trains many seeds at once and reports after each epoch.
-
-    Args:
-      states: stacked states, one per seed. Their buffers are donated, and so are those of each state that is yielded once
-        the next one is asked for: copy what must outlive its epoch.
-      data: tree of arrays [examples, ...], shared by all seeds.
-      train_epoch: from ``make_train_epoch``, for one seed.
-      epochs: how many.
-      validation_error: (params of one seed, validation_data) -> percent, a pure function.
-      validation_data: what ``validation_error`` is measured on, a tree of arrays.
-      seeds: a name per seed.
-      first_epoch: number of the first epoch in the reports.
-      thresholds: by which the kept groups of the reports are counted, as for ``kept_groups``.
-
-    Yields:
-      The states and the report of each epoch. A seed whose loss or gradient is not finite stays at its last good state while the others go
-      on; messages also warn, once each, of a layer with nothing left and of a run in which nothing is being pruned.
-
-    Raises:
-      ValueError: ``epochs`` is not positive, or seeds do not name the stacked states one by one.
-    """
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; it must be at least 1.")
-    if len(set(seeds)) != len(seeds) or len(seeds) != states.step.shape[0]:
-        raise ValueError(
-            f"seeds is {list(seeds)}; it must name each of the {states.step.shape[0]} stacked states, each once."
-        )
-    return _epochs(states, data, train_epoch, epochs, validation_error, validation_data, seeds, first_epoch, thresholds)
-
-
-def _epochs(
-    states: TrainState,
-    data: PyTree,
-    train_epoch: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]],
-    epochs: int,
-    validation_error: Callable[[PyTree, PyTree], jax.Array],
-    validation_data: PyTree,
-    seeds: Sequence[int],
-    first_epoch: int,
-    thresholds: Thresholds | None,
-) -> Iterator[tuple[TrainState, EnsembleReport]]:
-    run_epoch = jax.jit(jax.vmap(train_epoch, in_axes=(0, None)), donate_argnums=0)
-    measure = jax.jit(
-        jax.vmap(
-            lambda params, held_out: (validation_error(params, held_out), kept_groups(params, thresholds)),
-            in_axes=(0, None),
-        )
-    )
-    names = part_names(states.params)
-    totals = {name: posterior.group_mask.shape[-1] for name, posterior in posteriors(states.params).items()}
-    told: set[tuple[int, str]] = set()
-    failures: dict[int, str] = {}
-
-    for epoch in range(first_epoch, first_epoch + epochs):
-        states, metrics = run_epoch(states, data)
-        metrics, (errors, kept), halted, blamed, steps = jax.device_get(
-            (metrics, measure(states.params, validation_data), states.halted, states.blamed, states.step)
-        )
-        reports: list[EpochReport] = []
-        messages: list[str] = []
-
-        def tell(seed: int, subject: str, message: str, messages: list[str] = messages) -> None:
-            if (seed, subject) not in told:
-                told.add((seed, subject))
-                messages.append(message)
-
-        for index, seed in enumerate(seeds):
-            kept_here = {name: int(counts[index]) for name, counts in kept.items()}
-            if halted[index]:
-                if seed not in failures:
-                    culprits = [name for name, bad in zip(names, blamed[index], strict=True) if bad]
-                    failures[seed] = _failure_sentence(epoch, int(steps[index]) + 1, seed, culprits, names)
-                tell(seed, "failure", failures[seed])
-            else:
-                for warning in _pruning_warnings(
-                    epoch,
-                    seed,
-                    kept_here,
-                    totals,
-                    late=epoch - first_epoch + 1 >= (max(10, (epochs + 1) // 2) if epochs > 10 else epochs),
-                ):
-                    tell(seed, warning, warning.replace("EPOCH", str(epoch)))
-            reports.append(
-                EpochReport(
-                    epoch=epoch,
-                    seed=seed,
-                    loss=float(metrics["loss"][index]),
-                    nll=float(metrics["nll"][index]),
-                    kl=float(metrics["kl"][index]),
-                    validation_error=float(errors[index]),
-                    kept=kept_here,
-                    failure=failures.get(seed),
-                )
-            )
-        yield states, EnsembleReport(tuple(reports), tuple(messages))
 
 
 def part_names(params: PyTree) -> list[str]:
@@ -368,7 +278,7 @@ def _not_finite(part: PyTree) -> jax.Array:
     return jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(part)]).any()
 
 
-def _keep_masks(new: PyTree, old: PyTree) -> PyTree:
+def keep_masks(new: PyTree, old: PyTree) -> PyTree:
     """Masks are decided by pruning: no optimiser (weight decay, say) may move them."""
 
     def restore(new_node: Any, old_node: Any) -> Any:
@@ -377,31 +287,3 @@ def _keep_masks(new: PyTree, old: PyTree) -> PyTree:
         return new_node.replace(input_mask=old_node.input_mask, output_mask=old_node.output_mask)
 
     return jax.tree.map(restore, new, old, is_leaf=_is_posterior)
-
-
-def _failure_sentence(epoch: int, step: int, seed: int, blamed: list[str], names: list[str]) -> str:
-    if not blamed:
-        where = "although no layer is at fault (look at the loss function and its inputs)"
-    elif len(blamed) == len(names) and len(names) > 1:
-        where = "in all layers (inputs that are not finite, or a learning rate that is too high?)"
-    else:
-        where = f"in layer{'s' * (len(blamed) > 1)} {', '.join(blamed)}"
-    return (
-        f"Seed {seed} was stopped in epoch {epoch}, step {step}: the loss or an update was not finite {where}. "
-        "Its last good state is kept; lower the learning rate, clip gradients, or warm up the KL."
-    )
-
-
-def _pruning_warnings(epoch: int, seed: int, kept: dict[str, int], totals: dict[str, int], late: bool) -> list[str]:
-    found = [
-        f"Seed {seed}, epoch EPOCH: everything would be pruned in layer {name} (none of its {totals[name]} groups "
-        "is below the threshold), and the network's output would no longer depend on its input; use a KL warm-up, a lower learning rate, or check num_examples."
-        for name, count in kept.items()
-        if count == 0
-    ]
-    if late and all(kept[name] == totals[name] for name in kept):
-        found.append(
-            f"Seed {seed}, epoch EPOCH: nothing is pruned yet (all {sum(totals.values())} groups are kept); train longer, raise the learning "
-            "rate of the log-variances, or check num_examples."
-        )
-    return found

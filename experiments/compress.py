@@ -292,7 +292,8 @@ def _run_phase(
             for states, report in bcdl_jax.train_ensemble(
                 start,
                 train,
-                train_epoch=bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size),
+                step=step,
+                batch_size=recipe.batch_size,
                 epochs=epochs,
                 validation_error=functools.partial(error_percent, model),
                 validation_data=validation,

@@ -98,7 +98,7 @@ def test_an_epoch_shows_each_example_once_in_an_order_of_its_own(data):
 
     epoch = jax.jit(bcdl_jax.make_train_epoch(note, batch_size=5))
     start = bcdl_jax.unstack(states, 0).replace(
-        blamed=jnp.zeros(23, jnp.int32), optimizer_state=jnp.zeros(5, jnp.int32)
+        blamed=jnp.zeros(23, jnp.int32), optimizer_state=jnp.zeros(5, jnp.int32), metric_sums={"wrong": jnp.zeros(())}
     )
     state, last_batches = start, set()
     for number in range(1, 4):
@@ -168,69 +168,6 @@ def test_variances_are_clipped_and_masks_kept_whatever_the_optimiser(data):
     assert float(jnp.exp(state.params["Dense_1"]["posterior"].kernel_log_variance).max()) > 3e-4
 
 
-def test_training_reports_every_epoch_and_learns(data):
-    _, epoch, states = setup(optax.adam(0.03), seeds=(3, 4), kl_weight=0.001)
-    history = [
-        report
-        for _, report in bcdl_jax.train_ensemble(
-            states,
-            data,
-            train_epoch=epoch,
-            epochs=30,
-            validation_error=validation_error,
-            validation_data=data,
-            seeds=(3, 4),
-        )
-    ]
-    assert [report.reports[0].epoch for report in history] == list(range(1, 31))
-    for index, seed in enumerate((3, 4)):
-        first, last = history[0].reports[index], history[-1].reports[index]
-        assert last.seed == seed
-        assert last.nll < 0.5 * first.nll
-        assert last.validation_error < first.validation_error
-        assert set(last.kept) == {"Dense_0", "Dense_1", "Dense_2"}
-        assert last.failure is None
-
-
-def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
-    """Seed 1's likelihood explodes through layer Dense_1 at its seventh step: the second step of the second epoch."""
-    optimizer = optax.adam(1e-3)
-
-    def likelihood(params, batch, key):
-        poison = params["Dense_1"]["posterior"].bias_mean[0] * jax.lax.stop_gradient(params["bomb"]["fuse"])
-        return nll({name: layer for name, layer in params.items() if name != "bomb"}, batch, key) + poison
-
-    _, _, states = setup(optax.sgd(0.0))
-    params = states.params | {"bomb": {"fuse": jnp.zeros(3)}}
-    keys = states.key
-    states = jax.vmap(lambda p, k: bcdl_jax.create_train_state(p, optimizer, k))(params, keys)
-    step = bcdl_jax.make_train_step(likelihood, optimizer, num_examples=EXAMPLES)
-
-    def armed(state, batch):
-        is_one = jnp.all(jax.random.key_data(state.key) == jax.random.key_data(keys[1]))
-        fuse = jnp.where(is_one & (state.step == 6), jnp.nan, 0.0)
-        after, metrics = step(state.replace(params=state.params | {"bomb": {"fuse": fuse}}), batch)
-        return after.replace(params=after.params | {"bomb": {"fuse": jnp.zeros(())}}), metrics
-
-    epoch = bcdl_jax.make_train_epoch(armed, batch_size=BATCH)
-    plain = copy(states)
-    arguments = {"validation_error": lambda p, d: jnp.float32(0), "validation_data": data, "seeds": (7, 8, 9)}
-    history = list(bcdl_jax.train_ensemble(states, data, train_epoch=epoch, epochs=3, **arguments))
-    final, report = history[-1]
-    assert [seed.failure is not None for seed in report.reports] == [False, True, False]
-    sentence = report.reports[1].failure
-    assert sentence.startswith(
-        "Seed 8 was stopped in epoch 2, step 7: the loss or an update was not finite in layer Dense_1."
-    )
-    assert [each.messages for _, each in history[:2]] == [(), (sentence,)]
-    assert final.step.tolist() == [15, 6, 15]
-    # The others are not disturbed, and the stopped one holds what it had after its sixth step.
-    one = jax.jit(lambda state: bcdl_jax.make_train_epoch(step, batch_size=BATCH)(state, data)[0])
-    alone = one(one(one(bcdl_jax.unstack(plain, 2))))
-    assert_trees_close(bcdl_jax.unstack(final, 2).params, alone.params, rtol=1e-5, atol=1e-6)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bcdl_jax.unstack(final, 1).params))
-
-
 def test_the_layer_that_overflows_is_named(data):
     step, _, states = setup(optax.sgd(0.1), seeds=(0,))
     state = bcdl_jax.unstack(states, 0)
@@ -244,31 +181,6 @@ def test_the_layer_that_overflows_is_named(data):
     assert int(after.step) == 0
     assert after.blamed.tolist() == [False, True, False]
     assert_trees_close(after.params, params, rtol=0)
-
-
-def test_inputs_that_are_not_finite_blame_no_single_layer(data):
-    _, epoch, states = setup(optax.sgd(0.1), seeds=(5,))
-    bad = (data[0].at[:, 0].set(jnp.nan), data[1])
-    arguments = {"validation_error": validation_error, "validation_data": data, "seeds": (5,)}
-    ((_, report),) = bcdl_jax.train_ensemble(states, bad, train_epoch=epoch, epochs=1, **arguments)
-    assert "Seed 5 was stopped in epoch 1, step 1" in report.messages[0]
-    assert "in all layers (inputs that are not finite" in report.messages[0]
-
-
-def test_everything_pruned_and_nothing_pruned_are_warned_of_once(data):
-    _, epoch, states = setup(optax.sgd(0.0), seeds=(0, 1))
-    first = states.params["Dense_1"]["posterior"]
-    lost = first.replace(scale_log_variance=first.scale_log_variance.at[1].set(5.0))
-    states = states.replace(params=states.params | {"Dense_1": {"posterior": lost}})
-    arguments = {"validation_error": validation_error, "validation_data": data, "seeds": (0, 1)}
-    messages = [
-        message
-        for _, report in bcdl_jax.train_ensemble(states, data, train_epoch=epoch, epochs=12, **arguments)
-        for message in report.messages
-    ]
-    assert len(messages) == 2
-    assert messages[0].startswith("Seed 1, epoch 1: everything would be pruned in layer Dense_1 (none of its 5 groups")
-    assert messages[1].startswith("Seed 0, epoch 10: nothing is pruned yet (all 15 groups are kept)")
 
 
 def test_training_goes_on_from_a_pruned_net(data):
@@ -304,27 +216,42 @@ def test_bad_arguments(data):
         bcdl_jax.make_train_step(nll, optax.sgd(0.1), num_examples=0)
     with pytest.raises(ValueError, match="params holds no variational layers"):
         bcdl_jax.create_train_state({"Dense_0": {"kernel": jnp.ones((2, 2))}}, optax.sgd(0.1), jax.random.key(0))
-    _, epoch, states = setup(optax.sgd(0.1), seeds=(0,))
-    for seeds in ((0, 1), ()):
-        with pytest.raises(ValueError, match=r"seeds is .*; it must name each of the 1 stacked states"):
-            bcdl_jax.train_ensemble(
-                states,
-                data,
-                train_epoch=epoch,
-                epochs=1,
-                validation_error=validation_error,
-                validation_data=data,
-                seeds=seeds,
-            )
-    with pytest.raises(ValueError, match="epochs is 0; it must be at least 1"):
-        next(
-            bcdl_jax.train_ensemble(
-                states,
-                data,
-                train_epoch=epoch,
-                epochs=0,
-                validation_error=validation_error,
-                validation_data=data,
-                seeds=(0,),
-            )
-        )
+
+
+def test_chunks_of_an_epoch_equal_the_epoch(data):
+    """Bit by bit, with one program for all chunks, seeds by vmap."""
+    step, epoch, states = setup(optax.adam(1e-2), kl_weight=bcdl_jax.kl_warmup(8))
+    train_steps = jax.jit(
+        jax.vmap(bcdl_jax.make_train_steps(step, batch_size=BATCH), in_axes=(0, None, None)), donate_argnums=0
+    )
+    whole, whole_metrics = copy(states), []
+    chunked, chunked_metrics = copy(states), []
+    for _ in range(2):
+        whole, metrics = train_steps(whole, data, 5)
+        whole_metrics.append(metrics)
+        for count in (1, 3, 1):
+            chunked, metrics = train_steps(chunked, data, count)
+        chunked_metrics.append(metrics)
+    assert train_steps._cache_size() == 1
+    assert_trees_close(chunked, whole, rtol=0)
+    assert_trees_close(chunked_metrics, whole_metrics, rtol=0)
+    # The plain loop over the same batches.
+    state, losses = bcdl_jax.unstack(states, 1), []
+    for number in range(10):
+        rows = bcdl_jax.batches.epoch_rows(state.key, number // 5, EXAMPLES, BATCH)[number % 5]
+        state, metrics = jax.jit(step)(state, jax.tree.map(lambda array, rows=rows: array[rows], data))
+        losses.append(float(metrics["loss"]))
+    assert_trees_close(bcdl_jax.unstack(whole, 1).params, state.params, rtol=1e-4, atol=1e-6)
+    assert [float(metrics["loss"][1]) for metrics in whole_metrics] == pytest.approx(
+        [np.mean(losses[:5]), np.mean(losses[5:])], rel=1e-5
+    )
+    once, metrics = jax.jit(epoch)(bcdl_jax.unstack(states, 1), data)
+    assert float(metrics["loss"]) == pytest.approx(float(np.mean(losses[:5])), rel=1e-5)
+    assert int(once.step) == 5
+
+
+def test_metrics_the_state_has_no_place_for_are_refused(data):
+    _, _, states = setup(optax.sgd(0.1), seeds=(0,))
+    train_steps = bcdl_jax.make_train_steps(lambda state, batch: (state, {"accuracy": 0.0}), batch_size=BATCH)
+    with pytest.raises(ValueError, match=r"The step's metrics are accuracy; state\.metric_sums has kl, loss, nll"):
+        train_steps(bcdl_jax.unstack(states, 0), data, 1)

@@ -1,0 +1,335 @@
+"""Many seeds: trained at once by ``vmap`` or in turn, with one report per epoch, to be ended and taken up again anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bcdl_jax.batches import count_examples, steps_per_epoch
+from bcdl_jax.mesh import jit_step
+from bcdl_jax.posterior import PyTree, posteriors
+from bcdl_jax.pruning import Thresholds, kept_groups
+from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_training
+from bcdl_jax.training import TrainState, TrainStep, make_train_steps, mean_metrics, part_names, stack, unstack
+
+# What a program runs before its caller is asked whether to stop: long enough to cost nothing, short enough to answer a signal.
+_CHUNK_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochReport:
+    """What one epoch of one run came to.
+
+    Attributes:
+      epoch: counted from 1.
+      seed: name of the run, usually its seed.
+      loss: negative ELBO in nats per example, mean over the epoch.
+      nll: cross-entropy part.
+      kl: KL / num_examples, unweighted.
+      validation_error: in percent, at the posterior means.
+      kept: groups per layer that would be kept at the families' default thresholds, or at the given ones.
+      failure: one sentence if the run was halted by a value that is not finite, else None.
+    """
+
+    epoch: int
+    seed: int
+    loss: float
+    nll: float
+    kl: float
+    validation_error: float
+    kept: dict[str, int]
+    failure: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleReport:
+    """One epoch of an ensemble: a report per seed, what a person should know now, and the news, in plain words."""
+
+    reports: tuple[EpochReport, ...]
+    messages: tuple[str, ...]
+    news: tuple[str, ...] = ()
+
+
+def train_ensemble(
+    states: TrainState,
+    data: PyTree,
+    *,
+    step: TrainStep,
+    batch_size: int,
+    epochs: int,
+    validation_error: Callable[[PyTree, PyTree], jax.Array],
+    validation_data: PyTree,
+    seeds: Sequence[int],
+    first_epoch: int = 1,
+    thresholds: Thresholds | None = None,
+    shards: int = 1,
+    in_turn: bool = False,
+    shrinking: Shrinking | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Iterator[tuple[TrainState, EnsembleReport | None]]:
+    """Trains many seeds and reports after each epoch.
+
+    Args:
+      states: stacked states, one per seed, at the start or from wherever an earlier call left them. Their buffers are donated, and so are
+        those of each state that is yielded once the next one is asked for: copy what must outlive its epoch.
+      data: tree of arrays [examples, ...], shared by all seeds.
+      step: from ``make_train_step``, for one seed.
+      batch_size: examples per step, see ``make_train_steps``.
+      epochs: how many from step 0 to the end, those that ``states`` have behind them included.
+      validation_error: (params of one seed, validation_data) -> percent, a pure function.
+      validation_data: what ``validation_error`` is measured on, a tree of arrays.
+      seeds: a name per seed.
+      first_epoch: number in the reports of the epoch that starts with step 0.
+      thresholds: by which the kept groups of the reports are counted, as for ``kept_groups``.
+      shards: see ``make_train_steps``.
+      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program by ``vmap``.
+      shrinking: how the networks shrink while they are trained, see ``Shrinking``; needs ``in_turn``, since each takes its own shape.
+      stop: asked about twice a second whether to end now. With many processes, process 0 decides.
+
+    Yields:
+      The states, at full size, and the report of each epoch. A seed whose loss or gradient is not finite stays at its last good state while
+      the others go on; messages also warn, once each, of a layer with nothing left and of a run in which nothing is being pruned.
+      There are no more epochs once all seeds have been stopped. If ``stop`` ends an epoch early, the last that is yielded is the
+      states and None; from them, or from those of any epoch, training goes on to the same result bit by bit.
+
+    Raises:
+      ValueError: ``epochs`` is not positive, seeds do not name the stacked states one by one, or there is ``shrinking`` without ``in_turn``.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}; it must be at least 1.")
+    if len(set(seeds)) != len(seeds) or len(seeds) != states.step.shape[0]:
+        raise ValueError(
+            f"seeds is {list(seeds)}; it must name each of the {states.step.shape[0]} stacked states, each once."
+        )
+    if shrinking is not None and not in_turn:
+        raise ValueError(
+            "in_turn is False; it must be True where there is shrinking, since each seed takes its own shape."
+        )
+    trainer = _Trainer(step, data, batch_size, shards, vmapped=not in_turn, shrinking=shrinking, stop=stop)
+    return _epochs(trainer, states, epochs, validation_error, validation_data, tuple(seeds), first_epoch, thresholds)
+
+
+def _epochs(
+    trainer: _Trainer,
+    states: TrainState,
+    epochs: int,
+    validation_error: Callable[[PyTree, PyTree], jax.Array],
+    validation_data: PyTree,
+    seeds: tuple[int, ...],
+    first_epoch: int,
+    thresholds: Thresholds | None,
+) -> Iterator[tuple[TrainState, EnsembleReport | None]]:
+    def measure_one(params: PyTree, held_out: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return validation_error(params, held_out), kept_groups(params, thresholds)
+
+    measure = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.vmapped else measure_one)
+    names = part_names(states.params)
+    totals = {name: posterior.group_mask.shape[-1] for name, posterior in posteriors(states.params).items()}
+    told: set[tuple[int, str]] = set()
+    parts = [_Part(states)] if trainer.vmapped else [_Part(unstack(states, index)) for index in range(len(seeds))]
+    del states
+
+    def all_states() -> TrainState:
+        whole = [part.whole() for part in parts]
+        return whole[0] if trainer.vmapped else stack(whole)
+
+    while (epoch := trainer.epoch(parts)) is not None and epoch < epochs:
+        for part in parts:
+            if not trainer.advance(part, epoch + 1):
+                yield all_states(), None
+                return
+        news = []
+        for seed, part in zip(seeds, parts, strict=True) if trainer.shrinking else ():
+            if epoch + 1 < epochs and (sizes := trainer.shrink(part, epoch + 1)):
+                news.append(f"Seed {seed}, epoch {first_epoch + epoch}: {sizes}")
+        states = all_states()
+        measured = [measure(part.whole().params, validation_data) for part in parts]
+        measured = measured[0] if trainer.vmapped else stack(measured)
+        metrics, (errors, kept), halted, blamed, steps = jax.device_get(
+            (mean_metrics(states, trainer.steps), measured, states.halted, states.blamed, states.step)
+        )
+        reports: list[EpochReport] = []
+        messages: list[str] = []
+
+        def tell(seed: int, subject: str, message: str, messages: list[str] = messages) -> None:
+            if (seed, subject) not in told:
+                told.add((seed, subject))
+                messages.append(message)
+
+        number = first_epoch + epoch
+        for index, seed in enumerate(seeds):
+            kept_here = {name: int(counts[index]) for name, counts in kept.items()}
+            failure = None
+            if halted[index]:
+                culprits = [name for name, bad in zip(names, blamed[index], strict=True) if bad]
+                halted_in = first_epoch + int(steps[index]) // trainer.steps
+                failure = _failure_sentence(halted_in, int(steps[index]) + 1, seed, culprits, names)
+                tell(seed, "failure", failure)
+            else:
+                late = epoch + 1 >= (max(10, (epochs + 1) // 2) if epochs > 10 else epochs)
+                for warning in _pruning_warnings(number, seed, kept_here, totals, late):
+                    tell(seed, warning, warning.replace("EPOCH", str(number)))
+            reports.append(
+                EpochReport(
+                    epoch=number,
+                    seed=seed,
+                    loss=float(metrics["loss"][index]),
+                    nll=float(metrics["nll"][index]),
+                    kl=float(metrics["kl"][index]),
+                    validation_error=float(errors[index]),
+                    kept=kept_here,
+                    failure=failure,
+                )
+            )
+        yield states, EnsembleReport(tuple(reports), tuple(messages), tuple(news))
+
+
+class _Part:
+    """What one program trains: all seeds, or one of them, at full size or shrunk."""
+
+    def __init__(self, state: TrainState):
+        self.state = state
+        self.small: SmallTraining | None = None
+        self.settled = False
+        self.program: Callable[..., Any] | None = None
+        self.seconds_per_step: float | None = None
+
+    def whole(self) -> TrainState:
+        return self.state if self.small is None else self.small.expand(self.state)
+
+
+class _Trainer:
+    """Advances parts by whole epochs, chunk by chunk."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        data: PyTree,
+        batch_size: int,
+        shards: int,
+        *,
+        vmapped: bool,
+        shrinking: Shrinking | None,
+        stop: Callable[[], bool] | None,
+    ):
+        self.data, self.batch_size, self.shards = data, batch_size, shards
+        self.steps = steps_per_epoch(count_examples(data), batch_size, shards)
+        self.vmapped, self.shrinking = vmapped, shrinking
+        self._step, self._stop = step, stop
+        self._full_size_program: Callable[..., Any] | None = None
+
+    def epoch(self, parts: Sequence[_Part]) -> int | None:
+        """The epoch, from 0, that the part furthest behind is in; None if all seeds are halted. Halted ones stand still and do not count."""
+        steps = [steps for part in parts if (steps := _steps_taken(part.state)) is not None]
+        return min(steps) // self.steps if steps else None
+
+    def advance(self, part: _Part, epochs: int) -> bool:
+        """Trains until so many epochs are over, or nothing moves any more; False if ``stop`` came before."""
+        while (taken := _steps_taken(part.state)) is not None and taken < epochs * self.steps:
+            program = part.program or self._compile(part)
+            count = self._count(part, epochs * self.steps - taken)
+            if count == 0:
+                return False
+            start = time.perf_counter()
+            part.state, _ = program(part.state, self.data, jnp.int32(count))
+            jax.block_until_ready(part.state.step)
+            part.seconds_per_step = (time.perf_counter() - start) / count
+        return True
+
+    def shrink(self, part: _Part, epochs: int) -> str | None:
+        """Masks what is safely gone and shrinks the part, where it is due and pays; says what became of it."""
+        assert self.shrinking is not None
+        if epochs % self.shrinking.every or bool(part.state.halted):
+            return None
+        self._settle(part)
+        small = shrink_further(self.shrinking, part.whole(), self._example(), part.small)
+        if small is None:
+            return None
+        self._take(part, small)
+        return str(small)
+
+    def _compile(self, part: _Part) -> Callable[..., Any]:
+        self._settle(part)
+        if part.small is None and self._full_size_program is not None:
+            part.program = self._full_size_program
+            return part.program
+        step = self._step if part.small is None else part.small.step
+        train_steps: Any = make_train_steps(step, batch_size=self.batch_size, shards=self.shards)
+        if self.vmapped:
+            train_steps = jax.vmap(train_steps, in_axes=(0, None, None))
+        jitted: Any = jit_step(train_steps, part.state)
+        part.program = jitted.lower(part.state, self.data, jnp.int32(1)).compile()
+        if part.small is None:
+            self._full_size_program = part.program
+        return part.program
+
+    def _settle(self, part: _Part) -> None:
+        """Shrinks, at the start, what an earlier call masked."""
+        if self.shrinking is None or part.settled:
+            return
+        part.settled = True
+        small = shrink_training(self.shrinking, part.state, self._example())
+        if small is not None:
+            self._take(part, small)
+
+    def _take(self, part: _Part, small: SmallTraining) -> None:
+        part.state, part.small, part.program, part.seconds_per_step = small.state, small, None, None
+
+    def _example(self) -> PyTree:
+        return jax.tree.map(lambda array: array[: self.batch_size], self.data)
+
+    def _count(self, part: _Part, left: int) -> int:
+        """How many steps to run as one; 0 to stop. The same in all processes."""
+        if self._stop is None:
+            return left
+        if self._stop():
+            count = 0
+        elif part.seconds_per_step is None:
+            count = 1
+        else:
+            count = min(left, max(1, int(_CHUNK_SECONDS / part.seconds_per_step)))
+        if jax.process_count() > 1:
+            count = int(multihost_utils.broadcast_one_to_all(np.int32(count)))
+        return count
+
+
+def _steps_taken(state: TrainState) -> int | None:
+    """Of one state, or of stacked ones that move together; None if they are all halted."""
+    steps, halted = jax.device_get((state.step, state.halted))
+    moving = np.atleast_1d(steps)[~np.atleast_1d(halted)]
+    return int(moving.min()) if moving.size else None
+
+
+def _failure_sentence(epoch: int, step: int, seed: int, blamed: list[str], names: list[str]) -> str:
+    if not blamed:
+        where = "although no layer is at fault (look at the loss function and its inputs)"
+    elif len(blamed) == len(names) and len(names) > 1:
+        where = "in all layers (inputs that are not finite, or a learning rate that is too high?)"
+    else:
+        where = f"in layer{'s' * (len(blamed) > 1)} {', '.join(blamed)}"
+    return (
+        f"Seed {seed} was stopped in epoch {epoch}, step {step}: the loss or an update was not finite {where}. "
+        "Its last good state is kept; lower the learning rate, clip gradients, or warm up the KL."
+    )
+
+
+def _pruning_warnings(epoch: int, seed: int, kept: dict[str, int], totals: dict[str, int], late: bool) -> list[str]:
+    found = [
+        f"Seed {seed}, epoch EPOCH: everything would be pruned in layer {name} (none of its {totals[name]} groups "
+        "is below the threshold), and the network's output would no longer depend on its input; use a KL warm-up, a lower learning rate, or check num_examples."
+        for name, count in kept.items()
+        if count == 0
+    ]
+    if late and all(kept[name] == totals[name] for name in kept):
+        found.append(
+            f"Seed {seed}, epoch EPOCH: nothing is pruned yet (all {sum(totals.values())} groups are kept); train longer, raise the learning "
+            "rate of the log-variances, or check num_examples."
+        )
+    return found

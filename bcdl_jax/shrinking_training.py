@@ -1,0 +1,166 @@
+"""Training that shrinks: what is safely gone is masked and then left out of params, optimiser state and step.
+
+    shrinking = bcdl_jax.Shrinking(negative_log_likelihood, make_step, thresholds=3.0, chain=chain)
+    state = bcdl_jax.prune_state(state, 3.0, chain)
+    small = bcdl_jax.shrink_training(shrinking, state, batch)
+    train_epoch = jax.jit(bcdl_jax.make_train_epoch(small.step, batch_size=128))
+    small_state, metrics = train_epoch(small.state, data)
+    state = small.expand(small_state)
+
+``train_ensemble(..., shrinking=shrinking)`` does so by itself, between epochs. A small step computes what the step at full size computes
+on the masked params, with the same noise for what is kept. The small form follows from the state at full size alone, so that
+such a state is all that must be saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.averaging import AverageParamsState
+from bcdl_jax.posterior import Posterior, PyTree, posteriors
+from bcdl_jax.pruning import Thresholds, prune
+from bcdl_jax.shrinking import ShrinkReport, cut, expand, shrink
+from bcdl_jax.training import NegativeLogLikelihood, TrainState, TrainStep, keep_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking:
+    """How a network shrinks while it is trained.
+
+    Attributes:
+      negative_log_likelihood: that of the training step.
+      make_step: from a negative log-likelihood to the training step, such as
+        ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``; called again for every smaller network.
+      thresholds: log dropout rates above which a group is safely gone, as for ``prune``. Well above those of pruning: what is masked in
+        training never comes back.
+      chain: as for ``prune``.
+      every: epochs from one look at the groups to the next.
+      least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
+      multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+
+    negative_log_likelihood: NegativeLogLikelihood
+    make_step: Callable[[NegativeLogLikelihood], TrainStep]
+    thresholds: Thresholds
+    chain: Sequence[str] = ()
+    every: int = 5
+    least_saving: float = 0.25
+    multiple_of: int = 8
+
+    def __post_init__(self):
+        for name in ("every", "multiple_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.least_saving < 1:
+            raise ValueError(f"least_saving is {self.least_saving}; it must be at least 0 and less than 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallTraining:
+    """The training of a shrunk network.
+
+    Attributes:
+      step: the training step on small states.
+      state: the small state.
+      whole: the state at full size that it was cut from.
+      report: of ``shrink``.
+    """
+
+    step: TrainStep
+    state: TrainState
+    whole: TrainState
+    report: ShrinkReport
+
+    def expand(self, state: TrainState) -> TrainState:
+        """A small state at full size: the masked rest has the values it had when it was cut away."""
+        return expand(state, self.report, into=self.whole)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(
+            f"{name} {' x '.join(map(str, layer.kernel_shape))}"
+            for name, layer in posteriors(self.state.params).items()
+        )
+        before, after = self.report.multiply_adds
+        return f"trained on as {sizes}; multiply-adds {before:,} -> {after:,}."
+
+
+def prune_state(state: TrainState, thresholds: Thresholds, chain: Sequence[str] | None = None) -> TrainState:
+    """The state with its params pruned, see ``prune``, and with the same masks in the averages of ``average_params``."""
+    params = prune(state.params, thresholds, chain)
+
+    def with_masks(part: Any) -> Any:
+        return part._replace(average=keep_masks(part.average, params)) if _is_average(part) else part
+
+    optimizer_state = jax.tree.map(with_masks, state.optimizer_state, is_leaf=_is_average)
+    return state.replace(params=params, optimizer_state=optimizer_state)  # type: ignore[attr-defined]
+
+
+def _is_average(part: Any) -> bool:
+    return isinstance(part, AverageParamsState)
+
+
+def shrink_training(shrinking: Shrinking, state: TrainState, batch: PyTree) -> SmallTraining | None:
+    """Leaves out what the masks of the params say is pruned.
+
+    Args:
+      shrinking: see ``Shrinking``.
+      state: of one seed.
+      batch: an example batch of the training data.
+
+    Returns:
+      The small training, or None if nothing is masked, or nothing is left of a layer.
+    """
+    masks = [mask for layer in _layers(state) for mask in (layer.input_mask, layer.output_mask)]
+    if all(bool(jnp.all(mask > 0)) for mask in masks) or not all(bool(jnp.any(mask > 0)) for mask in masks):
+        return None
+
+    # One more than the likelihood, since shrink compares outputs relative to their size, and a good fit brings it close to 0.
+    def shifted(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+        return 1 + shrinking.negative_log_likelihood(params, batch, key)
+
+    small_shifted, _, report = shrink(shifted, state.params, (batch, state.key), multiple_of=shrinking.multiple_of)
+
+    def small_likelihood(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+        return small_shifted(params, batch, key) - 1
+
+    return SmallTraining(shrinking.make_step(small_likelihood), cut(state, report), state, report)
+
+
+def shrink_further(
+    shrinking: Shrinking, state: TrainState, batch: PyTree, current: SmallTraining | None = None
+) -> SmallTraining | None:
+    """Masks the groups that are safely gone, and leaves them out, where that pays.
+
+    Args:
+      shrinking: see ``Shrinking``.
+      state: of one seed, at full size.
+      batch: an example batch of the training data.
+      current: the small training that the state comes from, if any.
+
+    Returns:
+      The smaller training, or None if it would not save ``least_saving`` of the multiply-adds.
+    """
+    masked = prune_state(state, shrinking.thresholds, shrinking.chain)
+    # A first look, since tracing a network takes seconds.
+    shares = [
+        float(jnp.sum(new.kernel_mask)) / max(1.0, float(jnp.sum(old.kernel_mask)))
+        for new, old in zip(_layers(masked), _layers(state), strict=True)
+    ]
+    if min(shares) > 1 - shrinking.least_saving:
+        return None
+    small = shrink_training(shrinking, masked, batch)
+    if small is None:
+        return None
+    before = small.report.multiply_adds[0] if current is None else current.report.multiply_adds[1]
+    return small if small.report.multiply_adds[1] <= (1 - shrinking.least_saving) * before else None
+
+
+def _layers(state: TrainState) -> list[Posterior]:
+    return list(posteriors(state.params).values())

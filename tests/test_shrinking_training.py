@@ -1,0 +1,159 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bcdl_jax
+from bcdl_jax import ensemble
+from bcdl_jax.posterior import Posterior, map_named_layers
+from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
+from tests.test_ensemble import train
+from tests.test_training import BATCH, EXAMPLES, copy, data, setup
+from tests.test_training import nll as dense_nll
+
+__all__ = ["data"]  # the fixture
+
+OPTIMIZER = optax.chain(optax.adam(optax.cosine_decay_schedule(0.01, 40)), bcdl_jax.average_params(0.9))
+
+
+def conv_nll(params, batch, key):
+    logits = SmallConvNet().apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+def make_step(nll):
+    return bcdl_jax.make_train_step(nll, OPTIMIZER, num_examples=EXAMPLES, kl_weight=bcdl_jax.kl_warmup(30))
+
+
+def with_dead_groups(params, dead):
+    """The params with scales that are all noise for the named groups, {layer: [groups]}."""
+
+    def kill(name, layer):
+        groups = jnp.asarray(dead.get(name, []), int)
+        return layer.replace(
+            scale_mean=layer.scale_mean.at[groups].set(1e-3),
+            scale_log_variance=layer.scale_log_variance.at[groups].set(-2),
+        )
+
+    return map_named_layers(kill, params, Posterior)
+
+
+def conv_state():
+    images = jax.random.normal(jax.random.key(1), (EXAMPLES, 8, 8, 2))
+    labels = jnp.argmax(images.mean((1, 2, 3))[:, None] * jnp.array([-1, 0.01, 1]), -1)
+    params = jax.jit(SmallConvNet().init)(jax.random.key(0), images[:1])["params"]
+    params = with_dead_groups(params, {"Conv_0": [0, 3], "Conv_1": [1, 2, 5]})
+    return bcdl_jax.create_train_state(params, OPTIMIZER, jax.random.key(2)), (images, labels)
+
+
+def assert_same_where_kept(small, whole, params):
+    """Two full-size states agree on all that is not masked."""
+    for tree in (lambda state: state.params, lambda state: bcdl_jax.averaged_params(state.optimizer_state)):
+        for name, layer in bcdl_jax.posteriors(params).items():
+            one, other = (bcdl_jax.posteriors(tree(state))[name] for state in (small, whole))
+            for ours, theirs in zip(one.kernel_moments(), other.kernel_moments(), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+            for field in ("scale_mean", "scale_log_variance"):
+                kept = np.asarray(layer.group_mask) > 0
+                np.testing.assert_allclose(getattr(one, field)[kept], getattr(other, field)[kept], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2])
+def test_a_shrunk_step_equals_the_masked_step(multiple_of):
+    state, conv_data = conv_state()
+    state = bcdl_jax.prune_state(state, 3.0, CONV_CHAIN).replace(step=jnp.int32(5))
+    shrinking = bcdl_jax.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=multiple_of)
+    batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
+    small = bcdl_jax.shrink_training(shrinking, state, batch)
+    shapes = [layer.kernel_shape for layer in bcdl_jax.posteriors(small.state.params).values()]
+    assert shapes[0] == (3, 3, 2, 2)
+    assert shapes[1] == (3, 3, 2, 3 if multiple_of == 1 else 4)
+    before, after = small.report.multiply_adds
+    assert f"Conv_0 3 x 3 x 2 x 2, Conv_1 {' x '.join(map(str, shapes[1]))}" in str(small)
+    assert f"multiply-adds {before:,} -> {after:,}" in str(small)
+    assert_trees_close(small.expand(small.state), state, rtol=0)
+
+    whole_step, small_step = jax.jit(make_step(conv_nll)), jax.jit(small.step)
+    whole, shrunk = state, small.state
+    for start in range(0, 5 * BATCH, BATCH):
+        batch = jax.tree.map(lambda array, start=start: array[start : start + BATCH], conv_data)
+        whole, whole_metrics = whole_step(whole, batch)
+        shrunk, metrics = small_step(shrunk, batch)
+        assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+            {name: float(value) for name, value in whole_metrics.items()}, rel=1e-5
+        )
+    expanded = small.expand(shrunk)
+    assert jax.tree.map(jnp.shape, expanded) == jax.tree.map(jnp.shape, state)
+    assert int(expanded.step) == 10
+    assert_same_where_kept(expanded, whole, state.params)
+    # It did train.
+    assert (
+        float(
+            jnp.abs(
+                expanded.params["Conv_1"]["posterior"].kernel_mean - state.params["Conv_1"]["posterior"].kernel_mean
+            ).max()
+        )
+        > 0.01
+    )
+    # What is gone has the values it had.
+    gone = expanded.params["Conv_0"]["posterior"].kernel_mean[..., 0]
+    np.testing.assert_array_equal(gone, state.params["Conv_0"]["posterior"].kernel_mean[..., 0])
+
+
+def test_it_shrinks_only_where_that_pays():
+    state, conv_data = conv_state()
+    batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
+    shrinking = bcdl_jax.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1)
+    small = bcdl_jax.shrink_further(shrinking, state, batch)
+    before, after = small.report.multiply_adds
+    assert after < 0.5 * before
+    assert bcdl_jax.shrink_further(shrinking, small.whole, batch, small) is None  # nothing new is gone
+    wanting = bcdl_jax.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, least_saving=0.9)
+    assert bcdl_jax.shrink_further(wanting, state, batch) is None
+    safe = bcdl_jax.Shrinking(conv_nll, make_step, 30.0, CONV_CHAIN)
+    assert bcdl_jax.shrink_further(safe, state, batch) is None
+    assert bcdl_jax.shrink_training(shrinking, state, batch) is None  # nothing is masked
+    empty = state.replace(params=bcdl_jax.prune(state.params, -1e9, CONV_CHAIN))
+    assert bcdl_jax.shrink_training(shrinking, empty, batch) is None
+
+
+def shrinking_ensemble(data, stop=None, states=None):
+    """Two seeds, of which groups die in the first while it is trained: shrunk after the second and the fourth epoch."""
+    _, _, fresh = setup(OPTIMIZER, seeds=(3, 4))
+    if states is None:
+        params = with_dead_groups(bcdl_jax.unstack(fresh, 0).params, {"Dense_1": [0, 1], "Dense_2": [2, 3]})
+        states = fresh.replace(params=bcdl_jax.stack([params, bcdl_jax.unstack(fresh, 1).params]))
+    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, every=2, multiple_of=1)
+    return train(states, data, make_step(dense_nll), (3, 4), epochs=5, in_turn=True, shrinking=shrinking, stop=stop)
+
+
+def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypatch):
+    expected, reports, _ = shrinking_ensemble(data)
+    (news,) = [news for report in reports for news in report.news]
+    assert news.startswith("Seed 3, epoch 2: trained on as Dense_0 6 x 3, Dense_1 3 x 2, Dense_2 2 x 3; multiply-adds ")
+    masks = expected.params["Dense_1"]["posterior"].input_mask
+    assert masks.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert reports[-1].reports[0].kept["Dense_1"] <= 3
+
+    monkeypatch.setattr(ensemble, "_CHUNK_SECONDS", 0.0)
+    states, resumed, ended, ends = None, [], True, 0
+    while ended:
+        stop = functools.partial(next, iter([False] * 17), True)
+        states, new, ended = shrinking_ensemble(data, stop, None if states is None else copy(states))
+        resumed, ends = resumed + new, ends + ended
+    assert ends == 2
+    assert_trees_close(states, expected, rtol=0)
+    assert [report.reports for report in resumed] == [report.reports for report in reports]
+
+
+def test_bad_arguments(data):
+    for name, value in (("every", 0), ("multiple_of", 0), ("least_saving", 1.0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least"):
+            bcdl_jax.Shrinking(dense_nll, make_step, 3.0, **{name: value})
+    step, _, states = setup(OPTIMIZER)
+    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0)
+    with pytest.raises(ValueError, match="in_turn is False; it must be True where there is shrinking"):
+        train(states, data, step, (0, 1, 2), shrinking=shrinking)
