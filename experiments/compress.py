@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ import optax
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import files
+from experiments import files, interruption
+from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
 
@@ -51,6 +53,10 @@ class Recipe:
       max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
         per example, see ``prediction_change``.
       max_rounding_change: likewise for the rounding.
+      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
+      shrink_above: log dropout rate above which a group is safely gone, so that it is left out while training goes on; None to train
+        at full size throughout. Needs ``in_turn``.
+      shrink_every: epochs from one look at the groups to the next.
     """
 
     epochs: int
@@ -65,6 +71,9 @@ class Recipe:
     warmup_epochs: int = 0
     max_pruning_change: float = 0.0075
     max_rounding_change: float = 0.001
+    in_turn: bool = False
+    shrink_above: float | None = None
+    shrink_every: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +97,16 @@ class Run:
     files: list[Path]
     snapshots: list[Snapshot]
     seconds: float
+    resumed: int
 
 
 class Progress:
     """A progress bar with the time left, on a terminal only; messages go above it."""
 
-    def __init__(self, total: int, title: str):
-        self._bar = tqdm(total=total, desc=title, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def __init__(self, total: int, title: str, done: int = 0):
+        self._bar = tqdm(
+            total=total, initial=done, desc=title, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -105,6 +117,8 @@ class Progress:
     def show(self, report: bcdl_jax.EnsembleReport) -> None:
         for message in report.messages:
             self._bar.write(f"warning: {message}", file=sys.stderr)
+        for piece in report.news:
+            self._bar.write(piece, file=sys.stderr)
         kept = " ".join("-".join(map(str, seed.kept.values())) for seed in report.reports)
         error = " ".join(f"{seed.validation_error:.2f}" for seed in report.reports)
         self._bar.set_postfix_str(f"kept {kept}, validation error {error} %", refresh=False)
@@ -154,6 +168,7 @@ def compress(
     out: Path,
     thresholds: dict[str, float] | None,
     pretrained: dict[str, np.ndarray] | None,
+    checkpoints: Checkpoints,
 ) -> Run:
     """Trains, prunes, fine-tunes and reduces the precision of one net per seed.
 
@@ -166,6 +181,7 @@ def compress(
       out: directory for metrics.jsonl; where Ctrl-C leaves the last parameters.
       thresholds: by layer name, or None to choose them on the validation data.
       pretrained: weights to start from, by "layer/kernel" and "layer/bias".
+      checkpoints: of this run; what it has taken up is not trained again, and the rest follows from it.
 
     Raises:
       UserError: pretrained weights that do not fit the model, or seeds that were all stopped by values that are not
@@ -174,11 +190,11 @@ def compress(
     start = time.perf_counter()
     train, validation = _on_device(dataset.train), _on_device(dataset.validation)
     change = jax.jit(functools.partial(prediction_change, model))
-    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, thresholds)
-    snapshots: list[Snapshot] = []
-    params, failures = run_phase(
-        "train", _fresh_params(model, train[0][:1], seeds, pretrained), first_epoch=1, snapshots=snapshots
+    run_phase = functools.partial(
+        _run_phase, model, recipe, train, validation, chain, seeds, out, thresholds, checkpoints
     )
+    fresh = _fresh_params(model, train[0][:1], seeds, pretrained)
+    params, failures, snapshots = run_phase("train", fresh, first_epoch=1)
     jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
@@ -197,7 +213,7 @@ def compress(
     pruned = [bcdl_jax.prune(net, by_layer, chain) for net, by_layer in zip(trained, chosen, strict=True)]
     if recipe.fine_tune_epochs:
         stacked = bcdl_jax.stack(pruned)
-        params, later_failures = run_phase("fine_tune", stacked, first_epoch=recipe.epochs + 1, snapshots=[])
+        params, later_failures, _ = run_phase("fine_tune", stacked, first_epoch=recipe.epochs + 1)
         failures = [first or later for first, later in zip(failures, later_failures, strict=True)]
         jax.clear_caches()
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
@@ -223,7 +239,8 @@ def compress(
         failures=failures,
         files=compressed,
         snapshots=snapshots,
-        seconds=time.perf_counter() - start,
+        seconds=checkpoints.earlier_seconds + time.perf_counter() - start,
+        resumed=checkpoints.resumed,
     )
 
 
@@ -246,19 +263,24 @@ def _run_phase(
     recipe: Recipe,
     train: tuple[jax.Array, jax.Array],
     validation: tuple[jax.Array, jax.Array],
+    chain: Sequence[str],
     seeds: Sequence[int],
     out: Path,
     thresholds: dict[str, float] | None,
+    checkpoints: Checkpoints,
     phase: str,
     params: Any,
     *,
     first_epoch: int,
-    snapshots: list[Snapshot],
-) -> tuple[Any, list[str | None]]:
-    """One phase of training, "train" or "fine_tune", of all seeds at once.
+) -> tuple[Any, list[str | None], list[Snapshot]]:
+    """One phase of training, "train" or "fine_tune", of all seeds, from where its last checkpoint stands.
 
     Returns:
-      Stacked params, and per seed the sentence that says why it was stopped, or None.
+      Stacked params, per seed the sentence that says why it was stopped, or None, and the frames of the pictures.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C came, and a checkpoint was written.
+      SystemExit: likewise for SIGTERM, with status 143.
     """
     fine_tune = phase == "fine_tune"
     epochs = recipe.fine_tune_epochs if fine_tune else recipe.epochs
@@ -276,48 +298,86 @@ def _run_phase(
     decay = 1 - 1 / max(1, recipe.fine_tune_averaging_epochs * steps)
     averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
     optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors), averaging)
-    step = bcdl_jax.make_train_step(
-        functools.partial(sampled_cross_entropy, model),
-        optimizer,
-        num_examples=num_examples,
-        kl_weight=recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps),
+    kl_weight = recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps)
+    likelihood = functools.partial(sampled_cross_entropy, model)
+    make_step = functools.partial(
+        bcdl_jax.make_train_step, optimizer=optimizer, num_examples=num_examples, kl_weight=kl_weight
     )
+    shrinking = None
+    if recipe.shrink_above is not None:
+        # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
+        above = math.inf if fine_tune else recipe.shrink_above
+        shrinking = bcdl_jax.Shrinking(likelihood, make_step, above, chain, every=recipe.shrink_every)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
     start = jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key))(params, keys)
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
-    snapshots.append(_snapshot(0, params))
-    latest = params
-    with Progress(epochs, phase.replace("_", "-")) as progress:
-        try:
-            for states, report in bcdl_jax.train_ensemble(
-                start,
-                train,
-                step=step,
-                batch_size=recipe.batch_size,
-                epochs=epochs,
-                validation_error=functools.partial(error_percent, model),
-                validation_data=validation,
-                seeds=seeds,
-                first_epoch=first_epoch,
-                thresholds=math.inf if fine_tune else thresholds,
-            ):
-                progress.show(report)
-                for seed_report in report.reports:
-                    files.append_json_line(out / METRICS, {"phase": phase} | _jsonable(dataclasses.asdict(seed_report)))
-                # A copy: the next epoch takes over the buffers of these states.
-                latest = jax.tree.map(np.array, states.params)
-                done = report.reports[0].epoch - first_epoch + 1
-                if done % every == 0 or done == epochs:
-                    snapshots.append(_snapshot(report.reports[0].epoch, states.params))
-                failures = [seed_report.failure for seed_report in report.reports]
-                if all(failures):
-                    break
-        except KeyboardInterrupt:
-            files.write_arrays(out / INTERRUPTED, latest)
-            raise
+    snapshots = [_snapshot(0, params)]
+    failures: list[str | None] = [None] * len(seeds)
+    restored = checkpoints.restore(phase, start)
+    if restored is not None:
+        start, failures = restored.state, restored.facts["failures"]
+        snapshots = [_snapshot_of(epoch, arrays) for epoch, arrays in sorted(restored.frames.items())]
+
+    def save(complete: bool = False) -> Path | None:
+        frames = {} if fine_tune else {snapshot.epoch: _arrays_of(snapshot) for snapshot in snapshots}
+        return checkpoints.save(phase, states, facts={"failures": failures}, frames=frames, complete=complete)
+
+    lines: list[dict[str, Any]] = []
+    states, done = start, int(start.step.max()) // steps
+    with Progress(epochs, phase.replace("_", "-"), done) as progress, interruption.noted() as stop:
+        for states, report in bcdl_jax.train_ensemble(
+            start,
+            train,
+            step=make_step(likelihood),
+            batch_size=recipe.batch_size,
+            epochs=epochs,
+            validation_error=functools.partial(error_percent, model),
+            validation_data=validation,
+            seeds=seeds,
+            first_epoch=first_epoch,
+            thresholds=math.inf if fine_tune else thresholds,
+            in_turn=recipe.in_turn,
+            shrinking=shrinking,
+            stop=stop,
+        ):
+            if report is None:
+                break
+            progress.show(report)
+            lines += [{"phase": phase} | _jsonable(dataclasses.asdict(seed_report)) for seed_report in report.reports]
+            lines = _append(out / METRICS, lines)
+            failures = [seed_report.failure for seed_report in report.reports]
+            done = report.reports[0].epoch - first_epoch + 1
+            if done % every == 0 or done == epochs:
+                snapshots.append(_snapshot(report.reports[0].epoch, states.params))
+            if checkpoints.every and done % checkpoints.every == 0 and done < epochs:
+                save()
+        complete = done == epochs or all(failures)
+        saved = None
+        if stop() or (checkpoints.every and not (restored is not None and restored.complete)):
+            saved = save(complete)
+        if stop.signal == signal.SIGINT:
+            files.write_arrays(out / INTERRUPTED, states.params)
+            raise KeyboardInterrupt
+        if stop.signal == signal.SIGTERM:
+            advice = "could not be saved" if saved is None else f"is saved in {saved}; --resume goes on from there"
+            print(f"\nStopped by SIGTERM; what was trained so far {advice}.", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
+    if lines:
+        files.append_json_lines(out / METRICS, lines)
     if fine_tune:
-        return jax.jit(bcdl_jax.clip_variances)(bcdl_jax.averaged_params(states.optimizer_state)), failures
-    return states.params, failures
+        averaged = jax.jit(bcdl_jax.clip_variances)(bcdl_jax.averaged_params(states.optimizer_state))
+        return averaged, failures, snapshots
+    return states.params, failures, snapshots
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds lines to the metrics; what could not be written, on a full disk say, is given back for another time."""
+    try:
+        files.append_json_lines(path, lines)
+    except OSError as error:
+        print(f"warning: {path} could not be written ({error.strerror}); training goes on.", file=sys.stderr)
+        return lines
+    return []
 
 
 def score(
@@ -391,8 +451,13 @@ def result(
     command: str,
     runs: list[dict[str, Any]],
     seconds: float,
+    resumed: int = 0,
 ) -> dict[str, Any]:
-    """The content of result.json. Time and peak memory are those of the whole process; runs share them."""
+    """The content of result.json.
+
+    Time is that of all starts of the run, up to the checkpoints that were taken up (``resumed`` times); peak memory is that of
+    the last process. Runs share them.
+    """
     peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     runs = [run | {"peak_memory_mb": peak_memory_mb} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
@@ -408,6 +473,7 @@ def result(
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "seconds": round(seconds, 1),
+        "resumed": resumed,
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
@@ -503,6 +569,19 @@ def _times(rate: float | None) -> str:
 
 def _on_device(split: Split) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(split.images), jnp.asarray(split.labels)
+
+
+def _arrays_of(snapshot: Snapshot) -> dict[str, np.ndarray]:
+    parts = {"kernels": snapshot.kernels, "rates": snapshot.log_dropout_rates}
+    return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+
+
+def _snapshot_of(epoch: int, arrays: dict[str, np.ndarray]) -> Snapshot:
+    parts: dict[str, dict[str, np.ndarray]] = {"kernels": {}, "rates": {}}
+    for path, array in arrays.items():
+        part, _, name = path.partition("/")
+        parts[part][name] = array
+    return Snapshot(epoch, parts["kernels"], parts["rates"])
 
 
 def _snapshot(epoch: int, stacked_params: Any) -> Snapshot:

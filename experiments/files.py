@@ -3,10 +3,11 @@ metrics.jsonl grows, by whole lines."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,11 +35,17 @@ def prepare_out(out: str, overwrite: bool, names: list[str]) -> Path:
         probe = directory / f".{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
-        for old in [path for name in names for path in directory.glob(name)]:
-            old.unlink()
+        remove(directory, names)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
     return directory
+
+
+def remove(directory: Path, names: list[str]) -> None:
+    """Removes files by patterns of their names, and what a killed process left half-written of them."""
+    for name in names:
+        for old in [*directory.glob(name), *directory.glob(f".{name}.{'[0-9a-f]' * 32}")]:
+            old.unlink()
 
 
 def check_out(out: str, overwrite: bool) -> None:
@@ -71,10 +78,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """Adds one line in a single write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
+def append_json_lines(path: Path, values: Sequence[Any]) -> None:
+    """Adds lines in a single write; where that fails, none of them is there."""
+    text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(text.encode()) != len(text.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def write_arrays(path: Path, tree: Any) -> None:

@@ -93,6 +93,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", default=DEFAULT_OUT, help=f"directory for the files of the run (default: {DEFAULT_OUT})"
     )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=5,
+        metavar="N",
+        help="write a checkpoint after every N epochs; 0 for none but on SIGTERM and Ctrl-C (default: 5)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out that was cut short, from its last checkpoint"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
     parser.add_argument(
         "--quick",
@@ -112,6 +122,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}.")
+    if args.checkpoint_every < 0:
+        raise UserError(f"--checkpoint-every is {args.checkpoint_every}; it must be at least 0.")
     if args.learning_rate is not None and not 0 < args.learning_rate < float("inf"):
         raise UserError(f"--learning-rate is {args.learning_rate}; it must be a positive number.")
     if args.thresholds is not None and len(args.thresholds) != len(CHAIN):
@@ -127,12 +139,14 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, command: str) -> None:
     # Imported late, so that --help and bad arguments are answered at once.
-    from experiments import compress, data, figures, files, score
+    from experiments import checkpoints, compress, data, figures, files, score
     from experiments.models import LeNet300
 
     start = time.perf_counter()
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
-    files.check_out(args.out, args.overwrite)
+    # Where a run was cut short, its files give way without --overwrite.
+    cut_short = args.resume and checkpoints.are_in(args.out)
+    files.check_out(args.out, args.overwrite or cut_short)
     dataset = data.load(args.dataset, args.data_dir)
     if dataset.notice:
         print(dataset.notice, flush=True)
@@ -149,7 +163,12 @@ def run(args: argparse.Namespace, command: str) -> None:
     params_files = [compress.params_file(stage, "*") for stage in compress.STAGES]
     compressed_files = compress.compressed_file("*")
     written = [compress.RESULT, compress.METRICS, compress.INTERRUPTED, *params_files, compressed_files, *PICTURES]
-    out = files.prepare_out(args.out, args.overwrite, written)
+    run_settings = checkpoints.settings(
+        "lenet300", settings, dataset, seeds, thresholds=args.thresholds, pretrained=checkpoints.checksum(pretrained)
+    )
+    out, kept = checkpoints.begin(
+        args.out, run_settings, written, compress.METRICS, args.checkpoint_every, args.resume, args.overwrite
+    )
 
     sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
     length = f"{settings.epochs} + {settings.fine_tune_epochs} epochs, seeds {' '.join(map(str, seeds))}"
@@ -157,14 +176,32 @@ def run(args: argparse.Namespace, command: str) -> None:
     try:
         model = LeNet300()
         compressed = compress.compress(
-            model, dataset, settings, chain=CHAIN, seeds=seeds, out=out, thresholds=thresholds, pretrained=pretrained
+            model,
+            dataset,
+            settings,
+            chain=CHAIN,
+            seeds=seeds,
+            out=out,
+            thresholds=thresholds,
+            pretrained=pretrained,
+            checkpoints=kept,
         )
         file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
         runs = compress.score(model, compressed, dataset, seeds, CHAIN, file_errors)
         first_thresholds = {name: compressed.thresholds[0][name] for name in CHAIN}
         figures.draw(out, compressed.snapshots, first_thresholds, dataset.test.images, dataset.test.labels, seeds[0])
-        result = compress.result("lenet300", "gnj", dataset, settings, command, runs, time.perf_counter() - start)
+        result = compress.result(
+            "lenet300",
+            "gnj",
+            dataset,
+            settings,
+            command,
+            runs,
+            kept.earlier_seconds + time.perf_counter() - start,
+            kept.resumed,
+        )
         files.write_json(out / compress.RESULT, result)
+        kept.remove()
     except KeyboardInterrupt:
         print(f"\nInterrupted; what was finished so far is in {out}.", file=sys.stderr)
         raise SystemExit(130) from None
