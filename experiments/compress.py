@@ -320,7 +320,8 @@ def _run_phase(
 
     def save(complete: bool = False) -> Path | None:
         frames = {} if fine_tune else {snapshot.epoch: _arrays_of(snapshot) for snapshot in snapshots}
-        return checkpoints.save(phase, states, facts={"failures": failures}, frames=frames, complete=complete)
+        facts = {"failures": failures, "step": int(states.step.max())}
+        return checkpoints.save(phase, states, facts=facts, frames=frames, complete=complete)
 
     lines: list[dict[str, Any]] = []
     states, done = start, int(start.step.max()) // steps
