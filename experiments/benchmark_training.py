@@ -18,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import multiprocessing
+import os
 import platform
 import re
 import resource
@@ -145,26 +146,31 @@ def _train_step(settings: Settings) -> Callable[..., Any]:
     return bcdl_jax.make_train_step(likelihood, optax.adam(_LEARNING_RATE), num_examples=len(settings.labels))
 
 
-def jax_epoch(settings: Settings) -> Callable[[Any], tuple[Any, jax.Array]]:
-    """Returns ``epoch(state) -> (state, mean loss)``, compiled, of this project; the state is donated."""
+def jax_epoch(settings: Settings, state: Any) -> Callable[[Any], tuple[Any, jax.Array]]:
+    """Compiles an epoch of this project: ``epoch(state) -> (state, mean loss)``, the state being donated.
+
+    Args:
+      settings: of the training.
+      state: an example of a state, or of stacked states, which are trained all at once.
+    """
     step = _train_step(settings)
     train = (jnp.asarray(settings.images), jnp.asarray(settings.labels))
-    state = jax.eval_shape(functools.partial(_fresh_state, settings))
+    seeds_at_once = functools.partial(jax.vmap, in_axes=(0, None)) if state.step.ndim else lambda function: function
     if settings.loop == "scan":
-        epoch = bcdl_jax.make_train_epoch(step, batch_size=settings.batch_size)
+        epoch = seeds_at_once(bcdl_jax.make_train_epoch(step, batch_size=settings.batch_size))
         compiled = jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
 
         def run(state: Any) -> tuple[Any, jax.Array]:
             state, metrics = compiled(state, train)
-            return state, metrics["loss"]
+            return state, jnp.mean(metrics["loss"])
 
         return run
 
-    def gathered(state: Any, train: Any, rows: jax.Array) -> Any:
-        return step(state, jax.tree.map(lambda array: array[rows], train))
+    def on_rows(state: Any, train: Any, rows: jax.Array) -> Any:
+        return seeds_at_once(step)(state, jax.tree.map(lambda array: array[rows], train))
 
     rows = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
-    compiled_step = jax.jit(gathered, donate_argnums=0).lower(state, train, rows).compile()
+    compiled_step = jax.jit(on_rows, donate_argnums=0).lower(state, train, rows).compile()
     rng = np.random.default_rng(0)
 
     def run_steps(state: Any) -> tuple[Any, jax.Array]:
@@ -181,15 +187,14 @@ def jax_epoch(settings: Settings) -> Callable[[Any], tuple[Any, jax.Array]]:
 
 def our_side(settings: Settings) -> tuple[Callable[[], float], float]:
     """Returns a function that trains one epoch here and gives its mean loss, and the seconds that compiling it took."""
-    start = time.perf_counter()
-    epoch = jax_epoch(settings)
-    seconds = time.perf_counter() - start
     state = _fresh_state(settings)
+    start = time.perf_counter()
+    epoch = jax_epoch(settings, state)
+    seconds = time.perf_counter() - start
 
     def run() -> float:
         nonlocal state
-        state, loss = epoch(state)
-        jax.block_until_ready(state)
+        state, loss = jax.block_until_ready(epoch(state))
         return float(loss)
 
     return run, seconds
@@ -221,13 +226,16 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
     layers = products_of(
         settings.case.model, jax.ShapeDtypeStruct((settings.batch_size, *settings.images.shape[1:]), np.uint8)
     )
-    floors = floor_seconds(layers, settings.dtype, device)
-    library = min(floors, key=floors.__getitem__)
+    by_library = floor_seconds(layers, settings.dtype, device)
+    floor = sum(min(seconds.values()) for seconds in by_library)
     gigaflop = sum(layer.operations for layer in layers) / 1e9
     print(
-        f"{settings.case.title}, {settings.dtype}, batch {settings.batch_size}, {settings.steps} steps an epoch; "
-        f"matrix products {gigaflop:.2f} GFLOP a step, floor {1e3 * floors[library]:.2f} ms by {library} "
-        f"({', '.join(f'{name} {1e3 * value:.2f} ms' for name, value in floors.items())})",
+        f"{settings.case.title}, {settings.dtype}, batch {settings.batch_size}, {settings.steps} steps an epoch: "
+        f"{gigaflop:.2f} GFLOP of matrix products a step\n"
+        f"  floor {1e3 * floor:.2f} ms, by the fastest library of each layer: "
+        + ", ".join(min(seconds, key=seconds.__getitem__) for seconds in by_library)
+        + "; alone "
+        + ", ".join(f"{name} {1e3 * sum(seconds[name] for seconds in by_library):.2f} ms" for name in by_library[0]),
         flush=True,
     )
     ours, seconds = our_side(settings)
@@ -254,7 +262,7 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
         rates = [settings.batch_size / value for value in values]
         print(
             f"  median {name}: {statistics.median(rates):.0f} images/s ({min(rates):.0f} to {max(rates):.0f}), "
-            f"{1e3 * statistics.median(values):.2f} ms a step, {100 * floors[library] / statistics.median(values):.0f} % of the floor's speed",
+            f"{1e3 * statistics.median(values):.2f} ms a step, {100 * floor / statistics.median(values):.0f} % of the floor's speed",
             flush=True,
         )
     ratios = {name: [theirs / mine for mine, theirs in zip(times[OURS], times[name])] for name in sides if name != OURS}
@@ -263,11 +271,14 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
     return _described(settings) | {
         "measure": "speed",
         "gigaflop": gigaflop,
-        "floor_seconds": floors,
+        "floor_seconds": floor,
+        "layers": [
+            dataclasses.asdict(layer) | {"seconds": seconds} for layer, seconds in zip(layers, by_library, strict=True)
+        ],
         "seconds_per_step": times,
         "loss": losses,
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
-        "fraction_of_floor_speed": floors[library] / statistics.median(times[OURS]),
+        "fraction_of_floor_speed": floor / statistics.median(times[OURS]),
     }
 
 
@@ -307,20 +318,17 @@ def _first_line(error: Exception) -> str:
 
 def ensemble(settings: Settings, rounds: int, seeds: int) -> dict[str, Any]:
     """Prints and returns the time of several seeds at once, against the same runs in a row."""
-    epoch = bcdl_jax.make_train_epoch(_train_step(settings), batch_size=settings.batch_size)
-    train = (jnp.asarray(settings.images), jnp.asarray(settings.labels))
     states = [_fresh_state(settings, seed) for seed in range(seeds)]
     stacked = bcdl_jax.stack(states)
-    together = jax.jit(jax.vmap(epoch, in_axes=(0, None)), donate_argnums=0).lower(stacked, train).compile()
-    alone = jax.jit(epoch, donate_argnums=0).lower(states[0], train).compile()
+    together, alone = jax_epoch(settings, stacked), jax_epoch(settings, states[0])
 
     def at_once() -> None:
         nonlocal stacked
-        stacked, _ = jax.block_until_ready(together(stacked, train))
+        stacked, _ = jax.block_until_ready(together(stacked))
 
     def in_a_row() -> None:
         for index, state in enumerate(states):
-            states[index], _ = jax.block_until_ready(alone(state, train))
+            states[index], _ = jax.block_until_ready(alone(state))
 
     sides: dict[str, Callable[[], None]] = {"at once": at_once, "in a row": in_a_row}
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -362,7 +370,10 @@ def memory(settings: Settings) -> dict[str, Any]:
 
 def _trained_peaks(settings: Settings, backend: str) -> dict[str, int]:
     """Trains, and returns the most bytes of memory that this process has held, and of its device's memory."""
-    jax.config.update("jax_platforms", "cpu" if backend == "cpu" else None)
+    if backend == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    else:  # what is asked for in advance is not what is needed
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     run, _ = our_side(settings)
     run()
     peaks = {"host": _peak_resident_bytes()}
@@ -474,9 +485,11 @@ def _device(asked: str | None) -> str:
     """ "cpu" or "gpu". Raises UserError where jax does not run on what was asked for."""
     if asked == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    elif asked == "gpu":  # so that PyTorch finds room beside jax
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = jax.default_backend()
     if asked is not None and found != asked:
-        raise UserError(f"--device is {asked}, but jax finds none here: it runs on {found}.")
+        raise UserError(f"--device is {asked}, but jax finds no {asked} here: it runs on {found}.")
     return "cpu" if found == "cpu" else "gpu"
 
 
@@ -498,6 +511,13 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
     """
     _check(args)
     device = _device(args.device)
+    examples = {
+        network: args.examples or (_CPU_EXAMPLES[network] if device == "cpu" else _GPU_EXAMPLES)
+        for network in args.network
+    }
+    for count in examples.values():
+        if count < args.batch_size:
+            raise UserError(f"--examples is {count}; it must be at least --batch-size, {args.batch_size}.")
     versions = _versions()
     print(f"{machine()}, {', '.join(f'{name} {version}' for name, version in versions.items())}", flush=True)
     results: list[dict[str, Any]] = []
@@ -505,14 +525,17 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
     def finished(result: dict[str, Any]) -> None:
         results.append(result)
         if args.out is not None:
-            content = {"command": command, "machine": machine(), "versions": versions, "results": results}
+            content = {
+                "command": command,
+                "machine": machine(),
+                "device": jax.devices()[0].device_kind,
+                "versions": versions,
+                "results": results,
+            }
             write_json(Path(args.out), content)
 
     for network in args.network:
-        examples = args.examples or (_CPU_EXAMPLES[network] if device == "cpu" else _GPU_EXAMPLES)
-        if examples < args.batch_size:
-            raise UserError(f"--examples is {examples}; it must be at least --batch-size, {args.batch_size}.")
-        images, labels = images_of(network, examples)
+        images, labels = images_of(network, examples[network])
         # A convolution within a scan is many times slower on a CPU.
         loop = args.loop or ("steps" if device == "cpu" and network != "lenet300" else "scan")
         for dtype in args.dtype:

@@ -21,7 +21,8 @@ import numpy as np
 
 import bcdl_jax
 
-_REPEATS, _SECONDS = 7, 0.02
+# Of one timing, by repetition, and of all timings of a layer, of which there are a few at least.
+_SECONDS, _ALL_SECONDS, _FEWEST = 0.02, 0.4, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,8 @@ def products_of(model: nn.Module, images: jax.ShapeDtypeStruct) -> list[Products
     return found
 
 
-def floor_seconds(layers: Sequence[Products], dtype: str, device: str) -> dict[str, float]:
-    """Measures the products of a step with each library at hand, layer by layer: the best of several repeats.
+def floor_seconds(layers: Sequence[Products], dtype: str, device: str) -> list[dict[str, float]]:
+    """Measures the products of a step with each library at hand: the best of several repeats.
 
     Args:
       layers: from ``products_of``.
@@ -75,64 +76,76 @@ def floor_seconds(layers: Sequence[Products], dtype: str, device: str) -> dict[s
       device: "cpu" or "gpu".
 
     Returns:
-      Seconds per step by library: "XLA", "torch" where it is installed (on a GPU: with CUDA), "numpy" on a CPU in float32.
+      For each layer its seconds by library: "XLA", "torch" where it is installed (on a GPU: with CUDA), "numpy" on a CPU
+      in float32.
     """
-    seconds: dict[str, float] = {}
-    for layer in layers:
-        for library, run in _libraries(layer, dtype, device).items():
-            seconds[library] = seconds.get(library, 0.0) + _best(run)
-    return seconds
+    return [{library: _best(run) for library, run in _libraries(layer, dtype, device).items()} for layer in layers]
 
 
-def _products(
-    inputs: Any, squares: Any, means: Any, variances: Any, mean_slopes: Any, variance_slopes: Any, input_gradient: bool
-) -> tuple[Any, ...]:
-    """All products of a layer, with arrays of any of the libraries."""
-    forward = (inputs @ means, squares @ variances)
-    kernels = (inputs.T @ mean_slopes, squares.T @ variance_slopes)
-    return forward + kernels + ((mean_slopes @ means.T, variance_slopes @ variances.T) if input_gradient else ())
+def _pairs(arrays: Sequence[Any], input_gradient: bool) -> list[tuple[Any, Any]]:
+    """The factors of all products of a layer, from arrays of any of the libraries."""
+    inputs, squares, means, variances, mean_slopes, variance_slopes = arrays
+    pairs = [(inputs, means), (squares, variances), (inputs.T, mean_slopes), (squares.T, variance_slopes)]
+    return pairs + ([(mean_slopes, means.T), (variance_slopes, variances.T)] if input_gradient else [])
 
 
-def _libraries(layer: Products, dtype: str, device: str) -> dict[str, Callable[[int], Any]]:
-    """By library a function that does the products so many times and waits for the last."""
+def _libraries(layer: Products, dtype: str, device: str) -> dict[str, Callable[[int], None]]:
+    """By library a function that does the layer's products so many times and waits for the last."""
     rng = np.random.default_rng(0)
     shapes = [(layer.m, layer.k)] * 2 + [(layer.k, layer.n)] * 2 + [(layer.m, layer.n)] * 2
     arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
-    on_device = [jnp.asarray(array, dtype) for array in arrays]
-    compiled = jax.jit(_products, static_argnums=6).lower(*on_device, layer.input_gradient).compile()
-
-    def repeated(once: Callable[[], Any], wait: Callable[[Any], Any]) -> Callable[[int], Any]:
-        def run(times: int) -> None:
-            for _ in range(times):
-                result = once()
-            wait(result)
-
-        return run
-
-    libraries = {"XLA": repeated(lambda: compiled(*on_device), jax.block_until_ready)}
+    libraries = {"XLA": _with_xla([jnp.asarray(array, dtype) for array in arrays], layer.input_gradient)}
     if device == "cpu" and dtype == "float32":
-        libraries["numpy"] = repeated(lambda: _products(*arrays, layer.input_gradient), lambda result: None)
+        libraries["numpy"] = _into_buffers(_pairs(arrays, layer.input_gradient), np.matmul, lambda: None)
     if importlib.util.find_spec("torch") is not None:
         import torch
 
         if device == "cpu" or torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")  # as XLA does on a GPU; without effect on a CPU
-            where = "cpu" if device == "cpu" else "cuda"
+            where = torch.device("cpu" if device == "cpu" else "cuda")
             tensors = [torch.from_numpy(array).to(where, getattr(torch, dtype)) for array in arrays]
-            libraries["torch"] = repeated(
-                lambda: _products(*tensors, layer.input_gradient),
-                lambda result: torch.cuda.synchronize() if where == "cuda" else None,
-            )
+            wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+            libraries["torch"] = _into_buffers(_pairs(tensors, layer.input_gradient), torch.mm, wait)
     return libraries
 
 
-def _best(run: Callable[[int], Any]) -> float:
+def _with_xla(arrays: Sequence[jax.Array], input_gradient: bool) -> Callable[[int], None]:
+    def products(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        return [left @ right for left, right in _pairs(arrays, input_gradient)]
+
+    compiled = jax.jit(products).lower(arrays).compile()
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            results = compiled(arrays)
+        jax.block_until_ready(results)
+
+    return run
+
+
+def _into_buffers(
+    pairs: Sequence[tuple[Any, Any]], matmul: Callable[..., Any], wait: Callable[[], None]
+) -> Callable[[int], None]:
+    """With results that are written where the last ones were, so that no memory is asked for."""
+    buffers = [matmul(left, right) for left, right in pairs]
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            for (left, right), buffer in zip(pairs, buffers, strict=True):
+                matmul(left, right, out=buffer)
+        wait()
+
+    return run
+
+
+def _best(run: Callable[[int], None]) -> float:
+    """Seconds per call."""
     run(1)
     start = time.perf_counter()
     run(1)
     times = max(1, round(_SECONDS / max(time.perf_counter() - start, 1e-6)))
-    measured = []
-    for _ in range(_REPEATS):
+    measured: list[float] = []
+    while len(measured) < _FEWEST or sum(measured) * times < _ALL_SECONDS:
         start = time.perf_counter()
         run(times)
         measured.append((time.perf_counter() - start) / times)
