@@ -1,23 +1,37 @@
-"""Speed of the training step beside PyTorch: ``python -m experiments.benchmark_training``.
+"""Speed of training beside PyTorch and beside the bare matrix products: ``python -m experiments.benchmark_training``.
 
-Both sides train the same variational LeNet-300-100 (local reparametrisation, KL in every step, Adam, variance clipping)
-on the same images in memory, in float32, whole epochs, in turn. Compilation is timed apart. Without PyTorch
-(``pip install torch``) only the speed of this project is printed.
+All sides train the same variational network (local reparametrisation, KL of all layers in every step, Adam, variance
+clipping) from the same start on the same images in memory, whole epochs, in turn. Compilation is timed apart. Without
+PyTorch (``pip install torch``) only the speed of this project is printed.
+
+What it measures (``--measure``):
+
+* ``speed``: a training step, here, in eager PyTorch and with ``torch.compile``, and the floor, see ``matrix_products``.
+* ``ensemble``: several seeds at once against the same runs in a row.
+* ``memory``: the peak resident memory of a process that does nothing but train.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import dataclasses
 import functools
-import itertools
-import math
+import multiprocessing
 import os
+import platform
+import re
+import resource
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,167 +39,525 @@ import optax
 
 import bcdl_jax
 from experiments import data
-from experiments.compress import sampled_cross_entropy
+from experiments.compress import machine, sampled_cross_entropy
 from experiments.errors import UserError
-from experiments.models import FIRST_LAYER_CLIP_VAR, LeNet300
+from experiments.files import write_json
+from experiments.matrix_products import floor_seconds, products_of
+from experiments.models import VGG, VGG_WIDTHS, LeNet5, LeNet300
 
-_WIDTHS = (784, 300, 100, 10)
+NETWORKS = ("lenet300", "lenet5", "vgg")
+MEASUREMENTS = ("speed", "ensemble", "memory")
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("cpu", "gpu")
+LOOPS = ("scan", "steps")
+OURS, EAGER, COMPILED = "bcdl_jax", "torch eager", "torch.compile"
 _LEARNING_RATE = 1e-3
+_SEEDS = {"lenet300": 8, "lenet5": 3, "vgg": 2}
+# Images per epoch on a CPU, where an epoch should take about a second; an epoch is long enough on any GPU.
+_CPU_EXAMPLES = {"lenet300": 12_800, "lenet5": 1_280, "vgg": 256}
+_GPU_EXAMPLES = 25_600
+_MEMORY_STEPS = 10
 
 
-def jax_epoch(images: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[Callable[[], float], float]:
-    """Returns a function that trains one epoch and gives its loss, and the seconds that compiling it took."""
-    model, key = LeNet300(), jax.random.key(0)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and how PyTorch builds its twin.
+
+    Attributes:
+      title: for people.
+      model: variational Flax module.
+      cross_entropy: (model, params, batch, key) -> mean over the batch in nats, with sampled weights.
+      torch_options: of ``torch_networks.network``.
+    """
+
+    title: str
+    model: nn.Module
+    cross_entropy: Callable[..., jax.Array]
+    torch_options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of one comparison: a network, the images, and how it runs.
+
+    Attributes:
+      network: of ``NETWORKS``.
+      images: [examples, height, width, channels] of uint8.
+      labels: [examples].
+      batch_size: images per step.
+      dtype: of the computation, of ``DTYPES``.
+      loop: "scan" for an epoch as one program, "steps" for a program per step.
+      width: factor of the widths of VGG.
+    """
+
+    network: str
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int
+    dtype: str
+    loop: str
+    width: float
+
+    @property
+    def steps(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    @functools.cached_property
+    def case(self) -> Case:
+        dtype = None if self.dtype == "float32" else self.dtype
+        if self.network == "lenet300":
+            return Case("LeNet-300-100", LeNet300(dtype=dtype), sampled_cross_entropy, {})
+        if self.network == "lenet5":
+            return Case("LeNet-5-Caffe", LeNet5(dtype=dtype), sampled_cross_entropy, {"pool_after": (0, 1)})
+        widths = [[max(1, round(self.width * width)) for width in part] for part in VGG_WIDTHS]
+        ends = np.cumsum([len(part) for part in widths]) - 1
+        return Case(
+            "VGG" if self.width == 1 else f"VGG, {self.width:g} times as wide",
+            VGG(widths=widths, hidden=max(1, round(self.width * 512)), dtype=dtype),
+            _batch_norm_cross_entropy,
+            {"padding": 1, "pool_after": tuple(ends.tolist()), "batch_norm": True},
+        )
+
+
+def _batch_norm_cross_entropy(
+    model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array
+) -> jax.Array:
+    """Like ``sampled_cross_entropy``, with the batch's own statistics. Their averages are dropped: training does not read them."""
+    images, labels = batch
+    logits: Any
+    logits, _ = model.apply(
+        {"params": params}, images, deterministic=False, train=True, rngs={"noise": key}, mutable=["batch_stats"]
+    )
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def fresh_params(settings: Settings, seed: int = 0) -> Any:
+    """The start values, the same for all sides."""
+    return jax.jit(settings.case.model.init)(jax.random.key(seed), settings.images[:1])["params"]
+
+
+def _fresh_state(settings: Settings, seed: int = 0) -> bcdl_jax.TrainState:
     optimizer = optax.adam(_LEARNING_RATE)
-    likelihood = functools.partial(sampled_cross_entropy, model)
-    step = bcdl_jax.make_train_step(likelihood, optimizer, num_examples=len(labels))
-    epoch = jax.jit(bcdl_jax.make_train_epoch(step, batch_size=batch_size), donate_argnums=0)
-    train = (jnp.asarray(images), jnp.asarray(labels))
-    params = jax.jit(model.init)(key, train[0][:1])["params"]
-    state = bcdl_jax.create_train_state(params, optimizer, key)
+    return bcdl_jax.create_train_state(fresh_params(settings, seed), optimizer, jax.random.key(seed))
+
+
+def _train_step(settings: Settings) -> Callable[..., Any]:
+    likelihood = functools.partial(settings.case.cross_entropy, settings.case.model)
+    return bcdl_jax.make_train_step(likelihood, optax.adam(_LEARNING_RATE), num_examples=len(settings.labels))
+
+
+def jax_epoch(settings: Settings, state: Any) -> Callable[[Any], tuple[Any, jax.Array]]:
+    """Compiles an epoch of this project: ``epoch(state) -> (state, mean loss)``, the state being donated.
+
+    Args:
+      settings: of the training.
+      state: an example of a state, or of stacked states, which are trained all at once.
+    """
+    step = _train_step(settings)
+    train = (jnp.asarray(settings.images), jnp.asarray(settings.labels))
+    seeds_at_once = functools.partial(jax.vmap, in_axes=(0, None)) if state.step.ndim else lambda function: function
+    if settings.loop == "scan":
+        epoch = seeds_at_once(bcdl_jax.make_train_epoch(step, batch_size=settings.batch_size))
+        compiled = jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
+
+        def run(state: Any) -> tuple[Any, jax.Array]:
+            state, metrics = compiled(state, train)
+            return state, jnp.mean(metrics["loss"])
+
+        return run
+
+    def on_rows(state: Any, train: Any, rows: jax.Array) -> Any:
+        return seeds_at_once(step)(state, jax.tree.map(lambda array: array[rows], train))
+
+    rows = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
+    compiled_step = jax.jit(on_rows, donate_argnums=0).lower(state, train, rows).compile()
+    rng = np.random.default_rng(0)
+
+    def run_steps(state: Any) -> tuple[Any, jax.Array]:
+        order = rng.permutation(len(settings.labels)).astype(np.int32)
+        losses = []
+        for number in range(settings.steps):
+            first = number * settings.batch_size
+            state, metrics = compiled_step(state, train, order[first : first + settings.batch_size])
+            losses.append(metrics["loss"])
+        return state, jnp.mean(jnp.stack(losses))
+
+    return run_steps
+
+
+def our_side(settings: Settings) -> tuple[Callable[[], float], float]:
+    """Returns a function that trains one epoch here and gives its mean loss, and the seconds that compiling it took."""
+    state = _fresh_state(settings)
     start = time.perf_counter()
-    compiled = epoch.lower(state, train).compile()
+    epoch = jax_epoch(settings, state)
     seconds = time.perf_counter() - start
 
     def run() -> float:
         nonlocal state
-        state, metrics = compiled(state, train)
-        return float(metrics["loss"])
+        state, loss = jax.block_until_ready(epoch(state))
+        return float(loss)
 
     return run, seconds
 
 
-def torch_epoch(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Callable[[], float]:
-    """Returns a function that trains one epoch of the same network in eager PyTorch and gives its loss.
+def torch_side(settings: Settings, device: str, compiled: bool) -> Callable[[], float]:
+    """Returns a function that trains one epoch in PyTorch and gives its mean loss.
 
     Raises:
       ImportError: PyTorch is not installed.
     """
-    import torch
+    from experiments import torch_networks
 
-    torch.manual_seed(0)
-    inputs, targets = torch.from_numpy(images.reshape(len(images), -1)), torch.from_numpy(labels.astype(np.int64))
-    layers = []
-    for fan_in, fan_out in itertools.pairwise(_WIDTHS):
-        start_values = {
-            "kernel_mean": torch.randn(fan_in, fan_out) / math.sqrt(fan_in),
-            "kernel_log_variance": -9 + 0.01 * torch.randn(fan_in, fan_out),
-            "bias_mean": torch.zeros(fan_out),
-            "bias_log_variance": -9 + 0.01 * torch.randn(fan_out),
-            "scale_mean": 1 + 0.01 * torch.randn(fan_in),
-            "scale_log_variance": -9 + 0.01 * torch.randn(fan_in),
-        }
-        layers.append({name: value.requires_grad_() for name, value in start_values.items()})
-    optimizer = torch.optim.Adam([value for layer in layers for value in layer.values()], lr=_LEARNING_RATE)
+    posteriors: Mapping[str, Any] = bcdl_jax.posteriors(jax.device_get(fresh_params(settings)))
+    return torch_networks.epoch(
+        torch_networks.network(posteriors, **settings.case.torch_options),
+        settings.images,
+        settings.labels,
+        batch_size=settings.batch_size,
+        learning_rate=_LEARNING_RATE,
+        device="cuda" if device == "gpu" else "cpu",
+        dtype=settings.dtype,
+        compiled=compiled,
+    )
 
-    def forward(hidden: Any) -> Any:
-        for number, layer in enumerate(layers):
-            noise = torch.randn_like(hidden)
-            hidden = hidden * (layer["scale_mean"] + torch.exp(0.5 * layer["scale_log_variance"]) * noise)
-            mean = torch.addmm(layer["bias_mean"], hidden, layer["kernel_mean"])
-            variance = torch.addmm(
-                torch.exp(layer["bias_log_variance"]), hidden * hidden, torch.exp(layer["kernel_log_variance"])
-            )
-            hidden = mean + torch.sqrt(variance + 1e-8) * torch.randn_like(mean)
-            hidden = torch.relu(hidden) if number < len(layers) - 1 else hidden
-        return hidden
 
-    def gaussian_kl(mean: Any, log_variance: Any) -> Any:
-        return 0.5 * (torch.exp(log_variance) + mean**2 - 1 - log_variance).sum()
+def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
+    """Prints and returns the speed of all sides, round by round, the floor, and the ratios."""
+    layers = products_of(
+        settings.case.model, jax.ShapeDtypeStruct((settings.batch_size, *settings.images.shape[1:]), np.uint8)
+    )
+    by_library = floor_seconds(layers, settings.dtype, device)
+    floor = sum(min(seconds.values()) for seconds in by_library)
+    gigaflop = sum(layer.operations for layer in layers) / 1e9
+    print(
+        f"{settings.case.title}, {settings.dtype}, batch {settings.batch_size}, {settings.steps} steps an epoch: "
+        f"{gigaflop:.2f} GFLOP of matrix products a step\n"
+        f"  floor {1e3 * floor:.2f} ms, by the fastest library of each layer: "
+        + ", ".join(min(seconds, key=seconds.__getitem__) for seconds in by_library)
+        + "; alone "
+        + ", ".join(f"{name} {1e3 * sum(seconds[name] for seconds in by_library):.2f} ms" for name in by_library[0]),
+        flush=True,
+    )
+    ours, seconds = our_side(settings)
+    start = time.perf_counter()
+    ours()
+    print(
+        f"  {OURS}: {_LOOP_NAMES[settings.loop]}, compiled in {seconds:.1f} s, first epoch {time.perf_counter() - start:.1f} s",
+        flush=True,
+    )
+    sides = {OURS: ours} | _torch_sides(settings, device)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(1, rounds + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            losses[name].append(run())
+            times[name].append((time.perf_counter() - start) / settings.steps)
+        line = ", ".join(
+            f"{name} {settings.batch_size / times[name][-1]:.0f} images/s (loss {losses[name][-1]:.3f})"
+            for name in sides
+        )
+        print(f"  round {number}: {line}", flush=True)
+    for name, values in times.items():
+        rates = [settings.batch_size / value for value in values]
+        print(
+            f"  median {name}: {statistics.median(rates):.0f} images/s ({min(rates):.0f} to {max(rates):.0f}), "
+            f"{1e3 * statistics.median(values):.2f} ms a step, {100 * floor / statistics.median(values):.0f} % of the floor's speed",
+            flush=True,
+        )
+    ratios = {name: [theirs / mine for mine, theirs in zip(times[OURS], times[name])] for name in sides if name != OURS}
+    for name, values in ratios.items():
+        print(f"  median ratio {OURS} / {name}: {_spread(values)}", flush=True)
+    return _described(settings) | {
+        "measure": "speed",
+        "gigaflop": gigaflop,
+        "floor_seconds": floor,
+        "layers": [
+            dataclasses.asdict(layer) | {"seconds": seconds} for layer, seconds in zip(layers, by_library, strict=True)
+        ],
+        "seconds_per_step": times,
+        "loss": losses,
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "fraction_of_floor_speed": floor / statistics.median(times[OURS]),
+    }
 
-    def kl_divergence() -> Any:
-        total: Any = 0.0
-        for layer in layers:
-            log_alpha = layer["scale_log_variance"] - torch.log(layer["scale_mean"] ** 2 + 1e-8)
-            scale_kl = 0.63576 - 0.63576 * torch.sigmoid(1.87320 + 1.48695 * log_alpha)
-            total = total + (scale_kl + 0.5 * torch.nn.functional.softplus(-log_alpha)).sum()
-            total = total + gaussian_kl(layer["kernel_mean"], layer["kernel_log_variance"])
-            total = total + gaussian_kl(layer["bias_mean"], layer["bias_log_variance"])
-        return total
 
-    def run() -> float:
-        order = torch.randperm(len(targets))
-        steps, total = len(targets) // batch_size, 0.0
-        for index in range(steps):
-            rows = order[index * batch_size : (index + 1) * batch_size]
-            optimizer.zero_grad()
-            logits = forward(inputs[rows].float() / 127.5 - 1)
-            loss = torch.nn.functional.cross_entropy(logits, targets[rows]) + kl_divergence() / len(targets)
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                for name in ("kernel_log_variance", "bias_log_variance"):
-                    layers[0][name].clamp_(max=math.log(FIRST_LAYER_CLIP_VAR))
-            total += float(loss.detach())
-        return total / steps
+_LOOP_NAMES = {"scan": "an epoch is one program", "steps": "a program for each step"}
 
-    return run
+
+def _torch_sides(settings: Settings, device: str) -> dict[str, Callable[[], float]]:
+    """The PyTorch sides that work here, warm."""
+    try:
+        import torch
+    except ImportError:
+        print("  torch: not installed, so there is nothing to compare with; pip install torch", flush=True)
+        return {}
+    if device == "gpu" and not torch.cuda.is_available():
+        print(f"  torch: {torch.__version__} has no CUDA, so there is nothing to compare with", flush=True)
+        return {}
+    sides = {}
+    for name in (EAGER, COMPILED):
+        start = time.perf_counter()
+        try:
+            run = torch_side(settings, device, name == COMPILED)
+            run()
+        except Exception as error:
+            if name == EAGER:
+                raise
+            print(f"  {name}: does not work here ({_first_line(error)})", flush=True)
+            continue
+        sides[name] = run
+        where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+        print(f"  {name}: {torch.__version__}, {where}, first epoch {time.perf_counter() - start:.1f} s", flush=True)
+    return sides
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+def ensemble(settings: Settings, rounds: int, seeds: int) -> dict[str, Any]:
+    """Prints and returns the time of several seeds at once, against the same runs in a row."""
+    states = [_fresh_state(settings, seed) for seed in range(seeds)]
+    stacked = bcdl_jax.stack(states)
+    together, alone = jax_epoch(settings, stacked), jax_epoch(settings, states[0])
+
+    def at_once() -> None:
+        nonlocal stacked
+        stacked, _ = jax.block_until_ready(together(stacked))
+
+    def in_a_row() -> None:
+        for index, state in enumerate(states):
+            states[index], _ = jax.block_until_ready(alone(state))
+
+    sides: dict[str, Callable[[], None]] = {"at once": at_once, "in a row": in_a_row}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if number:  # the first round does not count
+                times[name].append((time.perf_counter() - start) / settings.steps)
+    factors = [row / once for once, row in zip(times["at once"], times["in a row"])]
+    print(
+        f"{seeds} seeds of {settings.case.title}, {settings.dtype}, batch {settings.batch_size}: at once "
+        f"{1e3 * statistics.median(times['at once']):.2f} ms a step of all, in a row {1e3 * statistics.median(times['in a row']):.2f} ms; "
+        f"at once is {_spread(factors)} as fast",
+        flush=True,
+    )
+    return _described(settings) | {
+        "measure": "ensemble",
+        "seeds": seeds,
+        "seconds_per_step": times,
+        "factor": statistics.median(factors),
+    }
+
+
+def memory(settings: Settings) -> dict[str, Any]:
+    """Prints and returns the peak memory of a fresh process that trains some steps."""
+    fewer = settings.batch_size * min(settings.steps, _MEMORY_STEPS)
+    settings = dataclasses.replace(settings, images=settings.images[:fewer], labels=settings.labels[:fewer])
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
+        peaks = process.submit(_trained_peaks, settings, jax.default_backend()).result()
+    print(
+        f"Peak memory of a process that trains {settings.case.title}, {settings.dtype}, batch {settings.batch_size}: "
+        + ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in peaks.items()),
+        flush=True,
+    )
+    return _described(settings) | {"measure": "memory", "peak_bytes": peaks}
+
+
+def _trained_peaks(settings: Settings, backend: str) -> dict[str, int]:
+    """Trains, and returns the most bytes of memory that this process has held, and of its device's memory."""
+    if backend == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    else:  # what is asked for in advance is not what is needed
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    run, _ = our_side(settings)
+    run()
+    peaks = {"host": _peak_resident_bytes()}
+    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peaks if used is None else peaks | {"device": used}
+
+
+def _peak_resident_bytes() -> int:
+    """Of this process. On Linux from /proc, since getrusage's number there includes the process that started this one."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    return {
+        "network": settings.network,
+        "title": settings.case.title,
+        "dtype": settings.dtype,
+        "batch_size": settings.batch_size,
+        "examples": len(settings.labels),
+        "loop": settings.loop,
+    }
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
+
+
+def images_of(network: str, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many of the embedded digits, repeated as needed; VGG's with a margin to 32 x 32 and in three equal channels."""
+    digits = data.load(data.EMBEDDED).train
+    rows = np.arange(examples) % len(digits)
+    images = digits.images[rows]
+    if network == "vgg":
+        images = np.repeat(np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)]), 3, axis=-1)
+    return images, digits.labels[rows]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def several(name: str, allowed: Sequence[str], default: Sequence[str]) -> None:
+        parser.add_argument(
+            name,
+            nargs="+",
+            default=list(default),
+            metavar=name.strip("-").upper(),
+            help=f"of {', '.join(allowed)} (default: {' '.join(default)})",
+        )
+
+    several("--network", NETWORKS, NETWORKS[:2])
+    several("--measure", MEASUREMENTS, MEASUREMENTS)
+    several("--dtype", DTYPES, DTYPES[:1])
+    parser.add_argument("--device", help="cpu or gpu (default: what jax chooses)")
+    parser.add_argument("--rounds", type=int, default=7, help="epochs of each side, in turn (default: 7)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        help="images per epoch (default: {} on a GPU; on a CPU {})".format(
+            _GPU_EXAMPLES, ", ".join(f"{name} {count}" for name, count in _CPU_EXAMPLES.items())
+        ),
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
+    parser.add_argument(
+        "--width", type=float, default=1.0, help="factor of VGG's widths; 0.25 suits a CPU (default: 1)"
+    )
+    parser.add_argument(
+        "--loop", help="scan: an epoch is one program; steps: a program for each step (default: the faster one)"
+    )
+    parser.add_argument("--out", help="file for the results, .json (default: none is written)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, values, allowed in (
+        ("--network", args.network, NETWORKS),
+        ("--measure", args.measure, MEASUREMENTS),
+        ("--dtype", args.dtype, DTYPES),
+        ("--device", [args.device], (*DEVICES, None)),
+        ("--loop", [args.loop], (*LOOPS, None)),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise UserError(f"{option} is {value}; allowed are {', '.join(filter(None, allowed))}.")
+    for option, number in (("--rounds", args.rounds), ("--examples", args.examples), ("--batch-size", args.batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} is {number}; it must be at least 1.")
+    if not 0 < args.width <= 4:
+        raise UserError(f"--width is {args.width}; it must be more than 0 and at most 4.")
+    if args.out is not None:
+        out = Path(args.out)
+        if out.suffix != ".json" or out.is_dir():
+            raise UserError(f"--out is {out}; it must be a file that ends in .json.")
+        if not out.parent.is_dir():
+            raise UserError(f"--out is {out}; there is no directory {out.parent}.")
+        if out.exists() and not args.overwrite:
+            raise UserError(f"--out {out} exists; name another file or add --overwrite.")
+
+
+def _device(asked: str | None) -> str:
+    """ "cpu" or "gpu". Raises UserError where jax does not run on what was asked for."""
+    if asked == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif asked == "gpu":  # so that PyTorch finds room beside jax
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    found = jax.default_backend()
+    if asked is not None and found != asked:
+        raise UserError(f"--device is {asked}, but jax finds no {asked} here: it runs on {found}.")
+    return "cpu" if found == "cpu" else "gpu"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def benchmark(args: argparse.Namespace, command: str) -> None:
+    """Runs what the arguments ask for, and writes the results after each part of it.
+
+    Raises:
+      UserError: an argument that is not allowed.
+    """
+    _check(args)
+    device = _device(args.device)
+    examples = {
+        network: args.examples or (_CPU_EXAMPLES[network] if device == "cpu" else _GPU_EXAMPLES)
+        for network in args.network
+    }
+    for count in examples.values():
+        if count < args.batch_size:
+            raise UserError(f"--examples is {count}; it must be at least --batch-size, {args.batch_size}.")
+    versions = _versions()
+    print(f"{machine()}, {', '.join(f'{name} {version}' for name, version in versions.items())}", flush=True)
+    results: list[dict[str, Any]] = []
+
+    def finished(result: dict[str, Any]) -> None:
+        results.append(result)
+        if args.out is not None:
+            content = {
+                "command": command,
+                "machine": machine(),
+                "device": jax.devices()[0].device_kind,
+                "versions": versions,
+                "results": results,
+            }
+            write_json(Path(args.out), content)
+
+    for network in args.network:
+        images, labels = images_of(network, examples[network])
+        # A convolution within a scan is many times slower on a CPU.
+        loop = args.loop or ("steps" if device == "cpu" and network != "lenet300" else "scan")
+        for dtype in args.dtype:
+            settings = Settings(network, images, labels, args.batch_size, dtype, loop, args.width)
+            if "speed" in args.measure:
+                finished(speed(settings, args.rounds, device))
+            if "ensemble" in args.measure:
+                finished(ensemble(settings, args.rounds, _SEEDS[network]))
+            if "memory" in args.measure:
+                finished(memory(settings))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark_training", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="epochs of each side, in turn (default: 7)")
-    parser.add_argument("--examples", type=int, default=25_600, help="images per epoch (default: 25600)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        benchmark(args.rounds, args.examples, args.batch_size)
+        benchmark(args, shlex.join(["python", "-m", "experiments.benchmark_training", *given]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def benchmark(rounds: int, examples: int, batch_size: int) -> None:
-    """Prints images per second of both sides, round by round, and the median of the ratios.
-
-    Raises:
-      UserError: a number that is not positive, or fewer images than one batch.
-    """
-    for name, value in (("--rounds", rounds), ("--examples", examples), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-    if examples < batch_size:
-        raise UserError(f"--examples is {examples}; it must be at least --batch-size, {batch_size}.")
-    digits = data.load(data.EMBEDDED).train
-    rows = np.arange(examples) % len(digits)
-    images, labels = digits.images[rows], digits.labels[rows]
-    trained = examples // batch_size * batch_size
-
-    ours, compile_seconds = jax_epoch(images, labels, batch_size)
-    device = jax.devices()[0].device_kind
-    print(f"bcdl_jax: jax {jax.__version__} on {device}, compiled in {compile_seconds:.1f} s", flush=True)
-    sides: dict[str, Callable[[], float]] = {"bcdl_jax": ours}
-    try:
-        sides["torch"] = torch_epoch(images, labels, batch_size)
-        import torch
-
-        print(f"torch: {torch.__version__} eager, {torch.get_num_threads()} threads", flush=True)
-    except ImportError:
-        print("torch: not installed, so there is nothing to compare with; pip install torch", flush=True)
-    print(
-        f"LeNet-300-100 training, {trained} images an epoch, batch {batch_size}, {os.cpu_count()} CPU cores", flush=True
-    )
-
-    for run in sides.values():  # one epoch each that does not count
-        run()
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(1, rounds + 1):
-        losses = {}
-        for name, run in sides.items():
-            start = time.perf_counter()
-            losses[name] = run()
-            speeds[name].append(trained / (time.perf_counter() - start))
-        line = ", ".join(f"{name} {speeds[name][-1]:8.0f} images/s (loss {losses[name]:.3f})" for name in sides)
-        print(f"round {number}: {line}", flush=True)
-    for name, values in speeds.items():
-        print(f"median {name}: {statistics.median(values):.0f} images/s ({min(values):.0f} to {max(values):.0f})")
-    if "torch" in speeds:
-        ratios = [mine / theirs for mine, theirs in zip(speeds["bcdl_jax"], speeds["torch"], strict=True)]
-        print(
-            f"median ratio bcdl_jax / torch eager: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,19 +26,21 @@ class LeNet300(nn.Module):
     Attributes:
       family: of all layers; None for plain Flax layers.
       clip_var: largest posterior variance of the first layer's weights, in place of the family's own.
+      dtype: of the computation; float32 if None. Parameters and class scores are float32.
     """
 
     family: bcdl_jax.GroupNormalJeffreys | None = _DEFAULT
     clip_var: float | None = FIRST_LAYER_CLIP_VAR
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = _scaled(images).reshape(images.shape[0], -1)
         first = None if self.family is None else dataclasses.replace(self.family, clip_var=self.clip_var)
-        hidden = nn.relu(_dense(300, first, deterministic)(hidden))
-        hidden = nn.relu(_dense(100, self.family, deterministic)(hidden))
-        return _dense(10, self.family, deterministic)(hidden)
+        hidden = nn.relu(_dense(300, first, deterministic, self.dtype)(hidden))
+        hidden = nn.relu(_dense(100, self.family, deterministic, self.dtype)(hidden))
+        return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
 
 
 class LeNet5(nn.Module):
@@ -46,21 +49,23 @@ class LeNet5(nn.Module):
     Attributes:
       family: of all layers; None for plain Flax layers.
       widths: of the two convolutions and the hidden dense layer.
+      dtype: of the computation, as for ``LeNet300``.
     """
 
     family: Family | None = _DEFAULT
     widths: tuple[int, int, int] = (20, 50, 500)
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = _scaled(images)
         for width in self.widths[:2]:
-            convolution = _convolution(width, (5, 5), self.family, deterministic, padding="VALID")
+            convolution = _convolution(width, (5, 5), self.family, deterministic, "VALID", self.dtype)
             hidden = nn.max_pool(nn.relu(convolution(hidden)), (2, 2), (2, 2))
         hidden = hidden.reshape(hidden.shape[0], -1)
-        hidden = nn.relu(_dense(self.widths[2], self.family, deterministic)(hidden))
-        return _dense(10, self.family, deterministic)(hidden)
+        hidden = nn.relu(_dense(self.widths[2], self.family, deterministic, self.dtype)(hidden))
+        return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
 
 
 # Output channels of the convolutions; a pooling of 2 x 2 follows after each tuple.
@@ -74,11 +79,13 @@ class VGG(nn.Module):
       family: of all layers; None for plain Flax layers.
       widths: of the convolutions, a tuple per resolution.
       hidden: width of the hidden dense layer.
+      dtype: of the computation, as for ``LeNet300``.
     """
 
     family: Family | None = _DEFAULT
     widths: Sequence[Sequence[int]] = VGG_WIDTHS
     hidden: int = 512
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True, train: bool = False) -> jax.Array:
@@ -89,29 +96,29 @@ class VGG(nn.Module):
         hidden = _scaled(images)
         for widths in self.widths:
             for width in widths:
-                hidden = _convolution(width, (3, 3), self.family, deterministic)(hidden)
-                hidden = nn.relu(nn.BatchNorm(use_running_average=not train)(hidden))
+                hidden = _convolution(width, (3, 3), self.family, deterministic, "SAME", self.dtype)(hidden)
+                hidden = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(hidden))
             hidden = nn.max_pool(hidden, (2, 2), (2, 2))
         hidden = hidden.reshape(hidden.shape[0], -1)
-        hidden = nn.relu(_dense(self.hidden, self.family, deterministic)(hidden))
-        return _dense(10, self.family, deterministic)(hidden)
+        hidden = nn.relu(_dense(self.hidden, self.family, deterministic, self.dtype)(hidden))
+        return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
 
 
 def _scaled(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def _dense(features: int, family: Family | None, deterministic: bool) -> Layer:
+def _dense(features: int, family: Family | None, deterministic: bool, dtype: Any) -> Layer:
     if family is None:
-        return nn.Dense(features)
-    layer = bcdl_jax.Dense(features, family=family)
+        return nn.Dense(features, dtype=dtype)
+    layer = bcdl_jax.Dense(features, family=family, dtype=dtype)
     return lambda inputs: layer(inputs, deterministic=deterministic)
 
 
 def _convolution(
-    features: int, window: tuple[int, int], family: Family | None, deterministic: bool, padding: str = "SAME"
+    features: int, window: tuple[int, int], family: Family | None, deterministic: bool, padding: str, dtype: Any
 ) -> Layer:
     if family is None:
-        return nn.Conv(features, window, padding=padding)
-    layer = bcdl_jax.Conv(features, window, family=family, padding=padding)
+        return nn.Conv(features, window, padding=padding, dtype=dtype)
+    layer = bcdl_jax.Conv(features, window, family=family, padding=padding, dtype=dtype)
     return lambda inputs: layer(inputs, deterministic=deterministic)
