@@ -199,6 +199,7 @@ def compress(
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
     if all(failures):
+        checkpoints.remove()  # the same would come of them again
         raise UserError(f"No seed could be trained to the end; what they reached is in {out}. {failures[0]}")
     chosen = [
         thresholds

@@ -40,7 +40,7 @@ class Size:
 
 
 WHOLE = Size(examples=1400, epochs=6, fine_tune_epochs=2, seeds=(0, 1))
-SHORT = Size(examples=400, epochs=3, fine_tune_epochs=1, seeds=(0,))
+SHORT = Size(examples=1400, epochs=4, fine_tune_epochs=1, seeds=(0,))
 
 
 def train(out: Path, size: Size) -> None:
@@ -134,15 +134,19 @@ def moments(process: Process, generator: random.Random, seconds: float) -> dict[
     """The moments to kill at, by name: conditions for ``wait``."""
     directory = process.out / "checkpoints"
     delay = generator.uniform(0.1, seconds)
-    seen: list[float] = []
+    write, moment = generator.randint(1, 2), generator.uniform(0, 0.2)
+    writes: dict[str, float] = {}
+    shrunk: list[float] = []
 
     def being_written() -> bool:
-        return time.monotonic() > process.start + delay and any(directory.glob(".writing*"))
+        for path in directory.glob(".writing*"):
+            writes.setdefault(path.name, time.monotonic())
+        return len(writes) == write and time.monotonic() > max(writes.values()) + moment
 
     def just_shrunk() -> bool:
-        if not seen and _SHRUNK in process.log():
-            seen.append(time.monotonic() + generator.uniform(0, 0.3))
-        return bool(seen) and time.monotonic() > seen[0]
+        if not shrunk and _SHRUNK in process.log():
+            shrunk.append(time.monotonic())
+        return bool(shrunk) and time.monotonic() > shrunk[0] + moment
 
     return {
         "random": lambda: time.monotonic() > process.start + delay,
@@ -187,14 +191,15 @@ def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:
     wait(start(expected, size, cache), lambda: False)
     print(f"undisturbed run: {time.monotonic() - begun:.1f} s, compiled anew", flush=True)
     seconds, number, killed, same = (time.monotonic() - begun) / 2, 0, 0, True
-    finished = 0
+    finished = attempts = 0
     while killed < kills or finished < number:
         if finished == number:
             number += 1
         out = directory / f"run{number}"
         process = start(out, size, cache)
         if killed < kills:
-            choice = ("checkpoint", "shrink", "random")[killed % 3]
+            choice = ("checkpoint", "shrink", "random")[attempts % 3]
+            attempts += 1
             with_signal = signal.SIGTERM if generator.random() < 0.25 else signal.SIGKILL
             if wait(process, moments(process, generator, seconds)[choice]):
                 killed += 1

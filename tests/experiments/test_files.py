@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,3 +82,35 @@ def test_pretrained_files(tmp_path):
             files.read_pretrained(str(path), "mnist", ())
     with pytest.raises(UserError, match=r"--pretrained .*gone.npz cannot be read"):
         files.read_pretrained(str(tmp_path / "gone.npz"), "mnist", ())
+
+
+def test_lines_that_cannot_be_written_leave_nothing_behind(tmp_path, monkeypatch):
+    """A disk that takes half of a write: the line is not there, and the file can be gone on with."""
+    path = tmp_path / "metrics.jsonl"
+    files.append_json_lines(path, [{"epoch": 1}])
+    real = Path.open
+
+    def half_full(self, *arguments, **options):
+        file = real(self, *arguments, **options)
+
+        class Half:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+            def write(self, data):
+                return file.write(data[: len(data) // 2])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        return Half()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", half_full)
+        with pytest.raises(OSError, match="No space left"):
+            files.append_json_lines(path, [{"epoch": 2}, {"epoch": 3}])
+    files.append_json_lines(path, [{"epoch": 2}, {"epoch": 3}])
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n'

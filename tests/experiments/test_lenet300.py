@@ -165,20 +165,45 @@ def test_an_existing_directory_is_not_touched(finished, capsys):
     assert (out / "result.json").read_bytes() == before
 
 
-def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
-    def interrupt(self, report):
-        if report.reports[0].epoch == 2:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_files(finished, tmp_path, monkeypatch, capsys, number):
+    """The signal comes in the second epoch of training; the resumed run is compared with the undisturbed one."""
+    show = compress.Progress.show
 
-    monkeypatch.setattr(compress.Progress, "show", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        lenet300.main(["--dataset", "mnist_5k", "--quick", "--out", str(tmp_path / "out")])
-    assert stopped.value.code == 130
-    assert "Interrupted; what was finished so far is in" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["interrupted.npz", "metrics.jsonl"]
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
-    with np.load(tmp_path / "out" / "interrupted.npz", allow_pickle=False) as file:
-        assert file["Dense_0/kernel_mean"].shape == (1, 784, 300)
+    def interrupt(self, report):
+        show(self, report)
+        if report.reports[0].epoch == 2:
+            signal.raise_signal(number)
+
+    out = tmp_path / "out"
+    arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr(compress.Progress, "show", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            lenet300.main(arguments)
+    assert stopped.value.code == 128 + number
+    error, left = capsys.readouterr().err, sorted(path.name for path in out.iterdir())
+    if number == signal.SIGINT:
+        assert "Interrupted; what was finished so far is in" in error
+        assert left == ["checkpoints", "interrupted.npz", "metrics.jsonl"]
+        with np.load(out / "interrupted.npz", allow_pickle=False) as file:
+            assert file["Dense_0/kernel_mean"].shape == (2, 784, 300)
+    else:
+        assert f"Stopped by SIGTERM; what was trained so far is saved in {out}/checkpoints/000001" in error
+        assert left == ["checkpoints", "metrics.jsonl"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    assert lenet300.main([*arguments, "--resume", "--learning-rate", "0.01"]) == 2
+    assert "learning_rate is 0.001 in it, 0.01 was asked for; fine_tune_learning_rate is" in capsys.readouterr().err
+    assert lenet300.main([*arguments, "--resume"]) == 0
+    assert f"Goes on with the run in {out}, from {out}/checkpoints/000001." in capsys.readouterr().out
+    undisturbed = finished[1]
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in undisturbed.iterdir())
+    for path in undisturbed.iterdir():
+        if path.name != "result.json":
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    results = [json.loads((directory / "result.json").read_text()) for directory in (undisturbed, out)]
+    assert [result["resumed"] for result in results] == [0, 1]
+    assert results[1]["mean"] == results[0]["mean"]
 
 
 def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path, capsys):
@@ -244,7 +269,7 @@ def test_ctrl_c_from_outside(tmp_path):
     assert process.returncode == 130
     assert b"Interrupted; what was finished so far is in" in error
     assert b"Traceback" not in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["interrupted.npz", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "interrupted.npz", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +279,7 @@ def test_ctrl_c_from_outside(tmp_path):
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--epochs", "-3"], "--epochs is -3; it must be at least 1"),
         (["--fine-tune-epochs", "-1"], "--fine-tune-epochs is -1; it must be at least 0"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every is -1; it must be at least 0"),
         (["--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--batch-size", "3501"], "--batch-size is 3501; it must be at most the number of training examples, 3500"),
         (["--learning-rate", "-0.1"], "--learning-rate is -0.1; it must be a positive number"),
