@@ -80,7 +80,7 @@ class Checkpoints:
         if newest is not None:
             about = _read_about(newest)
             if differences := _differences(about["settings"], self._settings):
-                raise UserError(f"--resume cannot go on from {newest}: {'; '.join(differences)}.")
+                raise UserError(f"--resume cannot go on from {newest}, since {'; '.join(differences)}.")
             self.resumed, self.earlier_seconds = about["resumed"] + 1, about["seconds"]
             self._set_metrics(newest)
         for path, found in damage.items():
@@ -308,12 +308,12 @@ def checksum(tree: Any) -> str | None:
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     def shown(values: Mapping[str, Any], name: str) -> str:
-        return json.dumps(values[name]) if name in values else "not there"
+        return json.dumps(values[name]) if name in values else "not set"
 
     return [
-        f"{name} is {shown(there, name)} in it, {shown(asked, name)} was asked for"
+        f"{name} was {shown(there, name)} and is now {shown(asked, name)}"
         for name in [*there, *(name for name in asked if name not in there)]
-        if there.get(name) != asked.get(name)
+        if shown(there, name) != shown(asked, name)
     ]
 
 

@@ -149,8 +149,8 @@ def test_other_settings_are_refused_one_by_one(states, tmp_path):
     with pytest.raises(UserError) as refused:
         begin(tmp_path, asked, resume=True)
     assert str(refused.value) == (
-        f"--resume cannot go on from {path}: epochs is 4 in it, 5 was asked for; rate is 0.1 in it, not there was asked for; "
-        "more is not there in it, null was asked for."
+        f"--resume cannot go on from {path}, since epochs was 4 and is now 5; rate was 0.1 and is now not set; "
+        "more was not set and is now null."
     )
     begin(tmp_path, resume=True)
 

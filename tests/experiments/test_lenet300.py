@@ -165,9 +165,8 @@ def test_an_existing_directory_is_not_touched(finished, capsys):
     assert (out / "result.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_files(finished, tmp_path, monkeypatch, capsys, number):
-    """The signal comes in the second epoch of training; the resumed run is compared with the undisturbed one."""
+def interrupted(monkeypatch, number, arguments):
+    """The exit status of a run that is sent a signal in its second epoch."""
     show = compress.Progress.show
 
     def interrupt(self, report):
@@ -175,25 +174,34 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_files(finished, tmp_path
         if report.reports[0].epoch == 2:
             signal.raise_signal(number)
 
-    out = tmp_path / "out"
-    arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
     with monkeypatch.context() as patched:
         patched.setattr(compress.Progress, "show", interrupt)
         with pytest.raises(SystemExit) as stopped:
             lenet300.main(arguments)
-    assert stopped.value.code == 128 + number
-    error, left = capsys.readouterr().err, sorted(path.name for path in out.iterdir())
-    if number == signal.SIGINT:
-        assert "Interrupted; what was finished so far is in" in error
-        assert left == ["checkpoints", "interrupted.npz", "metrics.jsonl"]
-        with np.load(out / "interrupted.npz", allow_pickle=False) as file:
-            assert file["Dense_0/kernel_mean"].shape == (2, 784, 300)
-    else:
-        assert f"Stopped by SIGTERM; what was trained so far is saved in {out}/checkpoints/000001" in error
-        assert left == ["checkpoints", "metrics.jsonl"]
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    return stopped.value.code
+
+
+def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["--dataset", "mnist_5k", "--quick", "--out", str(out)]
+    assert interrupted(monkeypatch, signal.SIGINT, arguments) == 130
+    assert "Interrupted; what was finished so far is in" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "interrupted.npz", "metrics.jsonl"]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    with np.load(out / "interrupted.npz", allow_pickle=False) as file:
+        assert file["Dense_0/kernel_mean"].shape == (1, 784, 300)
+
+
+def test_after_sigterm_a_run_goes_on_to_the_same_files(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
+    assert interrupted(monkeypatch, signal.SIGTERM, arguments) == 143
+    assert (
+        f"Stopped by SIGTERM; what was trained so far is saved in {out}/checkpoints/000001" in capsys.readouterr().err
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl"]
     assert lenet300.main([*arguments, "--resume", "--learning-rate", "0.01"]) == 2
-    assert "learning_rate is 0.001 in it, 0.01 was asked for; fine_tune_learning_rate is" in capsys.readouterr().err
+    assert "since learning_rate was 0.001 and is now 0.01; fine_tune_learning_rate was" in capsys.readouterr().err
     assert lenet300.main([*arguments, "--resume"]) == 0
     assert f"Goes on with the run in {out}, from {out}/checkpoints/000001." in capsys.readouterr().out
     undisturbed = finished[1]
