@@ -14,14 +14,17 @@ over in favour of the one before; two of each phase are kept. They are removed w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -227,6 +230,9 @@ def _read_about(path: Path) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error):  # Orbax says so at the end of a page
+        return full
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -321,10 +327,22 @@ def _normal(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's log, which prints every error with the stacks of all its threads: the error itself is told by who catches it."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _write_state(path: Path, state: Any) -> None:
     import orbax.checkpoint
 
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    with _quiet(), orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, state)
         checkpointer.wait_until_finished()
 
@@ -333,7 +351,7 @@ def _read_state(path: Path, like: Any) -> Any:
     import orbax.checkpoint
 
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    with _quiet(), orbax.checkpoint.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, template)
 
 
