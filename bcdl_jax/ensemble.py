@@ -19,8 +19,9 @@ from bcdl_jax.pruning import Thresholds, kept_groups
 from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_training
 from bcdl_jax.training import TrainState, TrainStep, make_train_steps, mean_metrics, part_names, stack, unstack
 
-# What a program runs before its caller is asked whether to stop: long enough to cost nothing, short enough to answer a signal.
-_CHUNK_SECONDS = 0.5
+# What a program runs before its caller is asked whether to stop: long enough that drawing the order of the examples anew, at the start of
+# each chunk, costs little; short enough to answer a signal.
+_CHUNK_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def train_ensemble(
       shards: see ``make_train_steps``.
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program by ``vmap``.
       shrinking: how the networks shrink while they are trained, see ``Shrinking``; needs ``in_turn``, since each takes its own shape.
-      stop: asked about twice a second whether to end now. With many processes, process 0 decides.
+      stop: asked every two seconds or so whether to end now. With many processes, process 0 decides.
 
     Yields:
       The states, at full size, and the report of each epoch. A seed whose loss or gradient is not finite stays at its last good state while

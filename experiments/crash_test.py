@@ -67,7 +67,9 @@ def train(out: Path, size: Size) -> None:
     )
     seeds = list(size.seeds)
     settings = checkpoints.settings("crash_test", recipe, dataset, seeds)
-    out, kept = checkpoints.begin(str(out), settings, ["*.npz", "*.bcdl"], compress.METRICS, 1, True, True)
+    out, kept = checkpoints.begin(
+        str(out), settings, ["*.npz", "*.bcdl", compress.METRICS], compress.METRICS, 1, True, True
+    )
     run = compress.compress(
         LeNet300(),
         dataset,
