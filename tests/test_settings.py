@@ -37,11 +37,11 @@ def test_many_settings_at_once_are_each_setting_alone(key):
     )
     *_, (together, report) = history
     assert len(report.reports) == 3
+    train = jax.jit(lambda setting, *inputs: bcdl_jax.make_train_epoch(make_step(setting), batch_size=8)(*inputs))
     for index, setting in enumerate(settings):
-        train = jax.jit(bcdl_jax.make_train_epoch(make_step(setting), batch_size=8))
         alone = state
         for _ in range(3):
-            alone, metrics = train(alone, data)
+            alone, metrics = train(setting, alone, data)
         found = bcdl_jax.unstack(together, index)
         assert_trees_close(found.params, alone.params, rtol=1e-4, atol=1e-6)
         assert_trees_close(found.optimizer_state.optimizer_state, alone.optimizer_state, rtol=1e-3, atol=1e-5)
