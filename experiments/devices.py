@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import socket
+import sys
+import time
 from typing import TYPE_CHECKING
 
 from experiments.errors import UserError
@@ -60,26 +63,43 @@ def join(args: argparse.Namespace) -> None:
     """Connects this process with the others, if there are any; to be called before JAX is used.
 
     Raises:
-      UserError: the others were not there in time.
+      UserError: process 0 was not there in time.
     """
     if args.coordinator is None:
         return
+    host, _, port = args.coordinator.rpartition(":")
+    # JAX ends the process with a stack dump where nobody answers, so that is found out first.
+    if args.process_id:
+        _wait_for(host, int(port))
+    else:
+        print(
+            f"Waiting up to {_CONNECT_SECONDS} s for {args.num_processes} processes at {args.coordinator} ...",
+            file=sys.stderr,
+        )
     import jax
 
-    try:
-        jax.distributed.initialize(
-            args.coordinator,
-            args.num_processes,
-            args.process_id,
-            # Process 0 listens there, and nowhere else.
-            coordinator_bind_address=args.coordinator if args.process_id == 0 else None,
-            initialization_timeout=_CONNECT_SECONDS,
-        )
-    except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"The {args.num_processes} processes did not come together at --coordinator {args.coordinator} within {_CONNECT_SECONDS} s ({reason})."
-        ) from error
+    jax.distributed.initialize(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        # Process 0 listens there, and nowhere else.
+        coordinator_bind_address=None if args.process_id else args.coordinator,
+        initialization_timeout=_CONNECT_SECONDS,
+    )
+
+
+def _wait_for(host: str, port: int) -> None:
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), port), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator is {host}:{port}, where no process answers within {_CONNECT_SECONDS} s ({error}); start process 0 first."
+                ) from None
+            time.sleep(0.1)
 
 
 def choose(number: int) -> list[jax.Device]:

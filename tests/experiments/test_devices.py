@@ -56,3 +56,10 @@ def test_a_batch_that_cannot_be_spread_is_refused():
     devices.check_batch_size(128, 8)
     with pytest.raises(UserError, match="--batch-size is 100; it must be a multiple of the number of devices, 8"):
         devices.check_batch_size(100, 8)
+
+
+def test_a_coordinator_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(devices, "_CONNECT_SECONDS", 0.2)
+    args = parsed("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "1")
+    with pytest.raises(UserError, match=r"--coordinator is 127.0.0.1:1, where no process answers within 0.2 s"):
+        devices.join(args)
