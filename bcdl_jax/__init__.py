@@ -8,12 +8,15 @@ from bcdl_jax.export_onnx import export_onnx
 from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
+from bcdl_jax.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
 from bcdl_jax.objective import kl_warmup, negative_elbo
+from bcdl_jax.pmap import make_pmap_train_step
 from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
 from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
 from bcdl_jax.rates import layer_bits, rate, rate_paper
+from bcdl_jax.settings import make_step_by_setting, with_setting
 from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, expand, shrink
 from bcdl_jax.trained import from_trained, mean_weights
 from bcdl_jax.training import (
@@ -58,8 +61,10 @@ __all__ = [
     "export_onnx",
     "export_safetensors",
     "export_stablehlo",
+    "fetch",
     "for_cpu",
     "from_trained",
+    "jit_step",
     "kept_groups",
     "kl_divergence",
     "kl_divergence_per_layer",
@@ -68,18 +73,25 @@ __all__ = [
     "load",
     "load_stablehlo",
     "log_dropout_rates",
+    "make_mesh",
+    "make_pmap_train_step",
+    "make_step_by_setting",
     "make_train_epoch",
     "make_train_step",
     "mean_weights",
     "negative_elbo",
     "parameter_kinds",
+    "place_data",
+    "place_state",
     "posterior_moments",
     "posteriors",
+    "process_rows",
     "prune",
     "rate",
     "rate_paper",
     "reduce_precision",
     "reduce_precision_by_round_off",
+    "replicated",
     "save",
     "scale_by_kind",
     "shrink",
@@ -88,4 +100,5 @@ __all__ = [
     "torch_state_dict",
     "train_ensemble",
     "unstack",
+    "with_setting",
 ]

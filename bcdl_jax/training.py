@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bcdl_jax.batches import count_examples, epoch_rows, steps_per_epoch, take_batch
 from bcdl_jax.kl import clip_variances, kl_divergence_per_layer
 from bcdl_jax.objective import Schedule, check_num_examples
 from bcdl_jax.posterior import Posterior, PyTree, layer_name, posteriors
@@ -162,37 +163,29 @@ def make_train_step(
 
 
 def make_train_epoch(
-    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]], *, batch_size: int
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]], *, batch_size: int, shards: int = 1
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
     """Builds one epoch as a ``lax.scan`` over random batches: ``epoch(state, data) -> (state, mean metrics)``.
 
     Args:
       step: from ``make_train_step``.
       batch_size: examples per step; the last incomplete batch of each epoch's order is left out.
+      shards: how many devices the data is spread over, so that each batch takes equally many examples from each; see ``batches``.
 
     Returns:
       A pure function. ``data`` is a tree of arrays [examples, ...]. The order derives from the state's key and the epoch. For many seeds at
       once: ``jax.jit(jax.vmap(epoch, in_axes=(0, None)), donate_argnums=0)``.
 
     Raises:
-      ValueError: (when called) there are fewer examples than ``batch_size``, or arrays of different lengths.
+      ValueError: (when called) there are fewer examples than ``batch_size``, arrays of different lengths, or numbers that are no
+        multiple of ``shards``.
     """
 
     def epoch(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
-        lengths = sorted({array.shape[0] for array in jax.tree.leaves(data)})
-        if len(lengths) != 1:
-            raise ValueError(f"The arrays of data have {lengths or 'no'} examples; all must have the same number.")
-        (examples,) = lengths
-        steps = examples // batch_size if batch_size > 0 else 0
-        if steps == 0:
-            raise ValueError(
-                f"batch_size is {batch_size}; it must be between 1 and the number of examples, {examples}."
-            )
-        order_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step // steps)
-        order = jax.random.permutation(order_key, examples)[: steps * batch_size].reshape(steps, batch_size)
-        state, metrics = jax.lax.scan(
-            lambda s, rows: step(s, jax.tree.map(lambda array: array[rows], data)), state, order
-        )
+        examples = count_examples(data)
+        number = state.step // steps_per_epoch(examples, batch_size, shards)
+        order = epoch_rows(state.key, number, examples, batch_size, shards)
+        state, metrics = jax.lax.scan(lambda s, rows: step(s, take_batch(data, rows, shards)), state, order)
         return state, jax.tree.map(jnp.mean, metrics)
 
     return epoch
