@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,45 +27,11 @@ import bcdl_jax
 from experiments import files
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
+from experiments.recipe import Recipe
 
-STAGES = ("trained", "pruned", "reduced")
+PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
 METRICS, RESULT, INTERRUPTED = "metrics.jsonl", "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train and compress; every value was chosen on validation data.
-
-    Attributes:
-      epochs: of variational training.
-      fine_tune_epochs: after pruning.
-      batch_size: examples per step.
-      learning_rate: of Adam at the start; falls to 0 along a cosine.
-      fine_tune_learning_rate: of the fine-tuning, constant.
-      fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
-      fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
-        some of the pull towards pruning for a better fit.
-      log_variance_factor: how many times larger the steps of all log-variances are.
-      fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
-      warmup_epochs: over which the weight of the KL rises from 0 to 1.
-      max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
-        per example, see ``prediction_change``.
-      max_rounding_change: likewise for the rounding.
-    """
-
-    epochs: int
-    fine_tune_epochs: int
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    fine_tune_learning_rate: float = 2e-3
-    fine_tune_averaging_epochs: float = 12
-    fine_tune_kl_weight: float = 0.6
-    log_variance_factor: float = 2.0
-    fine_tune_log_variance_factor: float = 2.0
-    warmup_epochs: int = 0
-    max_pruning_change: float = 0.0075
-    max_rounding_change: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +45,12 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed."""
+    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed.
 
+    ``pretrained`` holds the plain twin's params, None where training started from scratch.
+    """
+
+    pretrained: list[Any] | None
     params: dict[str, list[Any]]
     thresholds: list[dict[str, float]]
     relative_steps: list[float]
@@ -90,11 +61,16 @@ class Run:
     seconds: float
 
 
+def bar(total: int, title: str, unit: str) -> tqdm:
+    """A progress bar with the time left, on a terminal only."""
+    return tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+
 class Progress:
-    """A progress bar with the time left, on a terminal only; messages go above it."""
+    """A progress bar over the epochs of all seeds; messages go above it."""
 
     def __init__(self, total: int, title: str):
-        self._bar = tqdm(total=total, desc=title, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = bar(total, title, "epoch")
 
     def __enter__(self) -> Progress:
         return self
@@ -153,7 +129,7 @@ def compress(
     seeds: Sequence[int],
     out: Path,
     thresholds: dict[str, float] | None,
-    pretrained: dict[str, np.ndarray] | None,
+    pretrained: Sequence[dict[str, np.ndarray]] | None,
 ) -> Run:
     """Trains, prunes, fine-tunes and reduces the precision of one net per seed.
 
@@ -165,14 +141,14 @@ def compress(
       seeds: one run each, all trained at once.
       out: directory for metrics.jsonl; where Ctrl-C leaves the last parameters.
       thresholds: by layer name, or None to choose them on the validation data.
-      pretrained: weights to start from, by "layer/kernel" and "layer/bias".
+      pretrained: per seed, weights to start from, by "layer/kernel" and "layer/bias"; None starts from scratch.
 
     Raises:
       UserError: pretrained weights that do not fit the model, or seeds that were all stopped by values that are not
         finite.
     """
     start = time.perf_counter()
-    train, validation = _on_device(dataset.train), _on_device(dataset.validation)
+    train, validation = on_device(dataset.train), on_device(dataset.validation)
     change = jax.jit(functools.partial(prediction_change, model))
     run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, thresholds)
     snapshots: list[Snapshot] = []
@@ -216,6 +192,7 @@ def compress(
     for path, net in zip(compressed, reduced, strict=True):
         bcdl_jax.save(path, net)
     return Run(
+        pretrained=None if pretrained is None else [flax.traverse_util.unflatten_dict(net, "/") for net in pretrained],
         params={"trained": trained, "pruned": pruned, "reduced": reduced},
         thresholds=chosen,
         relative_steps=steps,
@@ -228,17 +205,17 @@ def compress(
 
 
 def _fresh_params(
-    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: dict[str, np.ndarray] | None
+    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: Sequence[dict[str, np.ndarray]] | None
 ) -> Any:
     """Start values of all seeds, stacked."""
 
     @jax.jit
     @jax.vmap
-    def create(seed: jax.Array) -> Any:
+    def create(seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
         params = model.init(jax.random.key(seed), images)["params"]
-        return params if pretrained is None else bcdl_jax.from_trained(params, pretrained)
+        return params if weights is None else bcdl_jax.from_trained(params, weights)
 
-    return create(jnp.array(seeds))
+    return create(jnp.array(seeds), None if pretrained is None else bcdl_jax.stack(pretrained))
 
 
 def _run_phase(
@@ -328,7 +305,7 @@ def score(
     file_errors: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Reads the test set, once, and collects the figures of every seed; ``file_errors`` are those of the compressed files."""
-    test = _on_device(dataset.test)
+    test = on_device(dataset.test)
     measure = jax.jit(functools.partial(error_percent, model))
 
     def rates(measured: Callable[[Any], jax.Array], index: int) -> dict[str, float | None]:
@@ -337,8 +314,12 @@ def score(
     def in_order(by_layer: dict[str, Any]) -> list[Any]:
         return [by_layer[name] for name in chain]
 
+    twin: Any = model.clone(family=None)  # type: ignore[call-arg]
+    measure_twin = jax.jit(functools.partial(error_percent, twin))
     results = []
     for index, seed in enumerate(seeds):
+        errors = {} if run.pretrained is None else {PRETRAINED: measure_twin(run.pretrained[index], test)}
+        errors |= {stage: measure(run.params[stage][index], test) for stage in STAGES}
         masks = {
             name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
         }
@@ -355,7 +336,7 @@ def score(
             {
                 "seed": seed,
                 "failure": run.failures[index],
-                "test_error": {stage: round(float(measure(run.params[stage][index], test)), 4) for stage in STAGES}
+                "test_error": {stage: round(float(error), 4) for stage, error in errors.items()}
                 | {"file": round(file_errors[index], 4)},
                 "float32_bytes": float32_bytes,
                 "shrunk_float32_bytes": 4 * sum(math.prod(leaf.after) for leaf in shrunk.leaves if _is_weight(leaf)),
@@ -423,6 +404,11 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     for run in runs:
         full, kept = ("-".join(map(str, run[key])) for key in ("total_units", "kept_units"))
         rows = [
+            *(
+                [("after pre-training", run["test_error"][PRETRAINED], None, None, full, [32] * len(run["bits"]))]
+                if PRETRAINED in run["test_error"]
+                else []
+            ),
             ("after training", run["test_error"]["trained"], 1.0, 1.0, full, [32] * len(run["bits"])),
             (
                 "after pruning",
@@ -468,7 +454,7 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     finished = [run for run in runs if not run["failure"]]
     if not finished:
         return
-    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in (*STAGES, "file")}
+    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in finished[0]["test_error"]}
     print(
         "mean test error over seeds: "
         + ", ".join(
@@ -500,7 +486,8 @@ def _times(rate: float | None) -> str:
     return "" if rate is None else f"{rate:.1f}x"
 
 
-def _on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+def on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+    """images and labels as JAX arrays."""
     return jnp.asarray(split.images), jnp.asarray(split.labels)
 
 
