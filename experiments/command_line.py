@@ -14,6 +14,9 @@ from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
 from experiments.recipe import Recipe
 
+# Of which --profile writes a profile.
+_PROFILED_STEPS = 5
+
 METHODS = {"gnj": "group normal-Jeffreys prior"}
 
 
@@ -129,6 +132,19 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         action="store_true",
         help="a few epochs and one seed, to see everything work; its figures mean nothing",
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the metrics as TensorBoard event files too, into --out/tensorboard",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write a JAX profile of a few training steps into --out/profile"
+    )
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew; otherwise compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory",
+    )
     return parser
 
 
@@ -163,12 +179,14 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
 def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     """Loads the data, pre-trains, compresses, scores, and writes all files."""
     # Imported late, so that --help and bad arguments are answered at once.
-    from experiments import compress, data, figures, files, models, score
+    from experiments import compress, data, figures, files, logs, models, score, startup
     from experiments.pretrain import pretrain
 
     start = time.perf_counter()
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     files.check_out(args.out, args.overwrite)
+    if args.tensorboard:
+        logs.check_tensorboard()
     dataset = data.load(args.dataset, args.data_dir)
     if dataset.notice:
         print(dataset.notice, flush=True)
@@ -190,8 +208,8 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     compressed_files = compress.compressed_file("*")
     written = [
         compress.RESULT,
-        compress.METRICS,
         compress.INTERRUPTED,
+        *logs.WRITTEN,
         *params_files,
         compressed_files,
         *experiment.pictures,
@@ -205,11 +223,24 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     length = f"{' + '.join(map(str, epochs))} epochs, seeds {' '.join(map(str, seeds))}"
     print(f"{experiment.title}, {METHODS[args.method]}, {dataset.name}: {sizes}; {length}", flush=True)
     try:
-        if settings.pretrain_epochs:
-            pretrained = pretrain(model, dataset, settings, seeds=seeds, out=out)
-        compressed = compress.compress(
-            model, dataset, settings, chain=chain, seeds=seeds, out=out, thresholds=thresholds, pretrained=pretrained
-        )
+        with (
+            startup.compilation_cache(not args.no_compilation_cache),
+            logs.Logs(out, tensorboard=args.tensorboard) as log,
+        ):
+            if settings.pretrain_epochs:
+                pretrained = pretrain(model, dataset, settings, seeds=seeds, out=out, logs=log)
+            compressed = compress.compress(
+                model,
+                dataset,
+                settings,
+                chain=chain,
+                seeds=seeds,
+                out=out,
+                logs=log,
+                profile_steps=_PROFILED_STEPS if args.profile else 0,
+                thresholds=thresholds,
+                pretrained=pretrained,
+            )
         file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
         runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
         first_thresholds = {name: compressed.thresholds[0][name] for name in chain}

@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +23,14 @@ import optax
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import files
+from experiments import files, startup
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
+from experiments.logs import Logs, process_memory, profile
 from experiments.recipe import Recipe
 
 PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
-METRICS, RESULT, INTERRUPTED = "metrics.jsonl", "result.json", "interrupted.npz"
+RESULT, INTERRUPTED = "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
 
 
@@ -77,6 +77,10 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
+
+    def write(self, message: str) -> None:
+        self._bar.write(message)
+        sys.stdout.flush()
 
     def show(self, report: bcdl_jax.EnsembleReport) -> None:
         for message in report.messages:
@@ -128,6 +132,8 @@ def compress(
     chain: Sequence[str],
     seeds: Sequence[int],
     out: Path,
+    logs: Logs,
+    profile_steps: int,
     thresholds: dict[str, float] | None,
     pretrained: Sequence[dict[str, np.ndarray]] | None,
 ) -> Run:
@@ -139,7 +145,9 @@ def compress(
       recipe: see ``Recipe``.
       chain: layer names in the order of the data flow.
       seeds: one run each, all trained at once.
-      out: directory for metrics.jsonl; where Ctrl-C leaves the last parameters.
+      out: directory for the parameters; where Ctrl-C leaves the last ones.
+      logs: where the metrics go.
+      profile_steps: of how many training steps to write a profile; 0 for none.
       thresholds: by layer name, or None to choose them on the validation data.
       pretrained: per seed, weights to start from, by "layer/kernel" and "layer/bias"; None starts from scratch.
 
@@ -150,10 +158,14 @@ def compress(
     start = time.perf_counter()
     train, validation = on_device(dataset.train), on_device(dataset.validation)
     change = jax.jit(functools.partial(prediction_change, model))
-    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, thresholds)
+    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, logs, thresholds)
     snapshots: list[Snapshot] = []
     params, failures = run_phase(
-        "train", _fresh_params(model, train[0][:1], seeds, pretrained), first_epoch=1, snapshots=snapshots
+        "train",
+        _fresh_params(model, train[0][:1], seeds, pretrained),
+        first_epoch=1,
+        snapshots=snapshots,
+        profile_steps=profile_steps,
     )
     jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
@@ -225,12 +237,14 @@ def _run_phase(
     validation: tuple[jax.Array, jax.Array],
     seeds: Sequence[int],
     out: Path,
+    logs: Logs,
     thresholds: dict[str, float] | None,
     phase: str,
     params: Any,
     *,
     first_epoch: int,
     snapshots: list[Snapshot],
+    profile_steps: int = 0,
 ) -> tuple[Any, list[str | None]]:
     """One phase of training, "train" or "fine_tune", of all seeds at once.
 
@@ -264,7 +278,12 @@ def _run_phase(
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     snapshots.append(_snapshot(0, params))
     latest = params
-    with Progress(epochs, phase.replace("_", "-")) as progress:
+    if profile_steps:
+        few = jax.tree.map(lambda array: array[: profile_steps * recipe.batch_size], train)
+        few_steps = jax.jit(jax.vmap(bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size), in_axes=(0, None)))
+        profile(out, lambda: few_steps(start, few))
+    clock, seen, compiling = time.perf_counter(), len(seeds) * steps * recipe.batch_size, 0.0
+    with Progress(epochs, phase.replace("_", "-")) as progress, startup.CompileTime() as compile_time:
         try:
             for states, report in bcdl_jax.train_ensemble(
                 start,
@@ -277,9 +296,12 @@ def _run_phase(
                 first_epoch=first_epoch,
                 thresholds=math.inf if fine_tune else thresholds,
             ):
+                if report.reports[0].epoch == first_epoch:
+                    progress.write(f"{phase.replace('_', '-')}: {compile_time.sentence()}")
                 progress.show(report)
+                speed = seen / (time.perf_counter() - clock - (compile_time.seconds - compiling))
                 for seed_report in report.reports:
-                    files.append_json_line(out / METRICS, {"phase": phase} | _jsonable(dataclasses.asdict(seed_report)))
+                    logs.log_epoch(phase, dataclasses.asdict(seed_report), images_per_second=speed)
                 # A copy: the next epoch takes over the buffers of these states.
                 latest = jax.tree.map(np.array, states.params)
                 done = report.reports[0].epoch - first_epoch + 1
@@ -288,6 +310,7 @@ def _run_phase(
                 failures = [seed_report.failure for seed_report in report.reports]
                 if all(failures):
                     break
+                clock, compiling = time.perf_counter(), compile_time.seconds
         except KeyboardInterrupt:
             files.write_arrays(out / INTERRUPTED, latest)
             raise
@@ -373,8 +396,7 @@ def result(
     seconds: float,
 ) -> dict[str, Any]:
     """The content of result.json. Time and peak memory are those of the whole process; runs share them."""
-    peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    runs = [run | {"peak_memory_mb": peak_memory_mb} for run in runs]
+    runs = [run | {"peak_memory_mb": process_memory()} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
     averaged = [
         {key: run[key] for key in ("test_error", "rate", "rate_paper", "file_bytes", "ratio_file")}
@@ -517,12 +539,6 @@ def _cores() -> int:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: the rate of a net with nothing left, or the threshold of a layer that keeps everything, is null."""
     return value if math.isfinite(value) else None
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    return _finite(value) if isinstance(value, float) else value
 
 
 def _combine(trees: list[Any], combine: Callable[[list[float]], Any]) -> Any:

@@ -102,8 +102,8 @@ def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: flo
         kept = snapshot.log_dropout_rates[name] < threshold
         kernels = np.where(kept, snapshot.kernels[name], 0).astype(np.float32)
         tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width)
-        tiles = np.concatenate([tiles, np.zeros((rows * columns - len(tiles), height, width), np.float32)])
-        # A line of nothing between the tiles: colour maps leave what is not a number blank.
+        # Where there is no kernel, and as a line between them: colour maps leave blank what is not a number.
+        tiles = np.concatenate([tiles, np.full((rows * columns - len(tiles), height, width), np.nan, np.float32)])
         tiles = np.pad(tiles, ((0, 0), (0, 1), (0, 1)), constant_values=np.nan)
         grid = tiles.reshape(rows, columns, height + 1, width + 1).transpose(0, 2, 1, 3)
         weights = grid.reshape(rows * (height + 1), -1)[:-1, :-1]

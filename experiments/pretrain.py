@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import optax
 
 from experiments import compress, files
 from experiments.data import Dataset
+from experiments.logs import Logs
 from experiments.recipe import Recipe
 
 
 def pretrain(
-    model: nn.Module, dataset: Dataset, recipe: Recipe, *, seeds: Sequence[int], out: Path
+    model: nn.Module, dataset: Dataset, recipe: Recipe, *, seeds: Sequence[int], out: Path, logs: Logs
 ) -> list[dict[str, np.ndarray]]:
     """Trains the plain twin, one net per seed, by cross-entropy alone.
 
@@ -31,6 +33,7 @@ def pretrain(
       recipe: see ``Recipe``.
       seeds: one run each, one after the other.
       out: directory for pretrained_seed*.npz, written in the form that --pretrained reads.
+      logs: where the metrics go.
 
     Returns:
       For each seed, the weights by "layer/kernel" and "layer/bias".
@@ -48,12 +51,12 @@ def pretrain(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, order: jax.Array, number: jax.Array, data: Any) -> tuple[Any, jax.Array]:
+    def step(state: Any, loss_sum: jax.Array, order: jax.Array, number: int, data: Any) -> tuple[Any, jax.Array]:
         params, optimizer_state = state
         rows = jax.lax.dynamic_slice_in_dim(order, number * recipe.batch_size, recipe.batch_size)
         value, gradients = jax.value_and_grad(loss)(params, *(array[rows] for array in data))
         updates, optimizer_state = optimizer.update(gradients, optimizer_state)
-        return (optax.apply_updates(params, updates), optimizer_state), value
+        return (optax.apply_updates(params, updates), optimizer_state), loss_sum + value
 
     @jax.jit
     def start(key: jax.Array) -> Any:
@@ -67,16 +70,16 @@ def pretrain(
         state = start(key)
         with compress.bar(total, f"pre-train seed {seed}", "step") as progress:
             for epoch in range(recipe.pretrain_epochs):
-                order, losses = order_of(order_key, epoch), []
+                begin = time.perf_counter()
+                order, loss_sum = order_of(order_key, epoch), jnp.zeros(())
                 for number in range(steps):
-                    state, value = step(state, order, number, train)
-                    losses.append(value)
+                    state, loss_sum = step(state, loss_sum, order, number, train)
                     progress.update()
                 error = float(measure(state[0], validation))
                 progress.set_postfix_str(f"validation error {error:.2f} %")
-                line = {"phase": "pretrain", "epoch": epoch + 1, "seed": seed}
-                line |= {"loss": float(jnp.stack(losses).mean()), "validation_error": error}
-                files.append_json_line(out / compress.METRICS, line)
+                metrics = {"epoch": epoch + 1, "seed": seed, "loss": float(loss_sum) / steps, "validation_error": error}
+                speed = steps * recipe.batch_size / (time.perf_counter() - begin)
+                logs.log_epoch("pretrain", metrics, images_per_second=speed)
         net = files.named_arrays(jax.device_get(state[0]))
         trained_on = {files.TRAINED_ON: np.array(dataset.name)}
         files.write_arrays(out / compress.params_file(compress.PRETRAINED, seed), net | trained_on)
