@@ -183,6 +183,7 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     from experiments.pretrain import pretrain
 
     start = time.perf_counter()
+    print(f"{experiment.title}: loading {args.dataset} ...", flush=True)
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     files.check_out(args.out, args.overwrite)
     if args.tensorboard:

@@ -221,7 +221,8 @@ def _fresh_params(
 ) -> Any:
     """Start values of all seeds, stacked."""
 
-    @jax.jit
+    # It runs once: what the compiler gains from optimising it further is less than what that takes. The values are the same.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     @jax.vmap
     def create(seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
         params = model.init(jax.random.key(seed), images)["params"]
@@ -274,7 +275,7 @@ def _run_phase(
         kl_weight=recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps),
     )
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
-    start = jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key))(params, keys)
+    start = jax.jit(jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key)))(params, keys)
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     snapshots.append(_snapshot(0, params))
     latest = params

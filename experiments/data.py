@@ -194,7 +194,8 @@ def _read_copy(path: Path, name: str, fingerprint: str) -> Dataset | None:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             if not fingerprint or str(file["fingerprint"]) != fingerprint:
                 return None
-            return Dataset(name, *(Split(file[f"{part}/images"], file[f"{part}/labels"]) for part in _PARTS))
+            train, validation, test = (Split(file[f"{part}/images"], file[f"{part}/labels"]) for part in _PARTS)
+            return Dataset(name, train, validation, test)
     except Exception:  # missing, damaged or of another form: the data is read from where it came
         return None
 
