@@ -178,12 +178,12 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
 
 def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     """Loads the data, pre-trains, compresses, scores, and writes all files."""
+    print(f"{experiment.title}: starting ...", flush=True)
     # Imported late, so that --help and bad arguments are answered at once.
     from experiments import compress, data, figures, files, logs, models, score, startup
     from experiments.pretrain import pretrain
 
     start = time.perf_counter()
-    print(f"{experiment.title}: loading {args.dataset} ...", flush=True)
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     files.check_out(args.out, args.overwrite)
     if args.tensorboard:

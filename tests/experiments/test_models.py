@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
+from bcdl_jax.pruning import set_group_masks
 from experiments import models
 from experiments.models import VGG, LeNet5
 
@@ -61,12 +62,12 @@ def test_a_pruned_lenet5_in_training_can_be_shrunk():
     images = jax.random.randint(jax.random.key(0), (3, 28, 28, 1), 0, 256).astype(jnp.uint8)
     params = jax.jit(model.init)(jax.random.key(1), images)["params"]
     masks = {"Conv_0": jnp.arange(4) < 2, "Conv_1": jnp.arange(6) < 5}
-    pruned = bcdl_jax.set_group_masks(params, masks, ["Conv_0", "Conv_1", "Dense_0", "Dense_1"])
+    pruned = set_group_masks(params, masks, ["Conv_0", "Conv_1", "Dense_0", "Dense_1"])
 
     def sampled(params, images, key):
         return model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})
 
-    _, small, report = bcdl_jax.shrink(sampled, pruned, images, jax.random.key(2))
+    _, small, report = bcdl_jax.shrink(sampled, pruned, (images, jax.random.key(2)))
     shapes = {name: layer.kernel_mean.shape for name, layer in bcdl_jax.posteriors(small).items()}
     assert shapes == {"Conv_0": (5, 5, 1, 2), "Conv_1": (5, 5, 2, 5), "Dense_0": (80, 8), "Dense_1": (8, 10)}
     assert report.multiply_adds[1] < report.multiply_adds[0]
