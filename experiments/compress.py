@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,48 +23,15 @@ import optax
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import files
+from experiments import files, startup
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
+from experiments.logs import Logs, process_memory, profile
+from experiments.recipe import Recipe
 
-STAGES = ("trained", "pruned", "reduced")
-METRICS, RESULT, INTERRUPTED = "metrics.jsonl", "result.json", "interrupted.npz"
+PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
+RESULT, INTERRUPTED = "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train and compress; every value was chosen on validation data.
-
-    Attributes:
-      epochs: of variational training.
-      fine_tune_epochs: after pruning.
-      batch_size: examples per step.
-      learning_rate: of Adam at the start; falls to 0 along a cosine.
-      fine_tune_learning_rate: of the fine-tuning, constant.
-      fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
-      fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
-        some of the pull towards pruning for a better fit.
-      log_variance_factor: how many times larger the steps of all log-variances are.
-      fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
-      warmup_epochs: over which the weight of the KL rises from 0 to 1.
-      max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
-        per example, see ``prediction_change``.
-      max_rounding_change: likewise for the rounding.
-    """
-
-    epochs: int
-    fine_tune_epochs: int
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    fine_tune_learning_rate: float = 2e-3
-    fine_tune_averaging_epochs: float = 12
-    fine_tune_kl_weight: float = 0.6
-    log_variance_factor: float = 2.0
-    fine_tune_log_variance_factor: float = 2.0
-    warmup_epochs: int = 0
-    max_pruning_change: float = 0.0075
-    max_rounding_change: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +45,12 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed."""
+    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed.
 
+    ``pretrained`` holds the plain twin's params, None where training started from scratch.
+    """
+
+    pretrained: list[Any] | None
     params: dict[str, list[Any]]
     thresholds: list[dict[str, float]]
     relative_steps: list[float]
@@ -90,17 +61,26 @@ class Run:
     seconds: float
 
 
+def bar(total: int, title: str, unit: str) -> tqdm:
+    """A progress bar with the time left, on a terminal only."""
+    return tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+
 class Progress:
-    """A progress bar with the time left, on a terminal only; messages go above it."""
+    """A progress bar over the epochs of all seeds; messages go above it."""
 
     def __init__(self, total: int, title: str):
-        self._bar = tqdm(total=total, desc=title, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self._bar = bar(total, title, "epoch")
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
+
+    def write(self, message: str) -> None:
+        self._bar.write(message)
+        sys.stdout.flush()
 
     def show(self, report: bcdl_jax.EnsembleReport) -> None:
         for message in report.messages:
@@ -152,8 +132,10 @@ def compress(
     chain: Sequence[str],
     seeds: Sequence[int],
     out: Path,
+    logs: Logs,
+    profile_steps: int,
     thresholds: dict[str, float] | None,
-    pretrained: dict[str, np.ndarray] | None,
+    pretrained: Sequence[dict[str, np.ndarray]] | None,
 ) -> Run:
     """Trains, prunes, fine-tunes and reduces the precision of one net per seed.
 
@@ -163,21 +145,27 @@ def compress(
       recipe: see ``Recipe``.
       chain: layer names in the order of the data flow.
       seeds: one run each, all trained at once.
-      out: directory for metrics.jsonl; where Ctrl-C leaves the last parameters.
+      out: directory for the parameters; where Ctrl-C leaves the last ones.
+      logs: where the metrics go.
+      profile_steps: of how many training steps to write a profile; 0 for none.
       thresholds: by layer name, or None to choose them on the validation data.
-      pretrained: weights to start from, by "layer/kernel" and "layer/bias".
+      pretrained: per seed, weights to start from, by "layer/kernel" and "layer/bias"; None starts from scratch.
 
     Raises:
       UserError: pretrained weights that do not fit the model, or seeds that were all stopped by values that are not
         finite.
     """
     start = time.perf_counter()
-    train, validation = _on_device(dataset.train), _on_device(dataset.validation)
+    train, validation = on_device(dataset.train), on_device(dataset.validation)
     change = jax.jit(functools.partial(prediction_change, model))
-    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, thresholds)
+    run_phase = functools.partial(_run_phase, model, recipe, train, validation, seeds, out, logs, thresholds)
     snapshots: list[Snapshot] = []
     params, failures = run_phase(
-        "train", _fresh_params(model, train[0][:1], seeds, pretrained), first_epoch=1, snapshots=snapshots
+        "train",
+        _fresh_params(model, train[0][:1], seeds, pretrained),
+        first_epoch=1,
+        snapshots=snapshots,
+        profile_steps=profile_steps,
     )
     jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
@@ -216,6 +204,7 @@ def compress(
     for path, net in zip(compressed, reduced, strict=True):
         bcdl_jax.save(path, net)
     return Run(
+        pretrained=None if pretrained is None else [flax.traverse_util.unflatten_dict(net, "/") for net in pretrained],
         params={"trained": trained, "pruned": pruned, "reduced": reduced},
         thresholds=chosen,
         relative_steps=steps,
@@ -228,17 +217,18 @@ def compress(
 
 
 def _fresh_params(
-    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: dict[str, np.ndarray] | None
+    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: Sequence[dict[str, np.ndarray]] | None
 ) -> Any:
     """Start values of all seeds, stacked."""
 
-    @jax.jit
+    # It runs once: what the compiler gains from optimising it further is less than what that takes. The values are the same.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     @jax.vmap
-    def create(seed: jax.Array) -> Any:
+    def create(seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
         params = model.init(jax.random.key(seed), images)["params"]
-        return params if pretrained is None else bcdl_jax.from_trained(params, pretrained)
+        return params if weights is None else bcdl_jax.from_trained(params, weights)
 
-    return create(jnp.array(seeds))
+    return create(jnp.array(seeds), None if pretrained is None else bcdl_jax.stack(pretrained))
 
 
 def _run_phase(
@@ -248,12 +238,14 @@ def _run_phase(
     validation: tuple[jax.Array, jax.Array],
     seeds: Sequence[int],
     out: Path,
+    logs: Logs,
     thresholds: dict[str, float] | None,
     phase: str,
     params: Any,
     *,
     first_epoch: int,
     snapshots: list[Snapshot],
+    profile_steps: int = 0,
 ) -> tuple[Any, list[str | None]]:
     """One phase of training, "train" or "fine_tune", of all seeds at once.
 
@@ -283,11 +275,16 @@ def _run_phase(
         kl_weight=recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps),
     )
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
-    start = jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key))(params, keys)
+    start = jax.jit(jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key)))(params, keys)
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     snapshots.append(_snapshot(0, params))
     latest = params
-    with Progress(epochs, phase.replace("_", "-")) as progress:
+    if profile_steps:
+        few = jax.tree.map(lambda array: array[: profile_steps * recipe.batch_size], train)
+        few_steps = jax.jit(jax.vmap(bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size), in_axes=(0, None)))
+        profile(out, lambda: few_steps(start, few))
+    clock, seen, compiling = time.perf_counter(), len(seeds) * steps * recipe.batch_size, 0.0
+    with Progress(epochs, phase.replace("_", "-")) as progress, startup.CompileTime() as compile_time:
         try:
             for states, report in bcdl_jax.train_ensemble(
                 start,
@@ -300,9 +297,12 @@ def _run_phase(
                 first_epoch=first_epoch,
                 thresholds=math.inf if fine_tune else thresholds,
             ):
+                if report.reports[0].epoch == first_epoch:
+                    progress.write(f"{phase.replace('_', '-')}: {compile_time.sentence()}")
                 progress.show(report)
+                speed = seen / (time.perf_counter() - clock - (compile_time.seconds - compiling))
                 for seed_report in report.reports:
-                    files.append_json_line(out / METRICS, {"phase": phase} | _jsonable(dataclasses.asdict(seed_report)))
+                    logs.log_epoch(phase, dataclasses.asdict(seed_report), images_per_second=speed)
                 # A copy: the next epoch takes over the buffers of these states.
                 latest = jax.tree.map(np.array, states.params)
                 done = report.reports[0].epoch - first_epoch + 1
@@ -311,6 +311,7 @@ def _run_phase(
                 failures = [seed_report.failure for seed_report in report.reports]
                 if all(failures):
                     break
+                clock, compiling = time.perf_counter(), compile_time.seconds
         except KeyboardInterrupt:
             files.write_arrays(out / INTERRUPTED, latest)
             raise
@@ -328,7 +329,7 @@ def score(
     file_errors: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Reads the test set, once, and collects the figures of every seed; ``file_errors`` are those of the compressed files."""
-    test = _on_device(dataset.test)
+    test = on_device(dataset.test)
     measure = jax.jit(functools.partial(error_percent, model))
 
     def rates(measured: Callable[[Any], jax.Array], index: int) -> dict[str, float | None]:
@@ -337,8 +338,12 @@ def score(
     def in_order(by_layer: dict[str, Any]) -> list[Any]:
         return [by_layer[name] for name in chain]
 
+    twin: Any = model.clone(family=None)  # type: ignore[call-arg]
+    measure_twin = jax.jit(functools.partial(error_percent, twin))
     results = []
     for index, seed in enumerate(seeds):
+        errors = {} if run.pretrained is None else {PRETRAINED: measure_twin(run.pretrained[index], test)}
+        errors |= {stage: measure(run.params[stage][index], test) for stage in STAGES}
         masks = {
             name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
         }
@@ -355,7 +360,7 @@ def score(
             {
                 "seed": seed,
                 "failure": run.failures[index],
-                "test_error": {stage: round(float(measure(run.params[stage][index], test)), 4) for stage in STAGES}
+                "test_error": {stage: round(float(error), 4) for stage, error in errors.items()}
                 | {"file": round(file_errors[index], 4)},
                 "float32_bytes": float32_bytes,
                 "shrunk_float32_bytes": 4 * sum(math.prod(leaf.after) for leaf in shrunk.leaves if _is_weight(leaf)),
@@ -392,8 +397,7 @@ def result(
     seconds: float,
 ) -> dict[str, Any]:
     """The content of result.json. Time and peak memory are those of the whole process; runs share them."""
-    peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    runs = [run | {"peak_memory_mb": peak_memory_mb} for run in runs]
+    runs = [run | {"peak_memory_mb": process_memory()} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
     averaged = [
         {key: run[key] for key in ("test_error", "rate", "rate_paper", "file_bytes", "ratio_file")}
@@ -423,6 +427,11 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     for run in runs:
         full, kept = ("-".join(map(str, run[key])) for key in ("total_units", "kept_units"))
         rows = [
+            *(
+                [("after pre-training", run["test_error"][PRETRAINED], None, None, full, [32] * len(run["bits"]))]
+                if PRETRAINED in run["test_error"]
+                else []
+            ),
             ("after training", run["test_error"]["trained"], 1.0, 1.0, full, [32] * len(run["bits"])),
             (
                 "after pruning",
@@ -468,7 +477,7 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     finished = [run for run in runs if not run["failure"]]
     if not finished:
         return
-    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in (*STAGES, "file")}
+    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in finished[0]["test_error"]}
     print(
         "mean test error over seeds: "
         + ", ".join(
@@ -500,7 +509,8 @@ def _times(rate: float | None) -> str:
     return "" if rate is None else f"{rate:.1f}x"
 
 
-def _on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+def on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+    """images and labels as JAX arrays."""
     return jnp.asarray(split.images), jnp.asarray(split.labels)
 
 
@@ -530,12 +540,6 @@ def _cores() -> int:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: the rate of a net with nothing left, or the threshold of a layer that keeps everything, is null."""
     return value if math.isfinite(value) else None
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    return _finite(value) if isinstance(value, float) else value
 
 
 def _combine(trees: list[Any], combine: Callable[[list[float]], Any]) -> Any:
