@@ -69,7 +69,7 @@ class LeNet5(nn.Module):
         hidden = _scaled(images)
         for width, family in zip(self.widths, (_clipped(self.family, self.clip_var), self.family), strict=False):
             convolution = _convolution(width, (5, 5), family, deterministic, "VALID", self.dtype)
-            hidden = _pool(nn.relu(convolution(hidden)), deterministic)
+            hidden = nn.relu(_pool(convolution(hidden), deterministic))
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(_dense(self.widths[2], self.family, deterministic, self.dtype)(hidden))
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
@@ -105,7 +105,7 @@ class VGG(nn.Module):
             for width in widths:
                 hidden = _convolution(width, (3, 3), self.family, deterministic, "SAME", self.dtype)(hidden)
                 hidden = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(hidden))
-            hidden = nn.max_pool(hidden, (2, 2), (2, 2))
+            hidden = _pool(hidden, deterministic)
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(_dense(self.hidden, self.family, deterministic, self.dtype)(hidden))
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
@@ -122,17 +122,8 @@ def _clipped(
 
 
 def _pool(images: jax.Array, deterministic: bool) -> jax.Array:
-    """Maxima over windows of 2 x 2: [n, height, width, channels] gives [n, height // 2, width // 2, channels].
-
-    In training by a reshape, whose gradient is several times faster on a CPU than that of ``nn.max_pool``; the values are the
-    same, and where a maximum is reached twice the gradient is spread over both. Elsewhere in the usual form, which
-    ``bcdl_jax.for_cpu`` and other runtimes know.
-    """
-    if deterministic:
-        return nn.max_pool(images, (2, 2), (2, 2))
-    height, width = images.shape[1] // 2, images.shape[2] // 2
-    windows = images[:, : 2 * height, : 2 * width].reshape(-1, height, 2, width, 2, images.shape[3])
-    return windows.max(axis=(2, 4))
+    """Maxima over windows of 2 x 2, when training in the form with the fast gradient, else in that which other runtimes know."""
+    return nn.max_pool(images, (2, 2), (2, 2)) if deterministic else bcdl_jax.max_pool(images, (2, 2))
 
 
 def _dense(features: int, family: Family | None, deterministic: bool, dtype: Any) -> Layer:
