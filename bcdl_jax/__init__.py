@@ -13,6 +13,7 @@ from bcdl_jax.mesh import fetch, jit_step, make_mesh, place_data, place_state, p
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
 from bcdl_jax.objective import kl_warmup, negative_elbo
 from bcdl_jax.pmap import make_pmap_train_step
+from bcdl_jax.pooling import max_pool
 from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
 from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
@@ -81,6 +82,7 @@ __all__ = [
     "make_train_epoch",
     "make_train_step",
     "make_train_steps",
+    "max_pool",
     "mean_weights",
     "negative_elbo",
     "parameter_kinds",

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bcdl_jax.linear_maps import ConvolutionMap, DenseMap, LinearMap
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys
 from bcdl_jax.posterior import GroupAxis, Posterior, WeightsNode
-from bcdl_jax.sampling import LinearMap, apply_mean, apply_sampled, convolution_map, dense_map
+from bcdl_jax.sampling import apply_mean, apply_sampled
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -126,7 +127,7 @@ class Dense(_VariationalLayer):
             raise ValueError(f"{self._where()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
         self._check_features(self.features)
         node = self._posterior((inputs.shape[-1], self.features), "input")
-        return self._apply(node, inputs, self.dtype, deterministic, dense_map(self.precision))
+        return self._apply(node, inputs, self.dtype, deterministic, DenseMap(self.precision))
 
 
 class Conv(_VariationalLayer):
@@ -199,24 +200,20 @@ class Conv(_VariationalLayer):
         if isinstance(padding, str) and padding == "CAUSAL":
             padding = [(reach[0], 0)]
         elif isinstance(padding, str) and padding in _PAD_MODES:
-            pad_mode, padding = _PAD_MODES[padding], [(0, 0)] * rank
+            pad_mode, padding = _PAD_MODES[padding], [(length // 2, length - length // 2) for length in reach]
         elif padding == "SAME" and max(input_dilation) > 1:
             raise ValueError(
                 f"{self._where()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead."
             )
-        convolve = convolution_map(
-            strides, padding, input_dilation, kernel_dilation, self.feature_group_count, self.precision
+        linear_map = ConvolutionMap(
+            strides,
+            padding,
+            input_dilation,
+            kernel_dilation,
+            self.feature_group_count,
+            self.precision,
+            pad_mode,
         )
-
-        def linear_map(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-            leading, rest = inputs.shape[: -rank - 1], inputs.shape[-rank - 1 :]
-            inputs = inputs.reshape(-1, *rest)
-            if pad_mode is not None:
-                sides = [(length // 2, length - length // 2) for length in reach]
-                inputs = jnp.pad(inputs, [(0, 0), *sides, (0, 0)], mode=pad_mode)
-            outputs = convolve(inputs, kernel)
-            return outputs.reshape(*leading, *outputs.shape[1:])
-
         return self._apply(node, inputs, self.dtype, deterministic, linear_map)
 
     def _per_axis(self, name: str, rank: int) -> tuple[int, ...]:

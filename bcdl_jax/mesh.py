@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -56,14 +57,14 @@ def place_state(state: PyTree, mesh: Mesh, *, stacked: bool = False, shard_param
         1/devices of the memory each. By default every device has all of it.
 
     Returns:
-      The same tree, to be given to a function from ``jit_step``.
+      A copy of the tree, to be given to a function from ``jit_step``.
 
     Raises:
       ValueError: the number of stacked seeds is not a multiple of the axis "seed".
     """
 
     def place(array: Any) -> jax.Array:
-        shape = jax.numpy.shape(array)
+        shape = jnp.shape(array)
         spec: list[str | None] = [None] * len(shape)
         if stacked:
             if not shape or shape[0] % mesh.shape[SEED]:
@@ -77,7 +78,12 @@ def place_state(state: PyTree, mesh: Mesh, *, stacked: bool = False, shard_param
             ]
             if dividing:
                 spec[max(dividing, key=lambda axis: shape[axis])] = DATA
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        if _is_key(array):
+            return jax.random.wrap_key_data(
+                _spread(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array)
+            )
+        return _spread(array, sharding)
 
     return jax.tree.map(place, state)
 
@@ -157,12 +163,23 @@ def fetch(tree: PyTree) -> PyTree:
     Every process must call it. Keys come back as keys on the default device.
     """
     everywhere = replicated(tree)
-    whole = tree if everywhere is None else jax.device_put(tree, everywhere)
+    whole = tree if everywhere is None else jax.jit(lambda arrays: arrays, out_shardings=everywhere)(tree)
 
     def copy(array: jax.Array) -> Any:
-        if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-            data = np.array(jax.random.key_data(array))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+        if _is_key(array):
+            return jax.random.wrap_key_data(
+                jnp.array(np.array(jax.random.key_data(array))), impl=jax.random.key_impl(array)
+            )
         return np.array(array)
 
     return jax.tree.map(copy, whole)
+
+
+def _is_key(array: Any) -> bool:
+    return isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _spread(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Each process puts its part on its devices; a copy, so that giving the result away leaves the original alone."""
+    host = np.array(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

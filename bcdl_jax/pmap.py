@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bcdl_jax.batches import count_examples
 from bcdl_jax.posterior import PyTree
@@ -38,12 +40,14 @@ def make_pmap_train_step(
     devices = jax.local_devices() if devices is None else list(devices)
     step = make_train_step(average_over(_AXIS, negative_log_likelihood), optimizer, **options)
     on_all = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    spread = NamedSharding(Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,)), PartitionSpec(_AXIS))
 
     def pmap_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         size = count_examples(batch)
         if size % len(devices):
             raise ValueError(f"batch has {size} examples; it must be a multiple of the {len(devices)} devices.")
-        return on_all(state, jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch))
+        parts = jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch)
+        return on_all(state, jax.device_put(parts, spread))  # wherever it lay: pmap itself moves nothing
 
     return pmap_step
 

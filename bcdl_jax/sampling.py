@@ -9,23 +9,16 @@ spread over devices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from bcdl_jax.linear_maps import LinearMap
 from bcdl_jax.noise import example_normal
 from bcdl_jax.posterior import Posterior, WeightsNode
 
 # Keeps the derivative of sqrt finite where the variance vanishes.
 _VARIANCE_FLOOR = 1e-8
-
-
-class LinearMap(Protocol):
-    """inputs [n, *spatial, in], kernel [*window, in, out] -> [n, *spatial, out]: a matrix product or a convolution."""
-
-    def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array: ...
 
 
 def apply_mean(node: WeightsNode, inputs: jax.Array, linear_map: LinearMap) -> jax.Array:
@@ -71,57 +64,27 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     if posterior.group_axis == "input":
         inputs = inputs * scale
     inputs = _masked(inputs, posterior.input_mask)
-    mean = linear_map(inputs, posterior.kernel_mean.astype(dtype))
-    variance = linear_map(inputs * inputs, jnp.exp(posterior.kernel_log_variance).astype(dtype))
+    mean, variance, order = linear_map.moments(
+        inputs, posterior.kernel_mean.astype(dtype), jnp.exp(posterior.kernel_log_variance).astype(dtype)
+    )
+
+    def ordered(values: jax.Array) -> jax.Array:
+        """What broadcasts against the outputs in the usual order of their axes, for the order of the moments."""
+        return values.reshape((1,) * (len(order) - values.ndim) + values.shape).transpose(order)
+
     if posterior.bias_mean is not None and posterior.bias_log_variance is not None:
-        mean += posterior.bias_mean.astype(dtype)
-        variance += jnp.exp(posterior.bias_log_variance).astype(dtype)
-    outputs = mean + _deviation(variance) * example_normal(noise_key, mean.shape, dtype)
+        mean += ordered(posterior.bias_mean.astype(dtype))
+        variance += ordered(jnp.exp(posterior.bias_log_variance).astype(dtype))
+    outputs = mean + _deviation(variance) * example_normal(noise_key, mean.shape, dtype, order)
     if posterior.group_axis == "output":
-        outputs = outputs * scale
-    return _masked(outputs, posterior.output_mask)
+        outputs = outputs * ordered(scale)
+    return _masked(outputs, ordered(posterior.output_mask)).transpose(np.argsort(order))
 
 
 def _deviation(variance: jax.Array) -> jax.Array:
     """The square root, with finite derivatives; exactly zero where there is no variance at all."""
     wide = variance.astype(jnp.promote_types(variance.dtype, jnp.float32))
     return jnp.where(wide > 0, jnp.sqrt(jnp.maximum(wide, 0) + _VARIANCE_FLOOR), 0).astype(variance.dtype)
-
-
-def dense_map(precision: Any = None) -> LinearMap:
-    """The product of a dense layer: [..., in] and [in, out] give [..., out]."""
-    return lambda inputs, kernel: jnp.matmul(inputs, kernel, precision=precision)
-
-
-def convolution_map(
-    strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    input_dilation: Sequence[int],
-    kernel_dilation: Sequence[int],
-    feature_group_count: int,
-    precision: Any = None,
-) -> LinearMap:
-    """The product of a convolution with channels last, over any number of spatial axes: [n, *spatial, in] and [*window, in, out]."""
-
-    def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        axes = tuple(range(1, inputs.ndim - 1))
-        channels_last = (0, inputs.ndim - 1, *axes)
-        numbers = jax.lax.ConvDimensionNumbers(
-            channels_last, (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)), channels_last
-        )
-        return jax.lax.conv_general_dilated(
-            inputs,
-            kernel,
-            window_strides=strides,
-            padding=padding,
-            lhs_dilation=input_dilation,
-            rhs_dilation=kernel_dilation,
-            dimension_numbers=numbers,
-            feature_group_count=feature_group_count,
-            precision=precision,
-        )
-
-    return convolve
 
 
 def _masked(array: jax.Array, mask: jax.Array) -> jax.Array:

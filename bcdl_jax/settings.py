@@ -10,11 +10,11 @@
         for rate in (1e-3, 3e-3)
         for weight in (0.1, 1.0)
     ]
-    epoch = bcdl_jax.make_train_epoch(bcdl_jax.make_step_by_setting(make_step), batch_size=128)
-    train = jax.jit(jax.vmap(epoch, in_axes=(0, None)))
+    step = bcdl_jax.make_step_by_setting(make_step)
+    train = jax.jit(jax.vmap(bcdl_jax.make_train_epoch(step, batch_size=128), in_axes=(0, None)))
     states, metrics = train(bcdl_jax.stack(states), data)
 
-or the same ``epoch`` in ``train_ensemble``, with a report for each.
+or the same ``step`` in ``train_ensemble``, with a report for each.
 """
 
 from __future__ import annotations

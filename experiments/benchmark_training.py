@@ -408,7 +408,8 @@ def _spread(values: Sequence[float]) -> str:
 def images_of(network: str, examples: int) -> tuple[np.ndarray, np.ndarray]:
     """So many of the embedded digits, repeated as needed; VGG's with a margin to 32 x 32 and in three equal channels."""
     digits = data.load(data.EMBEDDED).train
-    rows = np.arange(examples) % len(digits)
+    order = np.random.default_rng(0).permutation(len(digits))  # they are sorted by class
+    rows = order[np.arange(examples) % len(digits)]
     images = digits.images[rows]
     if network == "vgg":
         images = np.repeat(np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)]), 3, axis=-1)
@@ -546,6 +547,7 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
                 finished(ensemble(settings, args.rounds, _SEEDS[network]))
             if "memory" in args.measure:
                 finished(memory(settings))
+            # A further measurement has its place here, a name in MEASUREMENTS and a function that prints and returns its result.
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,56 +24,16 @@ import optax
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import files, interruption
+from experiments import files, interruption, startup
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
+from experiments.logs import Logs, process_memory, profile
+from experiments.recipe import Recipe
 
-STAGES = ("trained", "pruned", "reduced")
-METRICS, RESULT, INTERRUPTED = "metrics.jsonl", "result.json", "interrupted.npz"
+PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
+RESULT, INTERRUPTED = "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train and compress; every value was chosen on validation data.
-
-    Attributes:
-      epochs: of variational training.
-      fine_tune_epochs: after pruning.
-      batch_size: examples per step.
-      learning_rate: of Adam at the start; falls to 0 along a cosine.
-      fine_tune_learning_rate: of the fine-tuning, constant.
-      fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
-      fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
-        some of the pull towards pruning for a better fit.
-      log_variance_factor: how many times larger the steps of all log-variances are.
-      fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
-      warmup_epochs: over which the weight of the KL rises from 0 to 1.
-      max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
-        per example, see ``prediction_change``.
-      max_rounding_change: likewise for the rounding.
-      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
-      shrink_above: log dropout rate above which a group is safely gone, so that it is left out while training goes on; None to train
-        at full size throughout. Needs ``in_turn``.
-      shrink_every: epochs from one look at the groups to the next.
-    """
-
-    epochs: int
-    fine_tune_epochs: int
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    fine_tune_learning_rate: float = 2e-3
-    fine_tune_averaging_epochs: float = 12
-    fine_tune_kl_weight: float = 0.6
-    log_variance_factor: float = 2.0
-    fine_tune_log_variance_factor: float = 2.0
-    warmup_epochs: int = 0
-    max_pruning_change: float = 0.0075
-    max_rounding_change: float = 0.001
-    in_turn: bool = False
-    shrink_above: float | None = None
-    shrink_every: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +47,12 @@ class Snapshot:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed."""
+    """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed.
 
+    ``pretrained`` holds the plain twin's params, None where training started from scratch.
+    """
+
+    pretrained: list[Any] | None
     params: dict[str, list[Any]]
     thresholds: list[dict[str, float]]
     relative_steps: list[float]
@@ -100,19 +64,27 @@ class Run:
     resumed: int
 
 
+def bar(total: int, title: str, unit: str, done: int = 0) -> tqdm:
+    """A progress bar with the time left, on a terminal only."""
+    hidden = not sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=hidden, dynamic_ncols=True)
+
+
 class Progress:
-    """A progress bar with the time left, on a terminal only; messages go above it."""
+    """A progress bar over the epochs of all seeds; messages go above it."""
 
     def __init__(self, total: int, title: str, done: int = 0):
-        self._bar = tqdm(
-            total=total, initial=done, desc=title, unit="epoch", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
+        self._bar = bar(total, title, "epoch", done)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
+
+    def write(self, message: str) -> None:
+        self._bar.write(message)
+        sys.stdout.flush()
 
     def show(self, report: bcdl_jax.EnsembleReport) -> None:
         for message in report.messages:
@@ -166,8 +138,10 @@ def compress(
     chain: Sequence[str],
     seeds: Sequence[int],
     out: Path,
+    logs: Logs,
+    profile_steps: int,
     thresholds: dict[str, float] | None,
-    pretrained: dict[str, np.ndarray] | None,
+    pretrained: Sequence[dict[str, np.ndarray]] | None,
     checkpoints: Checkpoints,
 ) -> Run:
     """Trains, prunes, fine-tunes and reduces the precision of one net per seed.
@@ -178,9 +152,11 @@ def compress(
       recipe: see ``Recipe``.
       chain: layer names in the order of the data flow.
       seeds: one run each, all trained at once.
-      out: directory for metrics.jsonl; where Ctrl-C leaves the last parameters.
+      out: directory for the parameters; where Ctrl-C leaves the last ones.
+      logs: where the metrics go.
+      profile_steps: of how many training steps to write a profile; 0 for none.
       thresholds: by layer name, or None to choose them on the validation data.
-      pretrained: weights to start from, by "layer/kernel" and "layer/bias".
+      pretrained: per seed, weights to start from, by "layer/kernel" and "layer/bias"; None starts from scratch.
       checkpoints: of this run; what it has taken up is not trained again, and the rest follows from it.
 
     Raises:
@@ -188,13 +164,13 @@ def compress(
         finite.
     """
     start = time.perf_counter()
-    train, validation = _on_device(dataset.train), _on_device(dataset.validation)
+    train, validation = on_device(dataset.train), on_device(dataset.validation)
     change = jax.jit(functools.partial(prediction_change, model))
     run_phase = functools.partial(
-        _run_phase, model, recipe, train, validation, chain, seeds, out, thresholds, checkpoints
+        _run_phase, model, recipe, train, validation, chain, seeds, out, logs, thresholds, checkpoints
     )
     fresh = _fresh_params(model, train[0][:1], seeds, pretrained)
-    params, failures, snapshots = run_phase("train", fresh, first_epoch=1)
+    params, failures, snapshots = run_phase("train", fresh, first_epoch=1, profile_steps=profile_steps)
     jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
@@ -233,6 +209,7 @@ def compress(
     for path, net in zip(compressed, reduced, strict=True):
         bcdl_jax.save(path, net)
     return Run(
+        pretrained=None if pretrained is None else [flax.traverse_util.unflatten_dict(net, "/") for net in pretrained],
         params={"trained": trained, "pruned": pruned, "reduced": reduced},
         thresholds=chosen,
         relative_steps=steps,
@@ -246,17 +223,18 @@ def compress(
 
 
 def _fresh_params(
-    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: dict[str, np.ndarray] | None
+    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: Sequence[dict[str, np.ndarray]] | None
 ) -> Any:
     """Start values of all seeds, stacked."""
 
-    @jax.jit
+    # It runs once: what the compiler gains from optimising it further is less than what that takes. The values are the same.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
     @jax.vmap
-    def create(seed: jax.Array) -> Any:
+    def create(seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
         params = model.init(jax.random.key(seed), images)["params"]
-        return params if pretrained is None else bcdl_jax.from_trained(params, pretrained)
+        return params if weights is None else bcdl_jax.from_trained(params, weights)
 
-    return create(jnp.array(seeds))
+    return create(jnp.array(seeds), None if pretrained is None else bcdl_jax.stack(pretrained))
 
 
 def _run_phase(
@@ -267,12 +245,14 @@ def _run_phase(
     chain: Sequence[str],
     seeds: Sequence[int],
     out: Path,
+    logs: Logs,
     thresholds: dict[str, float] | None,
     checkpoints: Checkpoints,
     phase: str,
     params: Any,
     *,
     first_epoch: int,
+    profile_steps: int = 0,
 ) -> tuple[Any, list[str | None], list[Snapshot]]:
     """One phase of training, "train" or "fine_tune", of all seeds, from where its last checkpoint stands.
 
@@ -310,7 +290,7 @@ def _run_phase(
         above = math.inf if fine_tune else recipe.shrink_above
         shrinking = bcdl_jax.Shrinking(likelihood, make_step, above, chain, every=recipe.shrink_every)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
-    start = jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key))(params, keys)
+    start = jax.jit(jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key)))(params, keys)
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     snapshots = [_snapshot(0, params)]
     failures: list[str | None] = [None] * len(seeds)
@@ -324,9 +304,15 @@ def _run_phase(
         facts = {"failures": failures, "step": int(states.step.max())}
         return checkpoints.save(phase, states, facts=facts, frames=frames, complete=complete)
 
-    lines: list[dict[str, Any]] = []
-    states, done = start, int(start.step.max()) // steps
-    with Progress(epochs, phase.replace("_", "-"), done) as progress, interruption.noted() as stop:
+    if profile_steps:
+        _profile(out, make_step(likelihood), start, train, profile_steps, recipe)
+    states, done, taken, told = start, int(start.step.max()) // steps, int(start.step.sum()), False
+    with (
+        Progress(epochs, phase.replace("_", "-"), done) as progress,
+        interruption.noted() as stop,
+        startup.CompileTime() as compile_time,
+    ):
+        clock, compiling = time.perf_counter(), 0.0
         for states, report in bcdl_jax.train_ensemble(
             start,
             train,
@@ -344,15 +330,21 @@ def _run_phase(
         ):
             if report is None:
                 break
+            if not told:
+                progress.write(f"{phase.replace('_', '-')}: {compile_time.sentence()}")
+                told = True
             progress.show(report)
-            lines += [{"phase": phase} | _jsonable(dataclasses.asdict(seed_report)) for seed_report in report.reports]
-            lines = _append(out / METRICS, lines)
+            seconds = time.perf_counter() - clock - (compile_time.seconds - compiling)
+            seen, taken = (int(states.step.sum()) - taken) * recipe.batch_size, int(states.step.sum())
+            reports = [dataclasses.asdict(seed_report) for seed_report in report.reports]
+            logs.log_epoch(phase, reports, images_per_second=seen / seconds)
             failures = [seed_report.failure for seed_report in report.reports]
             done = report.reports[0].epoch - first_epoch + 1
             if done % every == 0 or done == epochs:
                 snapshots.append(_snapshot(report.reports[0].epoch, states.params))
             if checkpoints.every and done % checkpoints.every == 0 and done < epochs:
                 save()
+            clock, compiling = time.perf_counter(), compile_time.seconds
         complete = done == epochs or all(failures)
         saved = None
         if stop() or (checkpoints.every and not (restored is not None and restored.complete)):
@@ -364,22 +356,23 @@ def _run_phase(
             advice = "could not be saved" if saved is None else f"is saved in {saved}; --resume goes on from there"
             print(f"\nStopped by SIGTERM; what was trained so far {advice}.", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
-    if lines:
-        files.append_json_lines(out / METRICS, lines)
+    logs.flush()
     if fine_tune:
         averaged = jax.jit(bcdl_jax.clip_variances)(bcdl_jax.averaged_params(states.optimizer_state))
         return averaged, failures, snapshots
     return states.params, failures, snapshots
 
 
-def _append(path: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds lines to the metrics; what could not be written, on a full disk say, is given back for another time."""
-    try:
-        files.append_json_lines(path, lines)
-    except OSError as error:
-        print(f"warning: {path} could not be written ({error.strerror}); training goes on.", file=sys.stderr)
-        return lines
-    return []
+def _profile(out: Path, step: Any, states: Any, train: Any, count: int, recipe: Recipe) -> None:
+    """Writes a profile of ``count`` training steps, of all seeds at once or, in turn, of the first."""
+    few = jax.tree.map(lambda array: array[: count * recipe.batch_size], train)
+    train_epoch: Any = bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size)
+    if recipe.in_turn:
+        states = bcdl_jax.unstack(states, 0)
+    else:
+        train_epoch = jax.vmap(train_epoch, in_axes=(0, None))
+    few_steps = jax.jit(train_epoch)
+    profile(out, lambda: few_steps(states, few))
 
 
 def score(
@@ -391,7 +384,7 @@ def score(
     file_errors: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Reads the test set, once, and collects the figures of every seed; ``file_errors`` are those of the compressed files."""
-    test = _on_device(dataset.test)
+    test = on_device(dataset.test)
     measure = jax.jit(functools.partial(error_percent, model))
 
     def rates(measured: Callable[[Any], jax.Array], index: int) -> dict[str, float | None]:
@@ -400,8 +393,12 @@ def score(
     def in_order(by_layer: dict[str, Any]) -> list[Any]:
         return [by_layer[name] for name in chain]
 
+    twin: Any = model.clone(family=None)  # type: ignore[call-arg]
+    measure_twin = jax.jit(functools.partial(error_percent, twin))
     results = []
     for index, seed in enumerate(seeds):
+        errors = {} if run.pretrained is None else {PRETRAINED: measure_twin(run.pretrained[index], test)}
+        errors |= {stage: measure(run.params[stage][index], test) for stage in STAGES}
         masks = {
             name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
         }
@@ -418,7 +415,7 @@ def score(
             {
                 "seed": seed,
                 "failure": run.failures[index],
-                "test_error": {stage: round(float(measure(run.params[stage][index], test)), 4) for stage in STAGES}
+                "test_error": {stage: round(float(error), 4) for stage, error in errors.items()}
                 | {"file": round(file_errors[index], 4)},
                 "float32_bytes": float32_bytes,
                 "shrunk_float32_bytes": 4 * sum(math.prod(leaf.after) for leaf in shrunk.leaves if _is_weight(leaf)),
@@ -460,8 +457,7 @@ def result(
     Time is that of all starts of the run, up to the checkpoints that were taken up (``resumed`` times); peak memory is that of
     the last process. Runs share them.
     """
-    peak_memory_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    runs = [run | {"peak_memory_mb": peak_memory_mb} for run in runs]
+    runs = [run | {"peak_memory_mb": process_memory()} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
     averaged = [
         {key: run[key] for key in ("test_error", "rate", "rate_paper", "file_bytes", "ratio_file")}
@@ -492,6 +488,11 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     for run in runs:
         full, kept = ("-".join(map(str, run[key])) for key in ("total_units", "kept_units"))
         rows = [
+            *(
+                [("after pre-training", run["test_error"][PRETRAINED], None, None, full, [32] * len(run["bits"]))]
+                if PRETRAINED in run["test_error"]
+                else []
+            ),
             ("after training", run["test_error"]["trained"], 1.0, 1.0, full, [32] * len(run["bits"])),
             (
                 "after pruning",
@@ -537,7 +538,7 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     finished = [run for run in runs if not run["failure"]]
     if not finished:
         return
-    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in (*STAGES, "file")}
+    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in finished[0]["test_error"]}
     print(
         "mean test error over seeds: "
         + ", ".join(
@@ -569,7 +570,8 @@ def _times(rate: float | None) -> str:
     return "" if rate is None else f"{rate:.1f}x"
 
 
-def _on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+def on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+    """images and labels as JAX arrays."""
     return jnp.asarray(split.images), jnp.asarray(split.labels)
 
 
@@ -612,12 +614,6 @@ def _cores() -> int:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: the rate of a net with nothing left, or the threshold of a layer that keeps everything, is null."""
     return value if math.isfinite(value) else None
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    return _finite(value) if isinstance(value, float) else value
 
 
 def _combine(trees: list[Any], combine: Callable[[list[float]], Any]) -> Any:

@@ -20,11 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments.errors import UserError
+from experiments.recipe import Recipe
 
 _CHAIN = ("Dense_0", "Dense_1", "Dense_2")
-_LOG = "log.txt"
+_LOG, _METRICS = "log.txt", "metrics.jsonl"
+_OF_THE_MACHINE = ("images_per_second", "peak_memory_mb", "peak_device_memory_mb")
 _SHRUNK = b"trained on as"
 _LIMIT_SECONDS = 300
 
@@ -45,14 +48,14 @@ SHORT = Size(examples=1400, epochs=4, fine_tune_epochs=1, seeds=(0,))
 
 def train(out: Path, size: Size) -> None:
     """The run that is killed: starts, or goes on with what is in ``out``, and leaves its files there."""
-    from experiments import checkpoints, compress, data, files
+    from experiments import checkpoints, compress, data, files, logs
     from experiments.models import LeNet300
 
     digits = data.load(data.EMBEDDED)
     # Every so many, since they are sorted by class.
     rows = slice(None, None, len(digits.train) // size.examples)
     dataset = dataclasses.replace(digits, train=data.Split(digits.train.images[rows], digits.train.labels[rows]))
-    recipe = compress.Recipe(
+    recipe = Recipe(
         epochs=size.epochs,
         fine_tune_epochs=size.fine_tune_epochs,
         batch_size=50,
@@ -67,20 +70,21 @@ def train(out: Path, size: Size) -> None:
     )
     seeds = list(size.seeds)
     settings = checkpoints.settings("crash_test", recipe, dataset, seeds)
-    out, kept = checkpoints.begin(
-        str(out), settings, ["*.npz", "*.bcdl", compress.METRICS], compress.METRICS, 1, True, True
-    )
-    run = compress.compress(
-        LeNet300(),
-        dataset,
-        recipe,
-        chain=_CHAIN,
-        seeds=seeds,
-        out=out,
-        thresholds=None,
-        pretrained=None,
-        checkpoints=kept,
-    )
+    out, kept = checkpoints.begin(str(out), settings, ["*.npz", "*.bcdl", logs.METRICS], logs.METRICS, 1, True, True)
+    with logs.Logs(out) as log:
+        run = compress.compress(
+            LeNet300(),
+            dataset,
+            recipe,
+            chain=_CHAIN,
+            seeds=seeds,
+            out=out,
+            logs=log,
+            profile_steps=0,
+            thresholds=None,
+            pretrained=None,
+            checkpoints=kept,
+        )
     frames = {str(frame.epoch): frame.kernels | {"rates": frame.log_dropout_rates} for frame in run.snapshots}
     files.write_arrays(out / "frames.npz", frames)
     kept.remove()
@@ -159,7 +163,7 @@ def moments(process: Process, generator: random.Random, seconds: float) -> dict[
 
 def where(out: Path) -> str:
     """Where a killed run stands, from its files."""
-    metrics = out / "metrics.jsonl"
+    metrics = out / _METRICS
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     epoch = json.loads(lines[-1])["epoch"] if lines and lines[-1].endswith("}") else 0
     done = sorted(path for path in (out / "checkpoints").glob("0*") if (path / "about.json").exists())
@@ -175,14 +179,21 @@ def where(out: Path) -> str:
 
 
 def differences(out: Path, expected: Path) -> list[str]:
-    """Names of the files that differ between two finished runs."""
+    """Names of the files that differ between two finished runs; what the metrics say of time and memory may differ."""
     names = {path.name for directory in (out, expected) for path in directory.iterdir()}
     return sorted(
         name
         for name in names
         if not ((out / name).is_file() and (expected / name).is_file())
-        or (out / name).read_bytes() != (expected / name).read_bytes()
+        or _content(out / name) != _content(expected / name)
     )
+
+
+def _content(path: Path) -> Any:
+    if path.name != _METRICS:
+        return path.read_bytes()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in _OF_THE_MACHINE} for line in lines]
 
 
 def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:

@@ -6,18 +6,21 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import io
 import logging
 import os
 import re
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import startup
 from experiments.errors import UserError
 
 NAMES = ("mnist", "mnist_5k", "fashion_mnist")
@@ -28,6 +31,8 @@ _SPLIT_SEED = 0
 _EMBEDDED_TRAIN, _EMBEDDED_VALIDATION = 350, 50
 _FULL_TRAIN, _FULL_TEST, _FULL_VALIDATION = 60_000, 10_000, 5_000
 _OFFLINE_SECONDS = 2.5
+_OFFLINE_FILE, _OFFLINE_HOLDS = "unreachable", 3600
+_TFDS_DEFAULT = "~/tensorflow_datasets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +124,36 @@ def _load_embedded(notice: str | None) -> Dataset:
 
 
 def _load_full(name: str, data_dir: str | None) -> Dataset:
+    directory = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or _TFDS_DEFAULT).expanduser()
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--data-dir {directory} is a file; it must be a directory.")
+        if _other_format(directory / name):
+            # What was prepared as tfrecord takes TensorFlow to read; a second copy stands apart from it.
+            directory = directory / "array_record"
+        fingerprint = _fingerprint(directory / name)
+    except OSError as error:
+        raise UserError(f"--data-dir {directory} cannot be read: {error.strerror}.") from error
+    copy = startup.cache_directory("data")
+    if copy is not None:
+        copy = copy / f"{name}-{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]}.npz"
+        if (dataset := _read_copy(copy, name, fingerprint)) is not None:
+            return dataset
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise _Unavailable("tensorflow-datasets is not installed")
+    # The answer of the last hour is good enough where nobody asked for a directory; there is no need to load tensorflow-datasets.
+    if data_dir is None and not fingerprint and not _downloaded(directory) and _was_offline():
+        raise _Unavailable("no prepared copy was found and there was no network within the last hour to download it")
+    dataset = _read_prepared(name, directory)
+    if copy is not None:
+        # Anew: preparing may have made the files that the copy stands for.
+        _write_copy(copy, dataset, _fingerprint(directory / name))
+    return dataset
+
+
+def _read_prepared(name: str, directory: Path) -> Dataset:
+    """Reads full data through tensorflow-datasets, which takes some ten seconds; prepares it first where that is needed."""
     with _quiet_tfds() as tfds:
-        if tfds is None:
-            raise _Unavailable("tensorflow-datasets is not installed")
-        directory = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR).expanduser()
-        try:
-            if directory.exists() and not directory.is_dir():
-                raise UserError(f"--data-dir {directory} is a file; it must be a directory.")
-            if _other_format(directory / name):
-                # What was prepared as tfrecord takes TensorFlow to read; a second copy stands apart from it.
-                directory = directory / "array_record"
-        except OSError as error:
-            raise UserError(f"--data-dir {directory} cannot be read: {error.strerror}.") from error
         try:
             builder = _builder(tfds, name, directory)
             prepared = builder.is_prepared()
@@ -138,6 +161,7 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
             raise _damaged(directory / name, error) from error
         if not prepared:
             _prepare(builder, directory)
+        print(f"Reading {name} from {directory} ...", flush=True)
         try:
             train = _read(builder, "train", _FULL_TRAIN)
             test = _read(builder, "test", _FULL_TEST)
@@ -152,6 +176,39 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
         Split(train.images[held_out], train.labels[held_out]),
         test,
     )
+
+
+def _fingerprint(directory: Path) -> str:
+    """Changes with the names, sizes and times of the files below a directory; empty if there are none."""
+    stats = sorted((str(path), path.stat()) for path in directory.rglob("*") if path.is_file())
+    listing = "".join(f"{path} {found.st_size} {found.st_mtime_ns}\n" for path, found in stats)
+    return hashlib.sha256(listing.encode()).hexdigest() if listing else ""
+
+
+_PARTS = ("train", "validation", "test")
+
+
+def _read_copy(path: Path, name: str, fingerprint: str) -> Dataset | None:
+    """The arrays as they were kept; None unless they are whole (a zip file has checksums) and those of the files."""
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            if not fingerprint or str(file["fingerprint"]) != fingerprint:
+                return None
+            train, validation, test = (Split(file[f"{part}/images"], file[f"{part}/labels"]) for part in _PARTS)
+            return Dataset(name, train, validation, test)
+    except Exception:  # missing, damaged or of another form: the data is read from where it came
+        return None
+
+
+def _write_copy(path: Path, dataset: Dataset, fingerprint: str) -> None:
+    from experiments.files import write_atomically  # takes JAX along
+
+    arrays = {"fingerprint": np.array(fingerprint)}
+    for part in _PARTS:
+        split = getattr(dataset, part)
+        arrays |= {f"{part}/images": split.images, f"{part}/labels": split.labels}
+    with contextlib.suppress(OSError):  # a full disk: then it is read slowly the next time too
+        write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def _first_line(error: Exception) -> str:
@@ -215,14 +272,34 @@ def _builder(tfds: Any, name: str, directory: Path) -> Any:
 
 
 def _prepare(builder: Any, directory: Path) -> None:
-    finished = directory / "downloads" / "manual"
-    if not (len(list(finished.glob("*.gz"))) >= 4 or _reachable(builder.URL)):
+    if not _downloaded(directory) and not _reachable(builder.URL):
+        _remember_offline()
         raise _Unavailable("no prepared copy was found and there is no network to download it")
     print(f"Downloading and preparing {builder.name} in {directory} ...", flush=True)
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise _Unavailable(f"downloading or preparing it failed, {_first_line(error)}") from error
+
+
+def _downloaded(directory: Path) -> bool:
+    return len(list((directory / "downloads" / "manual").glob("*.gz"))) >= 4
+
+
+def _was_offline() -> bool:
+    """Whether there was no network within the last hour."""
+    directory = startup.cache_directory("network")
+    try:
+        return directory is not None and 0 <= time.time() - (directory / _OFFLINE_FILE).stat().st_mtime < _OFFLINE_HOLDS
+    except OSError:
+        return False
+
+
+def _remember_offline() -> None:
+    directory = startup.cache_directory("network")
+    if directory is not None:
+        with contextlib.suppress(OSError):
+            (directory / _OFFLINE_FILE).touch()
 
 
 def _reachable(url: str) -> bool:
@@ -246,13 +323,12 @@ def _reachable(url: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Any:
-    """tensorflow-datasets without its warnings and without 200 seconds of retries; None where it is not installed."""
+    """tensorflow-datasets without its warnings and without 200 seconds of retries."""
     try:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.download import downloader
-    except ImportError:
-        yield None
-        return
+    except ImportError as error:
+        raise _Unavailable(f"tensorflow-datasets cannot be loaded: {_first_line(error)}") from error
     logger, retries = logging.getLogger("absl"), downloader.MAX_RETRIES
     level = logger.level
     logger.setLevel(logging.ERROR)

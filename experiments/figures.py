@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,19 @@ def draw(
     """
     names = list(thresholds)
     for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
-        weights_gif(out / f"weights_layer{number}.gif", snapshots, name, following, thresholds, number, seed)
-    digits = np.stack(
-        [
-            images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0]
-            for digit in _DIGITS
-        ]
-    )
-    importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed)
+        path = out / f"weights_layer{number}.gif"
+        if snapshots[0].kernels[name].ndim == 2:
+            weights_gif(path, snapshots, name, following, thresholds, number, seed)
+        else:
+            kernels_gif(path, snapshots, name, thresholds[name], number, seed)
+    if snapshots[0].kernels[names[0]].ndim == 2:
+        digits = np.stack(
+            [
+                images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0]
+                for digit in _DIGITS
+            ]
+        )
+        importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed)
     dropout_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed)
 
 
@@ -67,34 +73,68 @@ def weights_gif(
     number: int,
     seed: int,
 ) -> None:
-    """The mean weights of a layer over the epochs: one column per input unit, one row per output unit."""
+    """The mean weights of a dense layer over the epochs: one column per input unit, one row per output unit."""
+    inputs, outputs = snapshots[0].kernels[name].shape
     frames = []
     for snapshot in snapshots:
         kept_inputs = snapshot.log_dropout_rates[name] < thresholds[name]
         kept_outputs = snapshot.log_dropout_rates[following] < thresholds[following]
-        frames.append(
-            (
-                snapshot.epoch,
-                np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32),
-                kept_inputs.sum(),
-                kept_outputs.sum(),
-            )
-        )
-    # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
-    limit = float(np.percentile(np.abs(frames[-1][1][frames[-1][1] != 0]), 99)) if np.any(frames[-1][1]) else 1.0
-    outputs, inputs = frames[0][1].shape
+        weights = np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32)
+        kept = f"{kept_inputs.sum()} of {inputs} inputs, {kept_outputs.sum()} of {outputs} outputs kept"
+        frames.append((snapshot.epoch, weights, kept))
     figure, axes = plt.subplots(figsize=(10.4, 4.9 if number == 1 else 4.2), dpi=100, layout="constrained")
-    picture = axes.imshow(frames[0][1], cmap=_SIGNED, vmin=-limit, vmax=limit, interpolation="nearest", aspect="auto")
     axes.set_xlabel(f"input unit ({inputs})")
     axes.set_ylabel(f"output unit ({outputs})")
+    _signed_gif(path, figure, axes, frames, f"Layer {number} (seed {seed})", aspect="auto")
+
+
+def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: float, number: int, seed: int) -> None:
+    """The mean kernels of a two-dimensional convolution over the epochs, one tile for each pair of an output and an input channel.
+
+    With several input channels there is one column of tiles per output channel and one row per input channel; the tiles
+    of a single input channel fill a rectangle.
+    """
+    height, width, inputs, outputs = snapshots[0].kernels[name].shape
+    columns = outputs if inputs > 1 else math.ceil(math.sqrt(2 * outputs))
+    rows = inputs * math.ceil(outputs / columns)
+    frames = []
+    for snapshot in snapshots:
+        kept = snapshot.log_dropout_rates[name] < threshold
+        kernels = np.where(kept, snapshot.kernels[name], 0).astype(np.float32)
+        tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width)
+        # Where there is no kernel, and as a line between them: colour maps leave blank what is not a number.
+        tiles = np.concatenate([tiles, np.full((rows * columns - len(tiles), height, width), np.nan, np.float32)])
+        tiles = np.pad(tiles, ((0, 0), (0, 1), (0, 1)), constant_values=np.nan)
+        grid = tiles.reshape(rows, columns, height + 1, width + 1).transpose(0, 2, 1, 3)
+        weights = grid.reshape(rows * (height + 1), -1)[:-1, :-1]
+        frames.append((snapshot.epoch, weights, f"{kept.sum()} of {outputs} output channels kept"))
+    figure, axes = plt.subplots(figsize=(10.4, 5.4), dpi=100, layout="constrained")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("#d9d9d9")
+    if inputs > 1:
+        axes.set_xlabel(f"output channel ({outputs})")
+        axes.set_ylabel(f"input channel ({inputs})")
+    else:
+        axes.set_xlabel(f"the kernels of the {outputs} output channels")
+    _signed_gif(path, figure, axes, frames, f"Layer {number} (seed {seed})", aspect="equal")
+
+
+def _signed_gif(
+    path: Path, figure: Any, axes: Any, frames: list[tuple[int, np.ndarray, str]], title: str, aspect: Any
+) -> None:
+    """A GIF of signed weights; a frame is an epoch, a picture, and what is kept in it."""
+    # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
+    last = np.nan_to_num(frames[-1][1])
+    limit = float(np.percentile(np.abs(last[last != 0]), 99)) if np.any(last) else 1.0
+    picture = axes.imshow(frames[0][1], cmap=_SIGNED, vmin=-limit, vmax=limit, interpolation="nearest", aspect=aspect)
     figure.colorbar(picture, ax=axes, label="posterior mean of the weight", extend="both")
 
-    def show(frame: Any) -> None:
-        epoch, weights, kept_inputs, kept_outputs = frame
+    def show(frame: tuple[int, np.ndarray, str]) -> None:
+        epoch, weights, kept = frame
         picture.set_data(weights)
-        kept = f"{kept_inputs} of {inputs} inputs, {kept_outputs} of {outputs} outputs kept"
         colours = "negative blue, positive red, pruned white"
-        axes.set_title(f"Layer {number} (seed {seed}), epoch {epoch}: {kept}\n{colours}", fontsize=11)
+        axes.set_title(f"{title}, epoch {epoch}: {kept}\n{colours}", fontsize=11)
 
     _write_gif(path, figure, show, frames)
 
@@ -154,9 +194,10 @@ def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, floa
         )
         if np.isfinite(threshold):
             panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
-        panel.set_title(f"{name}: {rates.size} input units")
+        groups = "input units" if snapshot.kernels[name].ndim == 2 else "output channels"
+        panel.set_title(f"{name}: {rates.size} {groups}")
         panel.set_xlabel("log dropout rate")
-        panel.set_ylabel("number of units")
+        panel.set_ylabel(f"number of {groups}")
         panel.legend(fontsize=8)
     figure.suptitle(f"Log dropout rates after epoch {snapshot.epoch} (seed {seed})")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -93,13 +93,19 @@ def append_json_lines(path: Path, values: Sequence[Any]) -> None:
 
 def write_arrays(path: Path, tree: Any) -> None:
     """Writes a tree of arrays as .npz, under their paths: "Dense_0/kernel_mean". Integers take the smallest type that holds them."""
-    arrays = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+    arrays = named_arrays(tree)
+    for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.signedinteger):
-            array = array.astype(_smallest_type(array))
-        arrays[jax.tree_util.keystr(key_path, simple=True, separator="/").replace("posterior/", "")] = array
+            arrays[name] = array.astype(_smallest_type(array))
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+
+
+def named_arrays(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of a tree by their paths: "Dense_0/kernel_mean"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").replace("posterior/", ""): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _smallest_type(integers: np.ndarray) -> type[np.signedinteger]:

@@ -9,12 +9,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import bcdl_jax
 from bcdl_jax.layers import Family
 
-# Largest posterior variance of the first layer's weights: a standard deviation of 0.2 [Louizos et al. 2017, appendix].
+# Largest posterior variance of the first layer's weights [Louizos et al. 2017, appendix]: a standard deviation of 0.2 for
+# LeNet-300-100, of 0.5 for LeNet-5-Caffe.
 FIRST_LAYER_CLIP_VAR = 0.04
+FIRST_CONVOLUTION_CLIP_VAR = 0.25
+
+# Digits to trace or initialise the LeNets with.
+SAMPLE_IMAGES = np.zeros((1, 28, 28, 1), np.uint8)
 
 Layer = Callable[[jax.Array], jax.Array]
 _DEFAULT = bcdl_jax.GroupNormalJeffreys()
@@ -37,8 +43,7 @@ class LeNet300(nn.Module):
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = _scaled(images).reshape(images.shape[0], -1)
-        first = None if self.family is None else dataclasses.replace(self.family, clip_var=self.clip_var)
-        hidden = nn.relu(_dense(300, first, deterministic, self.dtype)(hidden))
+        hidden = nn.relu(_dense(300, _clipped(self.family, self.clip_var), deterministic, self.dtype)(hidden))
         hidden = nn.relu(_dense(100, self.family, deterministic, self.dtype)(hidden))
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
 
@@ -49,20 +54,22 @@ class LeNet5(nn.Module):
     Attributes:
       family: of all layers; None for plain Flax layers.
       widths: of the two convolutions and the hidden dense layer.
+      clip_var: largest posterior variance of the first layer's weights, in place of the family's own.
       dtype: of the computation, as for ``LeNet300``.
     """
 
-    family: Family | None = _DEFAULT
+    family: bcdl_jax.GroupNormalJeffreys | None = _DEFAULT
     widths: tuple[int, int, int] = (20, 50, 500)
+    clip_var: float | None = FIRST_CONVOLUTION_CLIP_VAR
     dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = _scaled(images)
-        for width in self.widths[:2]:
-            convolution = _convolution(width, (5, 5), self.family, deterministic, "VALID", self.dtype)
-            hidden = nn.max_pool(nn.relu(convolution(hidden)), (2, 2), (2, 2))
+        for width, family in zip(self.widths, (_clipped(self.family, self.clip_var), self.family), strict=False):
+            convolution = _convolution(width, (5, 5), family, deterministic, "VALID", self.dtype)
+            hidden = nn.relu(_pool(convolution(hidden), deterministic))
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(_dense(self.widths[2], self.family, deterministic, self.dtype)(hidden))
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
@@ -98,7 +105,7 @@ class VGG(nn.Module):
             for width in widths:
                 hidden = _convolution(width, (3, 3), self.family, deterministic, "SAME", self.dtype)(hidden)
                 hidden = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(hidden))
-            hidden = nn.max_pool(hidden, (2, 2), (2, 2))
+            hidden = _pool(hidden, deterministic)
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(_dense(self.hidden, self.family, deterministic, self.dtype)(hidden))
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
@@ -106,6 +113,17 @@ class VGG(nn.Module):
 
 def _scaled(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
+
+
+def _clipped(
+    family: bcdl_jax.GroupNormalJeffreys | None, clip_var: float | None
+) -> bcdl_jax.GroupNormalJeffreys | None:
+    return None if family is None else dataclasses.replace(family, clip_var=clip_var)
+
+
+def _pool(images: jax.Array, deterministic: bool) -> jax.Array:
+    """Maxima over windows of 2 x 2, when training in the form with the fast gradient, else in that which other runtimes know."""
+    return nn.max_pool(images, (2, 2), (2, 2)) if deterministic else bcdl_jax.max_pool(images, (2, 2))
 
 
 def _dense(features: int, family: Family | None, deterministic: bool, dtype: Any) -> Layer:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.data import NAMES
 from experiments.errors import UserError
 
 
 def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None) -> list[float]:
-    """Decodes LeNet-300-100 files, shrinks them, and runs them on the test images.
+    """Decodes files of the LeNets, shrinks them, and runs them on the test images.
 
     Returns:
       Errors in percent.
@@ -22,12 +23,12 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
     Raises:
       UserError: a file or the data set can't be read; the embedded digits would stand in for full MNIST.
     """
+    import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
     import bcdl_jax
-    from experiments import data
-    from experiments.models import LeNet300
+    from experiments import data, models
 
     loaded = data.load(dataset, data_dir)
     if loaded.notice:  # nets trained on full MNIST have seen the embedded digits
@@ -36,18 +37,28 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
             f"trained on the embedded digits, --dataset {data.EMBEDDED}."
         )
     images, labels = jnp.asarray(loaded.test.images), jnp.asarray(loaded.test.labels)
-    model = LeNet300()
-    template = jax.eval_shape(model.init, jax.random.key(0), images[:1])["params"]
+    networks = {"LeNet-300-100": models.LeNet300(), "LeNet-5-Caffe": models.LeNet5()}
+    templates = {
+        title: jax.eval_shape(model.init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+        for title, model in networks.items()
+    }
+
+    def read(path: str | Path) -> tuple[nn.Module, Any]:
+        refused = []
+        for title, template in templates.items():
+            try:
+                return networks[title], bcdl_jax.load(path, like=template)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+            except bcdl_jax.CompressedFileError as error:
+                refused.append(f"not one of {title} ({error})")
+        raise UserError(f"{path} is not a file of a network that is known here: {', '.join(refused)}.")
+
     errors = []
     for path in paths:
-        try:
-            params = bcdl_jax.load(path, like=template)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        except bcdl_jax.CompressedFileError as error:
-            raise UserError(f"{path} is not a file of LeNet-300-100: {error}") from error
+        model, params = read(path)
         small_apply, small, _ = bcdl_jax.shrink(
-            lambda params, images: model.apply({"params": params}, images), params, images[:2]
+            lambda params, images, model=model: model.apply({"params": params}, images), params, images[:2]
         )
         wrong = jnp.argmax(jax.jit(small_apply)(small, images), axis=-1) != labels
         errors.append(float(100 * jnp.mean(wrong)))
@@ -70,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.score",
-        description="Decodes compressed files of LeNet-300-100, as experiments.lenet300 writes them, and prints their test errors.",
+        description="Decodes compressed files, as experiments.lenet300 and experiments.lenet5 write them, and prints their test errors.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a compressed file")
     parser.add_argument(

@@ -48,6 +48,14 @@ CHAIN = ["Dense_0", "Dense_1", "Dense_2"]
 CONV_CHAIN = ["Conv_0", "Conv_1", "Dense_0"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Nothing is read from or left in the cache of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def key():
     return jax.random.key(20170523)

@@ -1,6 +1,8 @@
+import dataclasses
 import functools
 import gzip
 import http.server
+import os
 import socket
 import threading
 import time
@@ -154,3 +156,55 @@ def test_a_failed_download_is_said_in_one_sentence(served, tmp_path):
     (served / "train-images-idx3-ubyte.gz").unlink()
     with pytest.raises(UserError, match=r"could not be put there: downloading or preparing it failed, .*404"):
         data.load("mnist", str(tmp_path / "tfds"))
+
+
+def test_the_lack_of_a_network_is_remembered_for_an_hour(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    asked = []
+    monkeypatch.setattr(data, "_reachable", lambda url: bool(asked.append(url)))
+    assert "there is no network" in data.load("mnist").notice
+    assert "no network within the last hour" in data.load("mnist").notice
+    assert len(asked) == 1
+    # Whoever names a directory wants the data there now.
+    with pytest.raises(UserError, match="there is no network to download it"):
+        data.load("mnist", str(tmp_path / "none"))
+    assert len(asked) == 2
+    remembered = tmp_path / "cache" / "bcdl_jax" / "network" / "unreachable"
+    os.utime(remembered, (time.time() - 3700,) * 2)
+    assert "there is no network" in data.load("mnist").notice
+    assert len(asked) == 3
+
+
+def test_arrays_are_kept_and_read_anew_where_they_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    record = tmp_path / "tfds" / "mnist" / "3.0.1" / "mnist-train.array_record"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(b"some")
+    whole, reads = data.load("mnist_5k"), []
+
+    def read(name, directory):
+        reads.append(directory)
+        return dataclasses.replace(whole, name=name)
+
+    monkeypatch.setattr(data, "_read_prepared", read)
+
+    def load():
+        dataset = data.load("mnist", str(tmp_path / "tfds"))
+        assert dataset.name == "mnist"
+        for part in ("train", "validation", "test"):
+            np.testing.assert_array_equal(getattr(dataset, part).images, getattr(whole, part).images)
+            np.testing.assert_array_equal(getattr(dataset, part).labels, getattr(whole, part).labels)
+        return len(reads)
+
+    assert [load(), load()] == [1, 1]
+    record.write_bytes(b"other")  # other data
+    assert [load(), load()] == [2, 2]
+    (copy,) = (tmp_path / "cache" / "bcdl_jax" / "data").iterdir()
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 1  # damage within the images
+    copy.write_bytes(content)
+    assert [load(), load()] == [3, 3]
+    copy.write_bytes(copy.read_bytes()[:1000])
+    assert [load(), load()] == [4, 4]
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import bcdl_jax
-from experiments import compress, data, lenet300, score
+from experiments import command_line, compress, data, lenet300, score
 from experiments.models import LeNet300
 
 
@@ -237,20 +237,25 @@ def test_a_failed_seed_is_shown_and_left_out_of_the_mean(finished, capsys):
     assert "not in the mean: Seed 5 was stopped in epoch 1." in printed
     assert f"trained {runs[0]['test_error']['trained']:.2f} % (" in printed
     dataset = data.load("mnist_5k")
-    result = compress.result("lenet300", "gnj", dataset, lenet300.recipe("mnist_5k", True), "command", broken, 1.0)
+    result = compress.result(
+        "lenet300", "gnj", dataset, lenet300.EXPERIMENT.recipe("mnist_5k", True), "command", broken, 1.0
+    )
     assert result["mean"]["test_error"] == runs[0]["test_error"]
     failed = [run | {"failure": "stopped"} for run in runs]
     assert (
-        compress.result("lenet300", "gnj", dataset, lenet300.recipe("mnist_5k", True), "", failed, 1.0)["mean"] is None
+        compress.result("lenet300", "gnj", dataset, lenet300.EXPERIMENT.recipe("mnist_5k", True), "", failed, 1.0)[
+            "mean"
+        ]
+        is None
     )
 
 
 def test_epochs_on_the_command_line_take_the_warm_up_along():
-    args = lenet300.parse(["--epochs", "18", "--learning-rate", "0.01"])
-    adapted = lenet300.adapt(lenet300.recipe("mnist", False), args)
+    args = command_line.parse(lenet300.EXPERIMENT, ["--epochs", "18", "--learning-rate", "0.01"])
+    adapted = command_line.adapt(lenet300.EXPERIMENT.recipe("mnist"), args)
     assert (adapted.epochs, adapted.warmup_epochs) == (18, 5)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.01)
-    adapted = lenet300.adapt(lenet300.recipe("mnist_5k", False), args)
+    adapted = command_line.adapt(lenet300.EXPERIMENT.recipe("mnist_5k"), args)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
 
 

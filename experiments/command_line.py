@@ -1,0 +1,343 @@
+"""The command line that the experiments share: options, checks, and a run from the data to the result file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.data import EMBEDDED, NAMES
+from experiments.errors import UserError
+from experiments.recipe import Recipe
+
+# Of which --profile writes a profile.
+_PROFILED_STEPS = 5
+
+METHODS = {"gnj": "group normal-Jeffreys prior"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What one experiment is, as data.
+
+    Attributes:
+      name: of its module, its result and its default output directory, such as "lenet300".
+      title: the network's name for people.
+      model: the class of the network in ``experiments.models``; a name, so that --help need not wait for JAX.
+      chain: layer names in the order of the data flow.
+      pictures: names of the files that ``figures.draw`` makes of it.
+      recipes: how to train, by the data set's name; that of "mnist" for names that are not there.
+      quick: what --quick changes in the recipe.
+    """
+
+    name: str
+    title: str
+    model: str
+    chain: tuple[str, ...]
+    pictures: tuple[str, ...]
+    recipes: Mapping[str, Recipe]
+    quick: Mapping[str, Any]
+
+    def recipe(self, dataset: str, quick: bool = False) -> Recipe:
+        """The recipe for a data set."""
+        chosen = self.recipes.get(dataset, self.recipes["mnist"])
+        return dataclasses.replace(chosen, **self.quick) if quick else chosen
+
+
+def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Namespace:
+    """Reads and checks the options. Raises UserError for values that are not allowed."""
+    parser = _parser(experiment)
+    args = parser.parse_args(arguments)
+    _check(experiment, args)
+    return args
+
+
+def _parser(experiment: Experiment) -> argparse.ArgumentParser:
+    full, embedded = experiment.recipe("mnist"), experiment.recipe(EMBEDDED)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{experiment.name}",
+        description=f"Trains a variational {experiment.title}, prunes it, reduces its precision, and writes a result file, parameters and "
+        "pictures. Without the full MNIST and without a network it runs on 5,000 embedded digits.",
+    )
+    parser.add_argument(
+        "--method",
+        default="gnj",
+        metavar="|".join(METHODS),
+        help="how to compress: gnj, the group normal-Jeffreys prior (default)",
+    )
+    parser.add_argument(
+        "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to train on (default: mnist)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        help="directory of prepared tensorflow-datasets data, or where to prepare it (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help=f"epochs of training before pruning (default: the recipe's, {full.epochs} on full MNIST)",
+    )
+    parser.add_argument(
+        "--fine-tune-epochs",
+        type=int,
+        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} on full MNIST)",
+    )
+    parser.add_argument(
+        "--pretrain-epochs",
+        type=int,
+        metavar="N",
+        help="epochs of training the plain network, whose weights the variational training starts from; 0 starts it from scratch "
+        f"(default: {full.pretrain_epochs})",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"examples per training step (default: {full.batch_size}; {embedded.batch_size} on the embedded digits)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help="Adam's step size at the start of training, from where it falls to 0 along a cosine; that of fine-tuning is constant and "
+        f"changes in proportion (default: {full.learning_rate}; {embedded.learning_rate} on the embedded digits)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="one run for each seed, all trained at once (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help=f"{len(experiment.chain)} log dropout rates, one per layer, above which a unit is pruned (default: chosen on the validation data)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        metavar="FILE.npz",
+        help=f"start from trained weights, in place of a pre-training: arrays {experiment.chain[0]}/kernel, {experiment.chain[0]}/bias and so "
+        "on, and the name of their data set in trained_on",
+    )
+    out = f"runs/{experiment.name}"
+    parser.add_argument("--out", default=out, help=f"directory for the files of the run (default: {out})")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=5,
+        metavar="N",
+        help="write a checkpoint after every N epochs; 0 for none but on SIGTERM and Ctrl-C (default: 5)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out that was cut short, from its last checkpoint"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few epochs and one seed, to see everything work; its figures mean nothing",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the metrics as TensorBoard event files too, into --out/tensorboard",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write a JAX profile of a few training steps into --out/profile"
+    )
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew; otherwise compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or in the user's cache directory",
+    )
+    return parser
+
+
+def _check(experiment: Experiment, args: argparse.Namespace) -> None:
+    if args.method not in METHODS:
+        raise UserError(f"--method is {args.method!r}; allowed is {', '.join(METHODS)}.")
+    if args.dataset not in NAMES:
+        raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
+    for name, smallest in (("epochs", 1), ("fine_tune_epochs", 0), ("pretrain_epochs", 0), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}.")
+    if args.checkpoint_every < 0:
+        raise UserError(f"--checkpoint-every is {args.checkpoint_every}; it must be at least 0.")
+    if args.pretrained is not None and args.pretrain_epochs:
+        raise UserError(
+            "--pretrained and --pretrain-epochs exclude each other: the file takes the place of the pre-training."
+        )
+    if args.learning_rate is not None and not 0 < args.learning_rate < float("inf"):
+        raise UserError(f"--learning-rate is {args.learning_rate}; it must be a positive number.")
+    if args.thresholds is not None and len(args.thresholds) != len(experiment.chain):
+        raise UserError(
+            f"--thresholds has {len(args.thresholds)} values; it must have {len(experiment.chain)}, one per layer."
+        )
+    if args.thresholds is not None and any(value != value for value in args.thresholds):
+        raise UserError("--thresholds holds a value that is not a number.")
+    if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
+        raise UserError(f"--seeds names a seed twice: {' '.join(map(str, args.seeds))}; each may be named once.")
+    for seed in args.seeds or ():
+        if not 0 <= seed < 2**31:
+            raise UserError(f"--seeds holds {seed}; a seed must be at least 0 and less than 2147483648.")
+
+
+def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
+    """Loads the data, pre-trains, compresses, scores, and writes all files."""
+    print(f"{experiment.title}: starting ...", flush=True)
+    # Imported late, so that --help and bad arguments are answered at once.
+    from experiments import checkpoints, compress, data, figures, files, logs, models, score, startup
+    from experiments.pretrain import pretrain
+
+    start = time.perf_counter()
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    # Where a run was cut short, its files give way without --overwrite.
+    cut_short = args.resume and checkpoints.are_in(args.out)
+    files.check_out(args.out, args.overwrite or cut_short)
+    if args.tensorboard:
+        logs.check_tensorboard()
+    dataset = data.load(args.dataset, args.data_dir)
+    if dataset.notice:
+        print(dataset.notice, flush=True)
+    settings = adapt(experiment.recipe(dataset.name, args.quick), args)
+    if settings.batch_size > len(dataset.train):
+        raise UserError(
+            f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}."
+        )
+    model = getattr(models, experiment.model)()
+    pretrained, arrays = None, None
+    if args.pretrained is not None:
+        arrays = files.read_pretrained(args.pretrained, dataset.name, (EMBEDDED,))
+        _check_pretrained(experiment, model, args.pretrained, arrays)
+        pretrained = [arrays] * len(seeds)
+    chain = experiment.chain
+    thresholds = None if args.thresholds is None else dict(zip(chain, args.thresholds, strict=True))
+    stages = (compress.PRETRAINED, *compress.STAGES)
+    params_files = [compress.params_file(stage, "*") for stage in stages]
+    compressed_files = compress.compressed_file("*")
+    written = [
+        compress.RESULT,
+        compress.INTERRUPTED,
+        *logs.WRITTEN,
+        *params_files,
+        compressed_files,
+        *experiment.pictures,
+    ]
+    run_settings = checkpoints.settings(
+        experiment.name,
+        settings,
+        dataset,
+        seeds,
+        thresholds=args.thresholds,
+        pretrained=checkpoints.checksum(arrays),
+    )
+    out, kept = checkpoints.begin(
+        args.out, run_settings, written, logs.METRICS, args.checkpoint_every, args.resume, args.overwrite
+    )
+
+    sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
+    epochs = [settings.epochs, settings.fine_tune_epochs]
+    if settings.pretrain_epochs:
+        epochs.insert(0, settings.pretrain_epochs)
+    length = f"{' + '.join(map(str, epochs))} epochs, seeds {' '.join(map(str, seeds))}"
+    print(f"{experiment.title}, {METHODS[args.method]}, {dataset.name}: {sizes}; {length}", flush=True)
+    try:
+        with (
+            startup.compilation_cache(not args.no_compilation_cache),
+            logs.Logs(out, tensorboard=args.tensorboard) as log,
+        ):
+            if settings.pretrain_epochs:
+                pretrained = pretrain(model, dataset, settings, seeds=seeds, out=out, logs=log, checkpoints=kept)
+            compressed = compress.compress(
+                model,
+                dataset,
+                settings,
+                chain=chain,
+                seeds=seeds,
+                out=out,
+                logs=log,
+                profile_steps=_PROFILED_STEPS if args.profile else 0,
+                thresholds=thresholds,
+                pretrained=pretrained,
+                checkpoints=kept,
+            )
+        file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
+        runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
+        first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
+        figures.draw(out, compressed.snapshots, first_thresholds, dataset.test.images, dataset.test.labels, seeds[0])
+        result = compress.result(
+            experiment.name,
+            args.method,
+            dataset,
+            settings,
+            command,
+            runs,
+            kept.earlier_seconds + time.perf_counter() - start,
+            kept.resumed,
+        )
+        files.write_json(out / compress.RESULT, result)
+        kept.remove()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; what was finished so far is in {out}.", file=sys.stderr)
+        raise SystemExit(130) from None
+    compress.print_table(runs)
+    print(f"{result['seconds']:.0f} s, {result['runs'][0]['peak_memory_mb']} MB peak memory; files in {out}")
+    if dataset.notice:
+        print(dataset.notice)
+
+
+def adapt(settings: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line changes; the KL warm-up keeps its share of the epochs."""
+    names = ("epochs", "fine_tune_epochs", "pretrain_epochs", "batch_size", "learning_rate")
+    given = {name: getattr(args, name) for name in names}
+    if args.pretrained is not None:
+        given["pretrain_epochs"] = 0
+    if args.learning_rate is not None:
+        ratio = settings.fine_tune_learning_rate / settings.learning_rate
+        given["fine_tune_learning_rate"] = ratio * args.learning_rate
+    if args.epochs is not None:
+        given["warmup_epochs"] = round(settings.warmup_epochs * args.epochs / settings.epochs)
+    return dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def _check_pretrained(experiment: Experiment, model: Any, path: str, arrays: dict[str, Any]) -> None:
+    """Raises UserError unless the arrays are just those of the plain network."""
+    import jax
+
+    from experiments.models import SAMPLE_IMAGES
+
+    twin = jax.eval_shape(model.clone(family=None).init, jax.random.key(0), SAMPLE_IMAGES)["params"]
+    expected = {f"{name}/{part}": twin[name][part].shape for name in experiment.chain for part in ("kernel", "bias")}
+    for name, shape in expected.items():
+        if name not in arrays:
+            raise UserError(f"--pretrained {path} has no array {name}; it must hold {', '.join(expected)}.")
+        if arrays[name].shape != shape:
+            raise UserError(f"--pretrained {path} has {name} of shape {arrays[name].shape}; it must be {shape}.")
+    if extra := sorted(set(arrays) - set(expected)):
+        raise UserError(
+            f"--pretrained {path} holds {', '.join(extra)}; allowed are {', '.join(expected)} and trained_on."
+        )
+
+
+def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
+    """Runs the experiment; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        run(
+            experiment,
+            parse(experiment, arguments),
+            shlex.join(["python", "-m", f"experiments.{experiment.name}", *given]),
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0

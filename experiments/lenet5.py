@@ -1,0 +1,42 @@
+"""LeNet-5-Caffe on MNIST with the group normal-Jeffreys prior: ``python -m experiments.lenet5``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+
+from experiments import command_line
+from experiments.data import EMBEDDED
+from experiments.recipe import Recipe
+
+CHAIN = ("Conv_0", "Conv_1", "Dense_0", "Dense_1")
+PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "weights_layer3.gif", "log_dropout_rates.png")
+
+_FULL = Recipe(
+    epochs=40,
+    fine_tune_epochs=10,
+    log_variance_factor=4.0,
+    warmup_epochs=8,
+    fine_tune_averaging_epochs=3,
+    pretrain_epochs=3,
+)
+_EMBEDDED = dataclasses.replace(
+    _FULL, batch_size=32, learning_rate=1e-3, max_pruning_change=0.01, max_rounding_change=0.002
+)
+
+EXPERIMENT = command_line.Experiment(
+    name="lenet5",
+    title="LeNet-5-Caffe",
+    model="LeNet5",
+    chain=CHAIN,
+    pictures=PICTURES,
+    recipes={"mnist": _FULL, EMBEDDED: _EMBEDDED},
+    quick={"epochs": 2, "fine_tune_epochs": 1, "pretrain_epochs": 1, "warmup_epochs": 0},
+)
+
+main = functools.partial(command_line.main, EXPERIMENT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Pre-training: the plain twin of a variational network, trained by Adam; its weights are where variational training starts."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bcdl_jax
+from experiments import compress, files
+from experiments.checkpoints import Checkpoints
+from experiments.data import Dataset
+from experiments.logs import Logs
+from experiments.recipe import Recipe
+
+
+def pretrain(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seeds: Sequence[int],
+    out: Path,
+    logs: Logs,
+    checkpoints: Checkpoints,
+) -> list[dict[str, np.ndarray]]:
+    """Trains the plain twin, one net per seed, by cross-entropy alone.
+
+    The step is compiled, and called from Python: in a compiled loop a CPU runs convolutions many times slower. A net that is cut short
+    starts again; a finished one is kept in a checkpoint.
+
+    Args:
+      model: variational, with a field ``family`` that None makes plain.
+      dataset: only its training and validation parts are used.
+      recipe: see ``Recipe``.
+      seeds: one run each, one after the other.
+      out: directory for pretrained_seed*.npz, written in the form that --pretrained reads.
+      logs: where the metrics go.
+      checkpoints: of this run.
+
+    Returns:
+      For each seed, the weights by "layer/kernel" and "layer/bias".
+    """
+    twin: Any = model.clone(family=None)  # type: ignore[call-arg]
+    train, validation = compress.on_device(dataset.train), compress.on_device(dataset.validation)
+    steps = len(dataset.train) // recipe.batch_size
+    total = steps * recipe.pretrain_epochs
+    optimizer = optax.adam(optax.cosine_decay_schedule(recipe.pretrain_learning_rate, total))
+    measure = jax.jit(functools.partial(compress.error_percent, twin))
+
+    def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        # Not deterministic means no more to plain layers than that this is training.
+        logits = twin.apply({"params": params}, images, deterministic=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, loss_sum: jax.Array, order: jax.Array, number: int, data: Any) -> tuple[Any, jax.Array]:
+        params, optimizer_state = state
+        rows = jax.lax.dynamic_slice_in_dim(order, number * recipe.batch_size, recipe.batch_size)
+        value, gradients = jax.value_and_grad(loss)(params, *(array[rows] for array in data))
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state)
+        return (optax.apply_updates(params, updates), optimizer_state), loss_sum + value
+
+    @jax.jit
+    def start(key: jax.Array) -> Any:
+        params = twin.init(key, train[0][:1])["params"]
+        return params, optimizer.init(params)
+
+    order_of = jax.jit(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), len(dataset.train)))
+    # Those of seeds that are yet to come hold zeros.
+    shapes = jax.eval_shape(start, jax.random.key(0))[0]
+    nets = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), shapes)
+    restored = checkpoints.restore("pretrain", nets)
+    done = 0
+    if restored is not None:
+        nets, done = restored.state, restored.facts["nets"]
+    for index, seed in list(enumerate(seeds))[done:]:
+        key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
+        state = start(key)
+        with compress.bar(total, f"pre-train seed {seed}", "step") as progress:
+            for epoch in range(recipe.pretrain_epochs):
+                begin = time.perf_counter()
+                order, loss_sum = order_of(order_key, epoch), jnp.zeros(())
+                for number in range(steps):
+                    state, loss_sum = step(state, loss_sum, order, number, train)
+                    progress.update()
+                error = float(measure(state[0], validation))
+                progress.set_postfix_str(f"validation error {error:.2f} %")
+                metrics = {"epoch": epoch + 1, "seed": seed, "loss": float(loss_sum) / steps, "validation_error": error}
+                speed = steps * recipe.batch_size / (time.perf_counter() - begin)
+                logs.log_epoch("pretrain", [metrics], images_per_second=speed)
+        nets = jax.tree.map(lambda all_nets, net, index=index: all_nets.at[index].set(net), nets, state[0])
+        complete = index + 1 == len(seeds)
+        facts = {"nets": index + 1, "step": total}
+        checkpoints.save("pretrain", nets, facts=facts, frames={}, complete=complete)
+    logs.flush()
+    trained_on = {files.TRAINED_ON: np.array(dataset.name)}
+    named = [files.named_arrays(jax.device_get(bcdl_jax.unstack(nets, index))) for index in range(len(seeds))]
+    for seed, net in zip(seeds, named, strict=True):
+        files.write_arrays(out / compress.params_file(compress.PRETRAINED, seed), net | trained_on)
+    return named

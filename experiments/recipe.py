@@ -1,0 +1,52 @@
+"""How to train and compress, as data. Imports nothing: the command lines answer --help without waiting for JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train and compress; every value was chosen on validation data.
+
+    Attributes:
+      epochs: of variational training.
+      fine_tune_epochs: after pruning.
+      batch_size: examples per step.
+      learning_rate: of Adam at the start; falls to 0 along a cosine.
+      fine_tune_learning_rate: of the fine-tuning, constant.
+      fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
+      fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
+        some of the pull towards pruning for a better fit.
+      log_variance_factor: how many times larger the steps of all log-variances are.
+      fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
+      warmup_epochs: over which the weight of the KL rises from 0 to 1.
+      max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
+        per example, see ``compress.prediction_change``.
+      max_rounding_change: likewise for the rounding.
+      pretrain_epochs: of training the plain twin of the network, whose weights the variational training starts from; 0 starts
+        it from scratch.
+      pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
+      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
+      shrink_above: log dropout rate above which a group is safely gone, so that it is left out while training goes on; None to train
+        at full size throughout. Needs ``in_turn``.
+      shrink_every: epochs from one look at the groups to the next.
+    """
+
+    epochs: int
+    fine_tune_epochs: int
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    fine_tune_learning_rate: float = 2e-3
+    fine_tune_averaging_epochs: float = 12
+    fine_tune_kl_weight: float = 0.6
+    log_variance_factor: float = 2.0
+    fine_tune_log_variance_factor: float = 2.0
+    warmup_epochs: int = 0
+    max_pruning_change: float = 0.0075
+    max_rounding_change: float = 0.001
+    pretrain_epochs: int = 0
+    pretrain_learning_rate: float = 2e-3
+    in_turn: bool = False
+    shrink_above: float | None = None
+    shrink_every: int = 5

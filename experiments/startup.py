@@ -1,0 +1,111 @@
+"""What makes a second start fast, and says what a start waits for: the private cache directory, compiled programs kept in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Shorter compilations are not worth a file.
+_LEAST_COMPILE_SECONDS = 0.05
+
+
+def cache_directory(name: str) -> Path | None:
+    """A directory of this user's cache, made where it is missing: XDG_CACHE_HOME or ~/.cache, then bcdl_jax/``name``.
+
+    Compiled programs are run and arrays are trusted as they lie there, so nobody else may write to it.
+
+    Returns:
+      The directory; None where it cannot be made, or is not this user's alone.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "bcdl_jax"
+        directory = root / name
+        directory.parent.parent.mkdir(parents=True, exist_ok=True)
+        for level in (root, directory):
+            level.mkdir(mode=0o700, exist_ok=True)
+            found = level.lstat()
+            foreign = hasattr(os, "getuid") and found.st_uid != os.getuid()
+            if not stat.S_ISDIR(found.st_mode) or foreign or (os.name == "posix" and found.st_mode & 0o077):
+                return None
+    except (OSError, RuntimeError):  # no home directory, or one that cannot be written
+        return None
+    return directory if os.access(directory, os.W_OK) else None
+
+
+@contextlib.contextmanager
+def compilation_cache(enabled: bool) -> Iterator[None]:
+    """Keeps compiled programs on disk while it lasts; where JAX_COMPILATION_CACHE_DIR says, or in the private directory."""
+    import jax
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    directory = before["jax_compilation_cache_dir"] or cache_directory("compiled")
+    changes: dict[str, Any] = {"jax_enable_compilation_cache": before["jax_enable_compilation_cache"] and enabled}
+    if enabled and directory is not None:
+        changes["jax_compilation_cache_dir"] = str(directory)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            changes["jax_persistent_cache_min_compile_time_secs"] = _LEAST_COMPILE_SECONDS
+    _configure(changes)
+    try:
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    cache.reset_cache()  # JAX looks at the settings only once
+
+
+class CompileTime:
+    """Adds up, while it is entered, the seconds that JAX traces and compiles, and how many programs came from the cache."""
+
+    _SECONDS = (
+        "/jax/core/compile/jaxpr_trace_duration",
+        "/jax/core/compile/jaxpr_to_mlir_module_duration",
+        "/jax/core/compile/backend_compile_duration",
+    )
+    _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+
+    def __init__(self) -> None:
+        self.seconds, self.hits, self.misses = 0.0, 0, 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> CompileTime:
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        jax.monitoring.register_event_listener(self._count)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._add)
+        jax.monitoring.unregister_event_listener(self._count)
+
+    def sentence(self) -> str:
+        """ "compiled in 3.2 s", with a word on the cache where programs came from it."""
+        if not self.hits:
+            return f"compiled in {self.seconds:.1f} s"
+        which = "all programs" if not self.misses else f"{self.hits} of {self.hits + self.misses} programs"
+        return f"compiled in {self.seconds:.1f} s, {which} from the cache"
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event in self._SECONDS:
+            with self._lock:
+                self.seconds += duration_secs
+
+    def _count(self, event: str, **_: Any) -> None:
+        with self._lock:
+            self.hits += event == self._HIT
+            self.misses += event == self._MISS
