@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -239,7 +238,7 @@ class _Trainer:
             if count == 0:
                 return False
             start = time.perf_counter()
-            part.state, _ = program(part.state, self.data, jnp.int32(count))
+            part.state, _ = program(part.state, self.data, np.int32(count))
             jax.block_until_ready(part.state.step)
             part.seconds_per_step = (time.perf_counter() - start) / count
         return True
@@ -266,7 +265,7 @@ class _Trainer:
         if self.vmapped:
             train_steps = jax.vmap(train_steps, in_axes=(0, None, None))
         jitted: Any = jit_step(train_steps, part.state)
-        part.program = jitted.lower(part.state, self.data, jnp.int32(1)).compile()
+        part.program = jitted.lower(part.state, self.data, np.int32(1)).compile()
         if part.small is None:
             self._full_size_program = part.program
         return part.program

@@ -60,12 +60,12 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-      every: epochs from one to the next; 0 for none.
+      every: epochs from one to the next; 0 for none but those of signals; None if nothing is ever saved.
       resumed: how often the run was taken up again.
       earlier_seconds: that were spent on what was taken up.
     """
 
-    def __init__(self, out: Path, metrics: str, settings: Mapping[str, Any], every: int):
+    def __init__(self, out: Path, metrics: str, settings: Mapping[str, Any], every: int | None):
         """Args: out: of the run. metrics: name of its metrics file. settings: all that the parameters depend on, as JSON takes it."""
         self.every, self.resumed, self.earlier_seconds = every, 0, 0.0
         self._directory, self._metrics = out.absolute() / DIRECTORY, out.absolute() / metrics
@@ -134,8 +134,10 @@ class Checkpoints:
           complete: whether this is the end of the phase.
 
         Returns:
-          The directory of the checkpoint, None if it could not be written.
+          The directory of the checkpoint, None if it could not be written, or nothing is ever saved.
         """
+        if self.every is None:
+            return None
         existing = self._newest_first()
         path = self._directory / f"{1 + (int(existing[0].name) if existing else 0):06d}"
         writing = self._directory / f"{_WRITING}{path.name}"
@@ -250,7 +252,7 @@ def begin(
     settings: Mapping[str, Any],
     written: list[str],
     metrics: str,
-    every: int,
+    every: int | None,
     resume: bool,
     overwrite: bool,
 ) -> tuple[Path, Checkpoints]:
@@ -261,7 +263,7 @@ def begin(
       settings: of ``settings``.
       written: patterns of the files that a run writes, as for ``files.prepare_out``.
       metrics: which of them holds the metrics.
-      every: epochs from one checkpoint to the next; 0 for none.
+      every: epochs from one checkpoint to the next, as in ``Checkpoints``.
       resume: whether to go on with a run that was cut short there.
       overwrite: whether an earlier run's files may be replaced.
 

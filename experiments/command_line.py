@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from experiments import devices
 from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
 from experiments.recipe import Recipe
+
+if TYPE_CHECKING:
+    from experiments.data import Dataset
 
 # Of which --profile writes a profile.
 _PROFILED_STEPS = 5
@@ -150,6 +157,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--profile", action="store_true", help="write a JAX profile of a few training steps into --out/profile"
     )
+    devices.add_options(parser)
     parser.add_argument(
         "--no-compilation-cache",
         action="store_true",
@@ -167,6 +175,9 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}.")
+    devices.check(args)
+    if args.resume and args.coordinator is not None:
+        raise UserError("--resume and --coordinator exclude each other: several processes write no checkpoints.")
     if args.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every is {args.checkpoint_every}; it must be at least 0.")
     if args.pretrained is not None and args.pretrain_epochs:
@@ -189,8 +200,16 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
 
 
 def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
-    """Loads the data, pre-trains, compresses, scores, and writes all files."""
+    """Loads the data, pre-trains, compresses, scores, and writes all files; those of processes but the first are thrown away."""
     print(f"{experiment.title}: starting ...", flush=True)
+    if not args.process_id:
+        _run(experiment, args, command)
+        return
+    with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        _run(experiment, argparse.Namespace(**vars(args) | {"out": out, "tensorboard": False}), command)
+
+
+def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     # Imported late, so that --help and bad arguments are answered at once.
     from experiments import checkpoints, compress, data, figures, files, logs, models, score, startup
     from experiments.pretrain import pretrain
@@ -202,6 +221,8 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     files.check_out(args.out, args.overwrite or cut_short)
     if args.tensorboard:
         logs.check_tensorboard()
+    devices.join(args)
+    chosen = devices.choose(args.devices)
     dataset = data.load(args.dataset, args.data_dir)
     if dataset.notice:
         print(dataset.notice, flush=True)
@@ -210,6 +231,8 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
         raise UserError(
             f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}."
         )
+    devices.check_batch_size(settings.batch_size, len(chosen))
+    dataset, settings = _adapt_to(len(chosen), dataset, settings)
     model = getattr(models, experiment.model)()
     pretrained, arrays = None, None
     if args.pretrained is not None:
@@ -236,10 +259,10 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
         seeds,
         thresholds=args.thresholds,
         pretrained=checkpoints.checksum(arrays),
+        **{"devices trained on": len(chosen)},
     )
-    out, kept = checkpoints.begin(
-        args.out, run_settings, written, logs.METRICS, args.checkpoint_every, args.resume, args.overwrite
-    )
+    every = args.checkpoint_every if args.coordinator is None else None
+    out, kept = checkpoints.begin(args.out, run_settings, written, logs.METRICS, every, args.resume, args.overwrite)
 
     sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
     epochs = [settings.epochs, settings.fine_tune_epochs]
@@ -266,7 +289,10 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
                 thresholds=thresholds,
                 pretrained=pretrained,
                 checkpoints=kept,
+                mesh=devices.mesh_of(chosen),
             )
+        if not devices.is_writer():
+            return
         file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
         runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
         first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
@@ -290,6 +316,20 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     print(f"{result['seconds']:.0f} s, {result['runs'][0]['peak_memory_mb']} MB peak memory; files in {out}")
     if dataset.notice:
         print(dataset.notice)
+
+
+def _adapt_to(count: int, dataset: Dataset, settings: Recipe) -> tuple[Dataset, Recipe]:
+    """The data and the recipe as several devices need them, with a word on what changes."""
+    if rest := len(dataset.train) % count:
+        images, labels = dataset.train.images[:-rest], dataset.train.labels[:-rest]
+        dataset = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, images=images, labels=labels))
+        print(f"The last {rest} training examples are left out, so that {count} devices hold equally many.", flush=True)
+    if count > 1 and settings.shrink_above is not None:
+        settings = dataclasses.replace(settings, shrink_above=None)
+        print(
+            "On several devices the network is trained at full size to the end: only on one does it shrink.", flush=True
+        )
+    return dataset, settings
 
 
 def adapt(settings: Recipe, args: argparse.Namespace) -> Recipe:

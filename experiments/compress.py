@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import files, interruption, startup
+from experiments import devices, files, interruption, startup
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
@@ -143,6 +145,7 @@ def compress(
     thresholds: dict[str, float] | None,
     pretrained: Sequence[dict[str, np.ndarray]] | None,
     checkpoints: Checkpoints,
+    mesh: Mesh | None = None,
 ) -> Run:
     """Trains, prunes, fine-tunes and reduces the precision of one net per seed.
 
@@ -158,18 +161,21 @@ def compress(
       thresholds: by layer name, or None to choose them on the validation data.
       pretrained: per seed, weights to start from, by "layer/kernel" and "layer/bias"; None starts from scratch.
       checkpoints: of this run; what it has taken up is not trained again, and the rest follows from it.
+      mesh: of the devices to train on, from ``bcdl_jax.make_mesh``; None for one device. The training examples must be a multiple of
+        them, and the recipe must not shrink. Every process of the mesh must call this, with an ``out`` of its own.
 
     Raises:
       UserError: pretrained weights that do not fit the model, or seeds that were all stopped by values that are not
         finite.
     """
     start = time.perf_counter()
-    train, validation = on_device(dataset.train), on_device(dataset.validation)
+    validation = on_device(dataset.validation)
+    train, held_out = _placed(dataset, validation, mesh)
     change = jax.jit(functools.partial(prediction_change, model))
     run_phase = functools.partial(
-        _run_phase, model, recipe, train, validation, chain, seeds, out, logs, thresholds, checkpoints
+        _run_phase, model, recipe, train, held_out, chain, seeds, out, logs, thresholds, checkpoints, mesh
     )
-    fresh = _fresh_params(model, train[0][:1], seeds, pretrained)
+    fresh = _fresh_params(model, validation[0][:1], seeds, pretrained)
     params, failures, snapshots = run_phase("train", fresh, first_epoch=1, profile_steps=profile_steps)
     jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
@@ -248,6 +254,7 @@ def _run_phase(
     logs: Logs,
     thresholds: dict[str, float] | None,
     checkpoints: Checkpoints,
+    mesh: Mesh | None,
     phase: str,
     params: Any,
     *,
@@ -289,8 +296,11 @@ def _run_phase(
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
         above = math.inf if fine_tune else recipe.shrink_above
         shrinking = bcdl_jax.Shrinking(likelihood, make_step, above, chain, every=recipe.shrink_every)
+    params = devices.same_everywhere(params)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
     start = jax.jit(jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key)))(params, keys)
+    if mesh is not None:
+        start = bcdl_jax.place_state(start, mesh)
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     snapshots = [_snapshot(0, params)]
     failures: list[str | None] = [None] * len(seeds)
@@ -305,11 +315,11 @@ def _run_phase(
         return checkpoints.save(phase, states, facts=facts, frames=frames, complete=complete)
 
     if profile_steps:
-        _profile(out, make_step(likelihood), start, train, profile_steps, recipe)
+        _profile(out, make_step(likelihood), start, train, profile_steps, recipe, mesh)
     states, done, taken, told = start, int(start.step.max()) // steps, int(start.step.sum()), False
     with (
         Progress(epochs, phase.replace("_", "-"), done) as progress,
-        interruption.noted() as stop,
+        interruption.noted() if checkpoints.every is not None else contextlib.nullcontext() as stop,
         startup.CompileTime() as compile_time,
     ):
         clock, compiling = time.perf_counter(), 0.0
@@ -326,6 +336,7 @@ def _run_phase(
             thresholds=math.inf if fine_tune else thresholds,
             in_turn=recipe.in_turn,
             shrinking=shrinking,
+            shards=_shards(mesh),
             stop=stop,
         ):
             if report is None:
@@ -347,32 +358,46 @@ def _run_phase(
             clock, compiling = time.perf_counter(), compile_time.seconds
         complete = done == epochs or all(failures)
         saved = None
-        if stop() or (checkpoints.every and not (restored is not None and restored.complete)):
+        if (stop and stop()) or (checkpoints.every and not (restored is not None and restored.complete)):
             saved = save(complete)
-        if stop.signal == signal.SIGINT:
+        if stop and stop.signal == signal.SIGINT:
             files.write_arrays(out / INTERRUPTED, states.params)
             raise KeyboardInterrupt
-        if stop.signal == signal.SIGTERM:
+        if stop and stop.signal == signal.SIGTERM:
             advice = "could not be saved" if saved is None else f"is saved in {saved}; --resume goes on from there"
             print(f"\nStopped by SIGTERM; what was trained so far {advice}.", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
     logs.flush()
+    if mesh is not None:
+        states = bcdl_jax.fetch(states)
     if fine_tune:
         averaged = jax.jit(bcdl_jax.clip_variances)(bcdl_jax.averaged_params(states.optimizer_state))
         return averaged, failures, snapshots
     return states.params, failures, snapshots
 
 
-def _profile(out: Path, step: Any, states: Any, train: Any, count: int, recipe: Recipe) -> None:
+def _placed(dataset: Dataset, validation: tuple[jax.Array, jax.Array], mesh: Mesh | None) -> tuple[Any, Any]:
+    """The training data and the validation data where training takes place: the former in parts, the latter on every device."""
+    if mesh is None:
+        return on_device(dataset.train), validation
+    rows = bcdl_jax.process_rows(mesh, len(dataset.train))
+    part = dataset.train.images[rows], dataset.train.labels[rows]
+    return bcdl_jax.place_data(part, mesh, examples=len(dataset.train)), bcdl_jax.place_state(validation, mesh)
+
+
+def _shards(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.size
+
+
+def _profile(out: Path, step: Any, states: Any, train: Any, count: int, recipe: Recipe, mesh: Mesh | None) -> None:
     """Writes a profile of ``count`` training steps, of all seeds at once or, in turn, of the first."""
-    few = jax.tree.map(lambda array: array[: count * recipe.batch_size], train)
-    train_epoch: Any = bcdl_jax.make_train_epoch(step, batch_size=recipe.batch_size)
+    train_steps: Any = bcdl_jax.make_train_steps(step, batch_size=recipe.batch_size, shards=_shards(mesh))
     if recipe.in_turn:
         states = bcdl_jax.unstack(states, 0)
     else:
-        train_epoch = jax.vmap(train_epoch, in_axes=(0, None))
-    few_steps = jax.jit(train_epoch)
-    profile(out, lambda: few_steps(states, few))
+        train_steps = jax.vmap(train_steps, in_axes=(0, None, None))
+    few_steps = jax.jit(train_steps)
+    profile(out, lambda: few_steps(states, train, np.int32(count)))
 
 
 def score(

@@ -6,12 +6,14 @@ import argparse
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from experiments.errors import UserError
 
 if TYPE_CHECKING:  # importing it takes time, which --help and bad arguments need not wait for
     import jax
+    from jax.sharding import Mesh
 
 _CONNECT_SECONDS = 120
 
@@ -132,6 +134,21 @@ def check_batch_size(batch_size: int, devices: int) -> None:
     """Raises UserError unless a batch can be spread over that many devices, those of all processes together."""
     if batch_size % devices:
         raise UserError(f"--batch-size is {batch_size}; it must be a multiple of the number of devices, {devices}.")
+
+
+def mesh_of(chosen: Sequence[jax.Device]) -> Mesh | None:
+    """The mesh to train on, None for a single device, which needs none."""
+    import bcdl_jax
+
+    return bcdl_jax.make_mesh(devices=chosen) if len(chosen) > 1 else None
+
+
+def same_everywhere(tree: Any) -> Any:
+    """What process 0 has of a tree of arrays, as every process must call it: start values may differ in the last bit between machines."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
 def is_writer() -> bool:

@@ -20,6 +20,9 @@ _FULL = Recipe(
     warmup_epochs=8,
     fine_tune_averaging_epochs=3,
     pretrain_epochs=3,
+    in_turn=True,
+    shrink_above=1.0,
+    shrink_every=2,
 )
 _EMBEDDED = dataclasses.replace(
     _FULL, batch_size=32, learning_rate=1e-3, max_pruning_change=0.01, max_rounding_change=0.002
