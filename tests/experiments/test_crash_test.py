@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from experiments import crash_test
@@ -12,12 +14,14 @@ def test_a_run_that_is_killed_three_times_ends_with_the_same_files(capsys):
 
 
 def test_differences_name_every_file(tmp_path):
-    for name, content in (("one", "same"), ("two", "same")):
+    for name, speed in (("one", 1.5), ("two", 2.5)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(content)
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "images_per_second": speed}))
         (tmp_path / name / "pruned.npz").write_text(name)
     (tmp_path / "two" / "left over").touch()
     assert crash_test.differences(tmp_path / "one", tmp_path / "two") == ["left over", "pruned.npz"]
+    (tmp_path / "two" / "metrics.jsonl").write_text(json.dumps({"epoch": 2, "images_per_second": 1.5}))
+    assert "metrics.jsonl" in crash_test.differences(tmp_path / "one", tmp_path / "two")
 
 
 def test_bad_arguments(capsys):
