@@ -200,7 +200,7 @@ def _map_parts(function: Callable[..., Any], report: ShrinkReport, tree: PyTree,
 
     def map_part(part: PyTree, *other_parts: PyTree) -> PyTree:
         nonlocal found
-        structure = jax.tree.structure(part)
+        structure: Any = jax.tree.structure(part)
         if structure not in parts:
             return part
         found = True
