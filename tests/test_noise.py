@@ -34,6 +34,23 @@ def test_a_row_depends_on_key_and_index_alone(key):
     assert len(np.unique(many)) == many.size
 
 
+def test_numbers_are_those_of_box_and_muller(key):
+    numbers = np.asarray(example_normal(key, (50, 70)), np.float64)
+    words = threefry_2x32(
+        *jax.random.key_data(key), jnp.arange(50, dtype=jnp.uint32)[:, None], jnp.arange(70, dtype=jnp.uint32)
+    )
+    first, second = ((np.asarray(word) >> 9) / 2.0**23 for word in words)
+    np.testing.assert_allclose(
+        numbers, np.sqrt(-2 * np.log(1 - first)) * np.cos(np.pi * (2 * second - 1)), rtol=1e-5, atol=2e-6
+    )
+
+
+def test_the_order_of_the_axes_changes_no_number(key):
+    usual = example_normal(key, (3, 4, 5, 6))
+    moved = example_normal(key, (6, 5, 3, 4), order=(3, 2, 0, 1))
+    np.testing.assert_array_equal(usual.transpose(3, 2, 0, 1), moved)
+
+
 def test_works_under_vmap_with_any_key_and_dtype(key):
     keys = jax.random.split(key, 3)
     together = jax.vmap(lambda k: example_normal(k, (2, 5)))(keys)
