@@ -3,7 +3,7 @@
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
 from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
 from bcdl_jax.cpu import for_cpu
-from bcdl_jax.ensemble import EnsembleReport, EpochReport, train_ensemble
+from bcdl_jax.ensemble import EnsembleReport, EpochReport, each_seed, train_ensemble
 from bcdl_jax.export import export_stablehlo, load_stablehlo
 from bcdl_jax.export_onnx import export_onnx
 from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
@@ -59,6 +59,7 @@ __all__ = [
     "create_train_state",
     "cut",
     "decode",
+    "each_seed",
     "encode",
     "expand",
     "export_onnx",

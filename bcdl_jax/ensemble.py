@@ -1,4 +1,4 @@
-"""Many seeds: trained at once by ``vmap`` or in turn, with one report per epoch, to be ended and taken up again anywhere."""
+"""Many seeds: trained in one program or in turn, with one report per epoch, to be ended and taken up again anywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bcdl_jax.batches import count_examples, steps_per_epoch
-from bcdl_jax.mesh import jit_step
+from bcdl_jax.mesh import jit_step, replicated
 from bcdl_jax.posterior import PyTree, posteriors
 from bcdl_jax.pruning import Thresholds, kept_groups
 from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_training
@@ -89,7 +89,7 @@ def train_ensemble(
       first_epoch: number in the reports of the epoch that starts with step 0.
       thresholds: by which the kept groups of the reports are counted, as for ``kept_groups``.
       shards: see ``make_train_steps``.
-      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program by ``vmap``.
+      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program, see ``each_seed``.
       shrinking: how the networks shrink while they are trained, see ``Shrinking``; needs ``in_turn``, since each takes its own shape.
       stop: asked every two seconds or so whether to end now. With many processes, process 0 decides.
 
@@ -112,8 +112,30 @@ def train_ensemble(
         raise ValueError(
             "in_turn is False; it must be True where there is shrinking, since each seed takes its own shape."
         )
-    trainer = _Trainer(step, data, batch_size, shards, vmapped=not in_turn, shrinking=shrinking, stop=stop)
+    trainer = _Trainer(step, data, batch_size, shards, stacked=not in_turn, shrinking=shrinking, stop=stop)
     return _epochs(trainer, states, epochs, validation_error, validation_data, tuple(seeds), first_epoch, thresholds)
+
+
+def each_seed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of one seed's state, for the stacked states of many: on a CPU a loop over them, else ``jax.vmap``.
+
+    An accelerator has room for many seeds at once. A CPU is filled by one: products over a further axis are slower there than one
+    product after the other, and one seed's state fits the cache.
+
+    Args:
+      function: ``function(state, *shared)``, such as an epoch or ``make_train_steps``.
+
+    Returns:
+      ``function(states, *shared)`` for one device, to be compiled; what it returns is stacked along a new leading axis. For seeds spread
+      over the devices of a mesh use ``jax.vmap``.
+    """
+
+    def for_each(states: PyTree, *shared: Any) -> Any:
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda state: function(state, *shared), states)
+        return jax.vmap(lambda state: function(state, *shared))(states)
+
+    return for_each
 
 
 def _epochs(
@@ -129,16 +151,16 @@ def _epochs(
     def measure_one(params: PyTree, held_out: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         return validation_error(params, held_out), kept_groups(params, thresholds)
 
-    measure = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.vmapped else measure_one)
+    measure = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.stacked else measure_one)
     names = part_names(states.params)
     totals = {name: posterior.group_mask.shape[-1] for name, posterior in posteriors(states.params).items()}
     told: set[tuple[int, str]] = set()
-    parts = [_Part(states)] if trainer.vmapped else [_Part(unstack(states, index)) for index in range(len(seeds))]
+    parts = [_Part(states)] if trainer.stacked else [_Part(unstack(states, index)) for index in range(len(seeds))]
     del states
 
     def all_states() -> TrainState:
         whole = [part.whole() for part in parts]
-        return whole[0] if trainer.vmapped else stack(whole)
+        return whole[0] if trainer.stacked else stack(whole)
 
     while (epoch := trainer.epoch(parts)) is not None and epoch < epochs:
         for part in parts:
@@ -151,7 +173,7 @@ def _epochs(
                 news.append(f"Seed {seed}, epoch {first_epoch + epoch}: {sizes}")
         states = all_states()
         measured = [measure(part.whole().params, validation_data) for part in parts]
-        measured = measured[0] if trainer.vmapped else stack(measured)
+        measured = measured[0] if trainer.stacked else stack(measured)
         metrics, (errors, kept), halted, blamed, steps = jax.device_get(
             (mean_metrics(states, trainer.steps), measured, states.halted, states.blamed, states.step)
         )
@@ -215,13 +237,13 @@ class _Trainer:
         batch_size: int,
         shards: int,
         *,
-        vmapped: bool,
+        stacked: bool,
         shrinking: Shrinking | None,
         stop: Callable[[], bool] | None,
     ):
         self.data, self.batch_size, self.shards = data, batch_size, shards
         self.steps = steps_per_epoch(count_examples(data), batch_size, shards)
-        self.vmapped, self.shrinking = vmapped, shrinking
+        self.stacked, self.shrinking = stacked, shrinking
         self._step, self._stop = step, stop
         self._full_size_program: Callable[..., Any] | None = None
 
@@ -262,8 +284,9 @@ class _Trainer:
             return part.program
         step = self._step if part.small is None else part.small.step
         train_steps: Any = make_train_steps(step, batch_size=self.batch_size, shards=self.shards)
-        if self.vmapped:
-            train_steps = jax.vmap(train_steps, in_axes=(0, None, None))
+        if self.stacked:
+            on_mesh = replicated(part.state) is not None
+            train_steps = jax.vmap(train_steps, in_axes=(0, None, None)) if on_mesh else each_seed(train_steps)
         jitted: Any = jit_step(train_steps, part.state)
         part.program = jitted.lower(part.state, self.data, np.int32(1)).compile()
         if part.small is None:

@@ -186,7 +186,7 @@ def make_train_steps(
       A pure function. ``data`` is a tree of arrays [examples, ...]; ``count`` is the number of steps, at most those that are left of the
       epoch. The metrics are means over the steps of the epoch so far; not a number once the state is halted, when nothing moves
       any more. The order derives from the state's key and the epoch. For many seeds at once:
-      ``jax.jit(jax.vmap(train_steps, in_axes=(0, None, None)), donate_argnums=0)``.
+      ``jax.jit(each_seed(train_steps), donate_argnums=0)``.
 
     Raises:
       ValueError: (when called) there are fewer examples than ``batch_size``, arrays of different lengths, numbers that are no
@@ -230,7 +230,7 @@ def make_train_epoch(
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
     """Builds one epoch: ``epoch(state, data) -> (state, mean metrics)``, for a state at the start of an epoch.
 
-    All else is as for ``make_train_steps``. For many seeds at once: ``jax.jit(jax.vmap(epoch, in_axes=(0, None)), donate_argnums=0)``.
+    All else is as for ``make_train_steps``. For many seeds at once: ``jax.jit(each_seed(epoch), donate_argnums=0)``.
     """
     train_steps = make_train_steps(step, batch_size=batch_size, shards=shards)
 

@@ -49,7 +49,6 @@ NETWORKS = ("lenet300", "lenet5", "vgg")
 MEASUREMENTS = ("speed", "ensemble", "memory")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "gpu")
-LOOPS = ("scan", "steps")
 OURS, EAGER, COMPILED = "bcdl_jax", "torch eager", "torch.compile"
 _LEARNING_RATE = 1e-3
 _SEEDS = {"lenet300": 8, "lenet5": 3, "vgg": 2}
@@ -86,7 +85,6 @@ class Settings:
       labels: [examples].
       batch_size: images per step.
       dtype: of the computation, of ``DTYPES``.
-      loop: "scan" for an epoch as one program, "steps" for a program per step.
       width: factor of the widths of VGG.
     """
 
@@ -95,7 +93,6 @@ class Settings:
     labels: np.ndarray
     batch_size: int
     dtype: str
-    loop: str
     width: float
 
     @property
@@ -155,34 +152,16 @@ def jax_epoch(settings: Settings, state: Any) -> Callable[[Any], tuple[Any, jax.
     """
     step = _train_step(settings)
     train = (jnp.asarray(settings.images), jnp.asarray(settings.labels))
-    seeds_at_once = functools.partial(jax.vmap, in_axes=(0, None)) if state.step.ndim else lambda function: function
-    if settings.loop == "scan":
-        epoch = seeds_at_once(bcdl_jax.make_train_epoch(step, batch_size=settings.batch_size))
-        compiled = jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
+    epoch: Any = bcdl_jax.make_train_epoch(step, batch_size=settings.batch_size)
+    if state.step.ndim:
+        epoch = bcdl_jax.each_seed(epoch)
+    compiled = jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
 
-        def run(state: Any) -> tuple[Any, jax.Array]:
-            state, metrics = compiled(state, train)
-            return state, jnp.mean(metrics["loss"])
+    def run(state: Any) -> tuple[Any, jax.Array]:
+        state, metrics = compiled(state, train)
+        return state, jnp.mean(metrics["loss"])
 
-        return run
-
-    def on_rows(state: Any, train: Any, rows: jax.Array) -> Any:
-        return seeds_at_once(step)(state, jax.tree.map(lambda array: array[rows], train))
-
-    rows = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
-    compiled_step = jax.jit(on_rows, donate_argnums=0).lower(state, train, rows).compile()
-    rng = np.random.default_rng(0)
-
-    def run_steps(state: Any) -> tuple[Any, jax.Array]:
-        order = rng.permutation(len(settings.labels)).astype(np.int32)
-        losses = []
-        for number in range(settings.steps):
-            first = number * settings.batch_size
-            state, metrics = compiled_step(state, train, order[first : first + settings.batch_size])
-            losses.append(metrics["loss"])
-        return state, jnp.mean(jnp.stack(losses))
-
-    return run_steps
+    return run
 
 
 def our_side(settings: Settings) -> tuple[Callable[[], float], float]:
@@ -242,7 +221,7 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
     start = time.perf_counter()
     ours()
     print(
-        f"  {OURS}: {_LOOP_NAMES[settings.loop]}, compiled in {seconds:.1f} s, first epoch {time.perf_counter() - start:.1f} s",
+        f"  {OURS}: compiled in {seconds:.1f} s, first epoch {time.perf_counter() - start:.1f} s",
         flush=True,
     )
     sides = {OURS: ours} | _torch_sides(settings, device)
@@ -280,9 +259,6 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "fraction_of_floor_speed": floor / statistics.median(times[OURS]),
     }
-
-
-_LOOP_NAMES = {"scan": "an epoch is one program", "steps": "a program for each step"}
 
 
 def _torch_sides(settings: Settings, device: str) -> dict[str, Callable[[], float]]:
@@ -397,7 +373,6 @@ def _described(settings: Settings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "batch_size": settings.batch_size,
         "examples": len(settings.labels),
-        "loop": settings.loop,
     }
 
 
@@ -448,9 +423,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--width", type=float, default=1.0, help="factor of VGG's widths; 0.25 suits a CPU (default: 1)"
     )
-    parser.add_argument(
-        "--loop", help="scan: an epoch is one program; steps: a program for each step (default: the faster one)"
-    )
     parser.add_argument("--out", help="file for the results, .json (default: none is written)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
     return parser
@@ -462,7 +434,6 @@ def _check(args: argparse.Namespace) -> None:
         ("--measure", args.measure, MEASUREMENTS),
         ("--dtype", args.dtype, DTYPES),
         ("--device", [args.device], (*DEVICES, None)),
-        ("--loop", [args.loop], (*LOOPS, None)),
     ):
         for value in values:
             if value not in allowed:
@@ -538,9 +509,8 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
     for network in args.network:
         images, labels = images_of(network, examples[network])
         # A convolution within a scan is many times slower on a CPU.
-        loop = args.loop or ("steps" if device == "cpu" and network != "lenet300" else "scan")
         for dtype in args.dtype:
-            settings = Settings(network, images, labels, args.batch_size, dtype, loop, args.width)
+            settings = Settings(network, images, labels, args.batch_size, dtype, args.width)
             if "speed" in args.measure:
                 finished(speed(settings, args.rounds, device))
             if "ensemble" in args.measure:

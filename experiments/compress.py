@@ -395,7 +395,7 @@ def _profile(out: Path, step: Any, states: Any, train: Any, count: int, recipe: 
     if recipe.in_turn:
         states = bcdl_jax.unstack(states, 0)
     else:
-        train_steps = jax.vmap(train_steps, in_axes=(0, None, None))
+        train_steps = bcdl_jax.each_seed(train_steps)
     few_steps = jax.jit(train_steps)
     profile(out, lambda: few_steps(states, train, np.int32(count)))
 

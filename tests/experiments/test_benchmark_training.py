@@ -21,7 +21,6 @@ from experiments.models import VGG, LeNet5, LeNet300
         (["--measure", "luck"], "--measure is luck; allowed are speed, ensemble, memory."),
         (["--dtype", "float16"], "--dtype is float16; allowed are float32, bfloat16."),
         (["--device", "tpu"], "--device is tpu; allowed are cpu, gpu."),
-        (["--loop", "while"], "--loop is while; allowed are scan, steps."),
         (["--rounds", "0"], "--rounds is 0; it must be at least 1."),
         (["--examples", "-5"], "--examples is -5; it must be at least 1."),
         (["--examples", "10", "--batch-size", "20"], "--examples is 10; it must be at least --batch-size, 20."),
@@ -200,12 +199,12 @@ def test_the_torch_twin_clips_the_first_layer():
     assert largest == pytest.approx([0.04, np.exp(-2), np.exp(-2)])
 
 
-@pytest.mark.parametrize(("network", "loop", "examples"), [("lenet300", "scan", 1280), ("lenet5", "steps", 256)])
-def test_both_sides_train_alike(network, loop, examples):
+@pytest.mark.parametrize(("network", "examples"), [("lenet300", 1280), ("lenet5", 256)])
+def test_both_sides_train_alike(network, examples):
     """The loss of the first epochs agrees. Most of it is the KL, which has no noise; the tolerance is small beside the rest."""
     pytest.importorskip("torch")
     images, labels = benchmark_training.images_of(network, examples)
-    settings = benchmark_training.Settings(network, images, labels, 64, "float32", loop, 1.0)
+    settings = benchmark_training.Settings(network, images, labels, 64, "float32", 1.0)
     ours, _ = benchmark_training.our_side(settings)
     theirs = benchmark_training.torch_side(settings, "cpu", compiled=False)
     for _ in range(2):
