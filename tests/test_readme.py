@@ -12,10 +12,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_example_runs(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names: dict = {}
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks[:5]), names)
+    exec("\n".join(blocks[:6]), names)
     printed = capsys.readouterr().out
     pruned, reduced = map(float, re.match(r"([\d.]+)x, ([\d.]+)x\n", printed).groups())
     assert 1 <= pruned < reduced
