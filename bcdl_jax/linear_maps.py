@@ -91,15 +91,15 @@ class ConvolutionMap:
             return _two_products(self, inputs, mean, variance)
         images, leading, padding = self._images(inputs)
         patches = self._patches(images, mean.shape[:-2], padding)
+        matrix = patches.reshape(math.prod(mean.shape[:-1]), -1)
 
-        def product(kernel: jax.Array, patches: jax.Array) -> jax.Array:
-            rows = kernel.reshape(-1, *kernel.shape[-2:])
-            outputs = lax.dot_general(rows, patches, (((0, 1), (0, 1)), ((), ())), precision=self.precision)
-            return outputs.reshape(*outputs.shape[:-1], *leading)
+        def product(kernel: jax.Array, matrix: jax.Array) -> jax.Array:
+            rows = kernel.reshape(-1, kernel.shape[-1]).T
+            return jnp.matmul(rows, matrix, precision=self.precision).reshape(-1, *patches.shape[2:-1], *leading)
 
         rank, front = len(self.strides), len(leading)
         order = (front + rank, *range(front, front + rank), *range(front))
-        return Moments(product(mean, patches), product(variance, patches * patches), order)
+        return Moments(product(mean, matrix), product(variance, matrix * matrix), order)
 
     def _images(self, inputs: jax.Array) -> tuple[jax.Array, tuple[int, ...], str | Sequence[tuple[int, int]]]:
         """The inputs with all leading axes as one, the shape of these, and the padding that remains to be done."""

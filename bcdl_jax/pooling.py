@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
 
     The values are the same. On a CPU the gradient is several times as fast, as it needs no scatter, and the work is done
     in the order of axes in which a sampled ``Conv`` of this library leaves its outputs there. Where a maximum is reached more
-    than once, the gradient goes to one of these places.
+    than once, the gradient is spread evenly over these places; Flax gives it to the first.
 
     Args:
       inputs: [n, *spatial, channels].
@@ -39,10 +38,12 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     counts = [length // size for size, length in zip(window, spatial, strict=True)]
     whole = tuple(slice(count * size) for count, size in zip(counts, window, strict=True))
     split = [number for pair in zip(counts, window, strict=True) for number in pair]
-    outputs = inputs.transpose(examples_last)[(slice(None), *whole)].reshape(inputs.shape[-1], *split, inputs.shape[0])
-    # By selection: the gradient of jnp.max compares the maximum with its inputs, and divides by zero where the compiler computed these
-    # a second time with other last bits.
-    for axis, size in enumerate(window, start=2):  # each axis that is done leaves the next window where it was
-        places = [jax.lax.index_in_dim(outputs, place, axis, keepdims=False) for place in range(size)]
-        outputs = functools.reduce(lambda first, second: jnp.where(first >= second, first, second), places)
-    return outputs.transpose(examples_last)
+    windows = inputs.transpose(examples_last)[(slice(None), *whole)].reshape(inputs.shape[-1], *split, inputs.shape[0])
+    axes = tuple(range(2, 2 * len(window) + 1, 2))
+    largest = jax.lax.stop_gradient(windows.max(axis=axes))
+    is_largest = windows == jnp.expand_dims(largest, axes)
+    # The gradient of jnp.max divides by zero where the compiler computed the inputs a second time with other last bits, so that none is
+    # the largest. So the gradient is that of the last term, which is zero, and which divides by one at least.
+    count = jnp.maximum(jnp.sum(is_largest.astype(windows.dtype), axis=axes), 1)
+    gradient_alone = jnp.where(is_largest, windows - jax.lax.stop_gradient(windows), 0).sum(axis=axes) / count
+    return (largest + gradient_alone).transpose(examples_last)
