@@ -97,7 +97,10 @@ def prune_state(state: TrainState, thresholds: Thresholds, chain: Sequence[str] 
     params = prune(state.params, thresholds, chain)
 
     def with_masks(part: Any) -> Any:
-        return part._replace(average=keep_masks(part.average, params)) if _is_average(part) else part
+        if not _is_average(part):
+            return part
+        # Copies, since the state may be donated, params and averages together.
+        return part._replace(average=keep_masks(part.average, jax.tree.map(jnp.array, params)))
 
     optimizer_state = jax.tree.map(with_masks, state.optimizer_state, is_leaf=_is_average)
     return state.replace(params=params, optimizer_state=optimizer_state)  # type: ignore[attr-defined]

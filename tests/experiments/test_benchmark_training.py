@@ -199,7 +199,7 @@ def test_the_torch_twin_clips_the_first_layer():
     assert largest == pytest.approx([0.04, np.exp(-2), np.exp(-2)])
 
 
-@pytest.mark.parametrize(("network", "examples"), [("lenet300", 1280), ("lenet5", 256)])
+@pytest.mark.parametrize(("network", "examples"), [("lenet300", 1280), ("lenet5", 1280)])
 def test_both_sides_train_alike(network, examples):
     """The loss of the first epochs agrees. Most of it is the KL, which has no noise; the tolerance is small beside the rest."""
     pytest.importorskip("torch")
