@@ -34,7 +34,7 @@ def pretrain(
 ) -> list[dict[str, np.ndarray]]:
     """Trains the plain twin, one net per seed, by cross-entropy alone.
 
-    The step is compiled, and called from Python: in a compiled loop a CPU runs convolutions many times slower. A net that is cut short
+    The step is compiled, and called from Python: in a compiled loop a CPU runs XLA's own convolutions, which a plain net uses, many times slower. A net that is cut short
     starts again; a finished one is kept in a checkpoint.
 
     Args:
