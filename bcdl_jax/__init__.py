@@ -3,7 +3,7 @@
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
 from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
 from bcdl_jax.cpu import for_cpu
-from bcdl_jax.ensemble import EnsembleReport, EpochReport, each_seed, train_ensemble
+from bcdl_jax.ensemble import EnsembleReport, EpochReport, compile_ensemble, each_seed, train_ensemble
 from bcdl_jax.export import export_stablehlo, load_stablehlo
 from bcdl_jax.export_onnx import export_onnx
 from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
@@ -56,6 +56,7 @@ __all__ = [
     "choose_relative_step",
     "choose_thresholds",
     "clip_variances",
+    "compile_ensemble",
     "create_train_state",
     "cut",
     "decode",

@@ -57,13 +57,22 @@ def epoch_rows(key: jax.Array, epoch: jax.Array | int, examples: int, batch_size
     steps = steps_per_epoch(examples, batch_size, shards)
     order_key = jax.random.fold_in(jax.random.fold_in(key, 1), epoch)
     if shards == 1:
-        return jax.random.permutation(order_key, examples)[: steps * batch_size].reshape(steps, batch_size)
+        return _shuffled(order_key, examples)[: steps * batch_size].reshape(steps, batch_size)
 
     def of_block(block: jax.Array) -> jax.Array:
-        order = jax.random.permutation(jax.random.fold_in(order_key, block), examples // shards)
+        order = _shuffled(jax.random.fold_in(order_key, block), examples // shards)
         return order[: steps * batch_size // shards].reshape(steps, batch_size // shards)
 
     return jax.vmap(of_block, out_axes=1)(jnp.arange(shards)).reshape(steps, batch_size)
+
+
+def _shuffled(key: jax.Array, count: int) -> jax.Array:
+    """0 to count - 1 in random order, by sorting random numbers.
+
+    ``jax.random.permutation`` sorts twice, since equal numbers keep their order: of 55,000 examples two, in every third epoch. In a training
+    run that is not worth the time.
+    """
+    return jnp.argsort(jax.random.bits(key, (count,)))
 
 
 def take_batch(data: PyTree, rows: jax.Array, shards: int = 1) -> PyTree:

@@ -73,6 +73,7 @@ def train_ensemble(
     in_turn: bool = False,
     shrinking: Shrinking | None = None,
     stop: Callable[[], bool] | None = None,
+    program: Callable[..., Any] | None = None,
 ) -> Iterator[tuple[TrainState, EnsembleReport | None]]:
     """Trains many seeds and reports after each epoch.
 
@@ -91,7 +92,9 @@ def train_ensemble(
       shards: see ``make_train_steps``.
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program, see ``each_seed``.
       shrinking: how the networks shrink while they are trained, see ``Shrinking``; needs ``in_turn``, since each takes its own shape.
-      stop: asked every two seconds or so whether to end now. With many processes, process 0 decides.
+      stop: asked every two seconds or so whether to end now, first of all before and after the first step. With many processes, process 0
+        decides.
+      program: from ``compile_ensemble``, for states, data, step, batch_size, shards and in_turn as they are here; compiled here if None.
 
     Yields:
       The states, at full size, and the report of each epoch. A seed whose loss or gradient is not finite stays at its last good state while
@@ -112,8 +115,38 @@ def train_ensemble(
         raise ValueError(
             "in_turn is False; it must be True where there is shrinking, since each seed takes its own shape."
         )
-    trainer = _Trainer(step, data, batch_size, shards, stacked=not in_turn, shrinking=shrinking, stop=stop)
+    trainer = _Trainer(
+        step, data, batch_size, shards, stacked=not in_turn, shrinking=shrinking, stop=stop, program=program
+    )
     return _epochs(trainer, states, epochs, validation_error, validation_data, tuple(seeds), first_epoch, thresholds)
+
+
+def compile_ensemble(
+    states: TrainState, data: PyTree, *, step: TrainStep, batch_size: int, shards: int = 1, in_turn: bool = False
+) -> Callable[..., Any]:
+    """Compiles what ``train_ensemble`` runs first, at full size: ahead of time, in a thread while the states are being made, say.
+
+    Args:
+      states: stacked states, or their shapes from ``jax.eval_shape``.
+      data: as for ``train_ensemble``, like all else.
+
+    Returns:
+      The program, for ``train_ensemble(..., program=program)``.
+    """
+    if in_turn:
+        states = jax.eval_shape(lambda stacked: unstack(stacked, 0), states)
+    return _compile(states, data, step, batch_size, shards, stacked=not in_turn)
+
+
+def _compile(
+    state: TrainState, data: PyTree, step: TrainStep, batch_size: int, shards: int, *, stacked: bool
+) -> Callable[..., Any]:
+    train_steps: Any = make_train_steps(step, batch_size=batch_size, shards=shards)
+    if stacked:
+        on_mesh = replicated(state) is not None
+        train_steps = jax.vmap(train_steps, in_axes=(0, None, None)) if on_mesh else each_seed(train_steps)
+    jitted: Any = jit_step(train_steps, state)
+    return jitted.lower(state, data, np.int32(1)).compile()
 
 
 def each_seed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,12 +273,13 @@ class _Trainer:
         stacked: bool,
         shrinking: Shrinking | None,
         stop: Callable[[], bool] | None,
+        program: Callable[..., Any] | None,
     ):
         self.data, self.batch_size, self.shards = data, batch_size, shards
         self.steps = steps_per_epoch(count_examples(data), batch_size, shards)
         self.stacked, self.shrinking = stacked, shrinking
         self._step, self._stop = step, stop
-        self._full_size_program: Callable[..., Any] | None = None
+        self._full_size_program = program
 
     def epoch(self, parts: Sequence[_Part]) -> int | None:
         """The epoch, from 0, that the part furthest behind is in; None if all seeds are halted. Halted ones stand still and do not count."""
@@ -283,12 +317,7 @@ class _Trainer:
             part.program = self._full_size_program
             return part.program
         step = self._step if part.small is None else part.small.step
-        train_steps: Any = make_train_steps(step, batch_size=self.batch_size, shards=self.shards)
-        if self.stacked:
-            on_mesh = replicated(part.state) is not None
-            train_steps = jax.vmap(train_steps, in_axes=(0, None, None)) if on_mesh else each_seed(train_steps)
-        jitted: Any = jit_step(train_steps, part.state)
-        part.program = jitted.lower(part.state, self.data, np.int32(1)).compile()
+        part.program = _compile(part.state, self.data, step, self.batch_size, self.shards, stacked=self.stacked)
         if part.small is None:
             self._full_size_program = part.program
         return part.program

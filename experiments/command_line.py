@@ -211,7 +211,7 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
 
 def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     # Imported late, so that --help and bad arguments are answered at once.
-    from experiments import checkpoints, compress, data, figures, files, logs, models, score, startup
+    from experiments import checkpoints, compress, data, files, logs, models, score, startup
     from experiments.pretrain import pretrain
 
     start = time.perf_counter()
@@ -296,6 +296,8 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
         runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
         first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
+        from experiments import figures  # only now, since it takes a while
+
         figures.draw(out, compressed.snapshots, first_thresholds, dataset.test.images, dataset.test.labels, seeds[0])
         result = compress.result(
             experiment.name,

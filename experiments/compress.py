@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -175,8 +176,9 @@ def compress(
     run_phase = functools.partial(
         _run_phase, model, recipe, train, held_out, chain, seeds, out, logs, thresholds, checkpoints, mesh
     )
-    fresh = _fresh_params(model, validation[0][:1], seeds, pretrained)
-    params, failures, snapshots = run_phase("train", fresh, first_epoch=1, profile_steps=profile_steps)
+    fresh = functools.partial(_fresh_params, model, validation[0][:1])
+    weights = None if pretrained is None else bcdl_jax.stack(pretrained)
+    params, failures, snapshots = run_phase("train", fresh, weights, first_epoch=1, profile_steps=profile_steps)
     jax.clear_caches()  # the compiled phases take most of the memory
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
@@ -196,7 +198,7 @@ def compress(
     pruned = [bcdl_jax.prune(net, by_layer, chain) for net, by_layer in zip(trained, chosen, strict=True)]
     if recipe.fine_tune_epochs:
         stacked = bcdl_jax.stack(pruned)
-        params, later_failures, _ = run_phase("fine_tune", stacked, first_epoch=recipe.epochs + 1)
+        params, later_failures, _ = run_phase("fine_tune", _as_they_are, stacked, first_epoch=recipe.epochs + 1)
         failures = [first or later for first, later in zip(failures, later_failures, strict=True)]
         jax.clear_caches()
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
@@ -228,19 +230,14 @@ def compress(
     )
 
 
-def _fresh_params(
-    model: nn.Module, images: jax.Array, seeds: Sequence[int], pretrained: Sequence[dict[str, np.ndarray]] | None
-) -> Any:
-    """Start values of all seeds, stacked."""
+def _fresh_params(model: nn.Module, images: jax.Array, seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
+    """Start values of one seed, from trained weights if there are any."""
+    params = model.init(jax.random.key(seed), images)["params"]
+    return params if weights is None else bcdl_jax.from_trained(params, weights)
 
-    # It runs once: what the compiler gains from optimising it further is less than what that takes. The values are the same.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
-    @jax.vmap
-    def create(seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
-        params = model.init(jax.random.key(seed), images)["params"]
-        return params if weights is None else bcdl_jax.from_trained(params, weights)
 
-    return create(jnp.array(seeds), None if pretrained is None else bcdl_jax.stack(pretrained))
+def _as_they_are(_: jax.Array, params: Any) -> Any:
+    return params
 
 
 def _run_phase(
@@ -256,12 +253,15 @@ def _run_phase(
     checkpoints: Checkpoints,
     mesh: Mesh | None,
     phase: str,
-    params: Any,
+    start_params: Callable[[jax.Array, Any], Any],
+    given: Any,
     *,
     first_epoch: int,
     profile_steps: int = 0,
 ) -> tuple[Any, list[str | None], list[Snapshot]]:
     """One phase of training, "train" or "fine_tune", of all seeds, from where its last checkpoint stands.
+
+    ``start_params(seed, given)`` are the params of one seed that the phase starts from; ``given`` is stacked.
 
     Returns:
       Stacked params, per seed the sentence that says why it was stopped, or None, and the frames of the pictures.
@@ -296,13 +296,30 @@ def _run_phase(
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
         above = math.inf if fine_tune else recipe.shrink_above
         shrinking = bcdl_jax.Shrinking(likelihood, make_step, above, chain, every=recipe.shrink_every)
-    params = devices.same_everywhere(params)
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1 + fine_tune) for seed in seeds])
-    start = jax.jit(jax.vmap(lambda net, key: bcdl_jax.create_train_state(net, optimizer, key)))(params, keys)
-    if mesh is not None:
-        start = bcdl_jax.place_state(start, mesh)
+
+    # It runs once: what the compiler gains from optimising it is far less than what that takes.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.vmap
+    def make_start(seed: jax.Array, given: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), 1 + fine_tune)
+        return bcdl_jax.create_train_state(start_params(seed, given), optimizer, key)
+
+    given = devices.same_everywhere(given)
+    step = make_step(likelihood)
+    how: dict[str, Any] = {"batch_size": recipe.batch_size, "in_turn": recipe.in_turn, "shards": _shards(mesh)}
+    with startup.CompileTime() as compile_time, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        compiling = None
+        # What is taken up again, or has been pruned, may be trained at another size at once.
+        if mesh is None and not checkpoints.resumed and (shrinking is None or not fine_tune):
+            shapes = jax.eval_shape(make_start, np.array(seeds), given)
+            compiling = thread.submit(bcdl_jax.compile_ensemble, shapes, train, step=step, **how)
+        start = make_start(np.array(seeds), given)
+        start = start.replace(params=devices.same_everywhere(start.params))
+        if mesh is not None:
+            start = bcdl_jax.place_state(start, mesh)
+        snapshots = [_snapshot(0, start.params)]
+        program = None if compiling is None else compiling.result()
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
-    snapshots = [_snapshot(0, params)]
     failures: list[str | None] = [None] * len(seeds)
     restored = checkpoints.restore(phase, start)
     if restored is not None:
@@ -315,37 +332,39 @@ def _run_phase(
         return checkpoints.save(phase, states, facts=facts, frames=frames, complete=complete)
 
     if profile_steps:
-        _profile(out, make_step(likelihood), start, train, profile_steps, recipe, mesh)
+        _profile(out, step, start, train, profile_steps, recipe, mesh)
     states, done, taken, told = start, int(start.step.max()) // steps, int(start.step.sum()), False
     with (
         Progress(epochs, phase.replace("_", "-"), done) as progress,
         interruption.noted() if checkpoints.every is not None else contextlib.nullcontext() as stop,
-        startup.CompileTime() as compile_time,
+        compile_time,
     ):
-        clock, compiling = time.perf_counter(), 0.0
+        clock, compiled = time.perf_counter(), compile_time.seconds
+        watch = startup.FirstStep(stop)
         for states, report in bcdl_jax.train_ensemble(
             start,
             train,
-            step=make_step(likelihood),
-            batch_size=recipe.batch_size,
+            step=step,
             epochs=epochs,
             validation_error=functools.partial(error_percent, model),
             validation_data=validation,
             seeds=seeds,
             first_epoch=first_epoch,
             thresholds=math.inf if fine_tune else thresholds,
-            in_turn=recipe.in_turn,
             shrinking=shrinking,
-            shards=_shards(mesh),
-            stop=stop,
+            stop=watch if stop else None,
+            program=program,
+            **how,
         ):
             if report is None:
                 break
             if not told:
-                progress.write(f"{phase.replace('_', '-')}: {compile_time.sentence()}")
+                progress.write(
+                    f"{phase.replace('_', '-')}: {watch.sentence() if not fine_tune else ''}{compile_time.sentence()}"
+                )
                 told = True
             progress.show(report)
-            seconds = time.perf_counter() - clock - (compile_time.seconds - compiling)
+            seconds = time.perf_counter() - clock - (compile_time.seconds - compiled)
             seen, taken = (int(states.step.sum()) - taken) * recipe.batch_size, int(states.step.sum())
             reports = [dataclasses.asdict(seed_report) for seed_report in report.reports]
             logs.log_epoch(phase, reports, images_per_second=seen / seconds)
@@ -355,7 +374,7 @@ def _run_phase(
                 snapshots.append(_snapshot(report.reports[0].epoch, states.params))
             if checkpoints.every and done % checkpoints.every == 0 and done < epochs:
                 save()
-            clock, compiling = time.perf_counter(), compile_time.seconds
+            clock, compiled = time.perf_counter(), compile_time.seconds
         complete = done == epochs or all(failures)
         saved = None
         if (stop and stop()) or (checkpoints.every and not (restored is not None and restored.complete)):

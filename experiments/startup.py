@@ -6,12 +6,15 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Shorter compilations are not worth a file.
 _LEAST_COMPILE_SECONDS = 0.05
+# The command lines import this module before all that takes long.
+_IMPORTED = time.perf_counter()
 
 
 def cache_directory(name: str) -> Path | None:
@@ -109,3 +112,20 @@ class CompileTime:
         with self._lock:
             self.hits += event == self._HIT
             self.misses += event == self._MISS
+
+
+class FirstStep:
+    """``stop`` for ``train_ensemble``, which notes when it is asked for the second time: then the first step has been taken."""
+
+    def __init__(self, stop: Callable[[], bool] | None):
+        self._stop, self._asked, self._seconds = stop, 0, 0.0
+
+    def __call__(self) -> bool:
+        self._asked += 1
+        if self._asked == 2:
+            self._seconds = time.perf_counter() - _IMPORTED
+        return self._stop is not None and self._stop()
+
+    def sentence(self) -> str:
+        """ "first step after 6.9 s, " of the program's start; nothing if it was not noted."""
+        return f"first step after {self._seconds:.1f} s, " if self._seconds else ""

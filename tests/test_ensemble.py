@@ -39,6 +39,38 @@ def test_training_reports_every_epoch_and_learns(data):
         assert last.failure is None
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_program_compiled_ahead_from_shapes_is_the_one_that_is_run(data, in_turn):
+    step, _, states = setup(optax.adam(0.03), seeds=(3, 4))
+    traced = []
+
+    def counted(state, batch):
+        traced.append(state.step.shape)
+        return step(state, batch)
+
+    def train(**more):
+        runs = bcdl_jax.train_ensemble(
+            copy(states),
+            data,
+            step=counted,
+            batch_size=BATCH,
+            epochs=2,
+            validation_error=validation_error,
+            validation_data=data,
+            seeds=(3, 4),
+            in_turn=in_turn,
+            **more,
+        )
+        return [jax.device_get(state.params) for state, _ in runs][-1]
+
+    expected = train()
+    shapes = jax.eval_shape(lambda: copy(states))
+    program = bcdl_jax.compile_ensemble(shapes, data, step=counted, batch_size=BATCH, in_turn=in_turn)
+    before = len(traced)
+    jax.tree.map(np.testing.assert_array_equal, train(program=program), expected)
+    assert len(traced) == before
+
+
 def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     """Seed 1's likelihood explodes through layer Dense_1 at its seventh step: the second step of the second epoch."""
     optimizer = optax.adam(1e-3)

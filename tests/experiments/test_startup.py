@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,19 @@ def test_the_directory_that_jax_is_told_of_is_used(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parents[2])
     assert list((tmp_path / "told").iterdir())
     assert not (tmp_path / "xdg").exists()
+
+
+def test_the_first_step_is_over_when_stop_is_asked_again():
+    answers = iter([False, False, True])
+    watch = startup.FirstStep(lambda: next(answers))
+    assert watch.sentence() == ""
+    assert not watch()
+    assert watch.sentence() == ""
+    assert not watch()
+    assert re.fullmatch(r"first step after \d+\.\d s, ", watch.sentence())
+    said = watch.sentence()
+    assert watch()
+    assert watch.sentence() == said
 
 
 def test_help_and_bad_arguments_need_not_wait_for_jax():
