@@ -118,6 +118,40 @@ def analyze(
     return Analysis(facts, products, frozenset(opaque))
 
 
+def wholly_unknown(program: Program, num_params: int) -> frozenset[Atom]:
+    """Values of which ``analyze`` finds every element unknown, whatever the params: they need not be evaluated for it.
+
+    Not all such values, but those that take most steps: what a network makes of its keys and inputs before it meets params.
+    """
+    unknown = set(program.inputs[num_params:])
+    nonzero = {
+        number
+        for number, value in program.constants.items()
+        if _is_plain(program.shapes[number].dtype) and np.all(np.asarray(value) != 0)
+    }
+    for step in program.steps:
+        known = [number not in unknown for number in step.inputs]
+        if not any(known[place] for place in range(len(known))) and known:
+            found = step.elementwise or step.name in _STRUCTURAL or _has_no_rule(step, program)
+        elif all(known):
+            if step.name in ("broadcast_in_dim", "reshape") and step.inputs[0] in nonzero:
+                nonzero.update(step.outputs)
+            continue
+        elif step.name == "mul":
+            found = nonzero.issuperset(set(step.inputs) - unknown)
+        elif step.name == "div":
+            found = not known[0] or step.inputs[0] in nonzero
+        else:
+            found = (step.elementwise and step.name != "select_n") or _has_no_rule(step, program)
+        if found:
+            unknown.update(step.outputs)
+    return frozenset(unknown)
+
+
+def _has_no_rule(step: Step, program: Program) -> bool:
+    return step.name not in _PRODUCTS and _rule(step, program) is None
+
+
 def _is_plain(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.extended)
 

@@ -7,11 +7,14 @@ a custom derivative stay whole, to keep that derivative.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 PyTree = Any
@@ -42,6 +45,18 @@ _CALLS = {
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
+
+
+def _stack(*arrays: jax.Array, axis: int) -> jax.Array:
+    return lax.concatenate([lax.expand_dims(array, (axis,)) for array in arrays], axis)
+
+
+def _unstack(array: jax.Array, *, axis: int) -> list[jax.Array]:
+    return [lax.index_in_dim(array, place, axis, keepdims=False) for place in range(array.shape[axis])]
+
+
+# Primitives that are made of others.
+_REPLACED: dict[str, Callable[..., Any]] = {"stack": _stack, "unstack": _unstack}
 
 Atom = int  # number of a value in ``Program.shapes``
 
@@ -110,16 +125,19 @@ class Program:
     outputs: tuple[Atom, ...]
     result_tree: Any
 
-    def evaluate(self, *arguments: Any) -> list[Any]:
-        """Every value of the program, by number, for flattened arguments."""
+    def evaluate(self, *arguments: Any, without: frozenset[Atom] = frozenset()) -> list[Any]:
+        """The values of the program, by number, for flattened arguments; zeros, which take no memory, for those ``without`` (or None for keys).
+
+        What the others hold where they depend on those has no meaning then.
+        """
+        wanted = [number for number in range(len(self.shapes)) if number not in without]
 
         def run(arguments: Sequence[Any]) -> list[Any]:
-            values = self._run(arguments, {})
-            return [values[number] for number in range(len(self.shapes))]
+            values = self._run(arguments, {}, without)
+            return [values[number] for number in wanted]
 
-        quick: dict[str, Any] = {"xla_backend_optimization_level": 0}  # once is not worth optimising for
-        compiled = jax.jit(run).lower(arguments).compile(compiler_options=quick)
-        return list(compiled(arguments))
+        found = dict(zip(wanted, compile_quickly(run, arguments)(arguments), strict=True))
+        return [found[number] if number in found else _zeros(shape) for number, shape in enumerate(self.shapes)]
 
     def run(self, arguments: Sequence[Any], rules: Mapping[str, Rule]) -> PyTree:
         """The results for flattened arguments.
@@ -131,9 +149,15 @@ class Program:
         values = self._run(arguments, rules)
         return jax.tree.unflatten(self.result_tree, [values[number] for number in self.outputs])
 
-    def _run(self, arguments: Sequence[Any], rules: Mapping[str, Rule]) -> dict[Atom, Any]:
+    def _run(
+        self, arguments: Sequence[Any], rules: Mapping[str, Rule], without: frozenset[Atom] = frozenset()
+    ) -> dict[Atom, Any]:
         values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constants
+        zeros = {number: _zeros(self.shapes[number]) for number in without if number not in values}
+        values |= {number: jnp.asarray(value) for number, value in zeros.items() if value is not None}
         for step in self.steps:
+            if without.issuperset(step.outputs):
+                continue
             operands = [values[number] for number in step.inputs]
             rule = rules.get(step.name)
             result = None if rule is None else rule(step, *operands)
@@ -144,6 +168,24 @@ class Program:
     def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:
         """What two traces of one function at different batch sizes have in common."""
         return [(step.name, step.inputs, step.outputs) for step in self.steps]
+
+
+def compile_quickly(function: Callable[..., Any], *arguments: PyTree) -> Callable[..., Any]:
+    """The compiled function, for a call or two: not worth optimising for."""
+    quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    return jax.jit(function).lower(*arguments).compile(compiler_options=quick)
+
+
+def _zeros(struct: jax.ShapeDtypeStruct) -> np.ndarray | None:
+    if jnp.issubdtype(struct.dtype, jax.dtypes.extended):
+        return None
+    return np.broadcast_to(np.zeros((), struct.dtype), struct.shape)
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The type that JAX gives an array: without x64, int64 becomes int32."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return dtype if jnp.issubdtype(dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(dtype)
 
 
 def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
@@ -225,7 +267,9 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
 
 
 def _trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
-    closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    # By shape and dtype alone: a weakly typed array would give other steps than the small one that replaces it.
+    structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)), arguments)
+    closed, result = jax.make_jaxpr(function, return_shape=True)(*structs)
     shapes: list[jax.ShapeDtypeStruct] = []
     constants: dict[Atom, Any] = {}
     steps: list[Step] = []
@@ -276,8 +320,12 @@ def rewrite(function: Callable[..., PyTree], rules: Mapping[str, Rule]) -> Calla
 
 
 def _inner(equation: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The jaxpr that a call runs, and its constants; None for what is not a plain call."""
+    """The jaxpr that a call runs, or that takes the place of a primitive, and its constants; None for what is not a plain call."""
     name = equation.primitive.name
+    if name in _REPLACED:
+        avals = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
+        inside = jax.make_jaxpr(functools.partial(_REPLACED[name], **equation.params))(*avals)
+        return inside.jaxpr, inside.consts
     if name not in _CALLS and name not in CUSTOM:
         return None
     inside = equation.params["call_jaxpr" if name in CUSTOM else _CALLS[name]]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcdl_jax.data_flow import Analysis, analyze
-from bcdl_jax.program import Program, multiply_adds, trace
+from bcdl_jax.data_flow import Analysis, analyze, wholly_unknown
+from bcdl_jax.program import Program, compile_quickly, dtype_of, multiply_adds, trace
 from bcdl_jax.specialize import Axis, Machine, Plan, make_plan
 
 PyTree = Any
@@ -110,14 +110,18 @@ def shrink(
 
     program, examples, moving_axes, moving_constants = _trace_for_any_batch(apply, params, inputs)
     numbers = program.inputs[: len(leaves)]
-    values = program.evaluate(*leaves, *jax.tree.leaves(examples))
+    without = wholly_unknown(program, len(leaves))
+    values = program.evaluate(*leaves, *jax.tree.leaves(examples), without=without)
     analysis = analyze(program, values, len(leaves), moving_axes, moving_constants)
     plan = make_plan(program, analysis, moving_axes, multiple_of)
     small_leaves = [_cut(leaf, _kept(plan, number, leaf)) for leaf, number in zip(leaves, numbers, strict=True)]
     small_params = jax.tree.unflatten(structure, small_leaves)
     small_apply = _small_function(apply, params, program, plan, analysis, moving_axes, moving_constants, paths)
 
-    before, after = (jax.jit(apply)(params, *inputs), jax.jit(small_apply)(small_params, *inputs))
+    before, after = (
+        compile_quickly(function, tree, *inputs)(tree, *inputs)
+        for function, tree in ((apply, params), (small_apply, small_params))
+    )
     report = ShrinkReport(
         leaves=tuple(
             LeafReport(path, leaf.shape, small.shape, _kept(plan, number, leaf), reason)
@@ -264,7 +268,7 @@ def _small_function(
     moving_constants: frozenset[int],
     paths: Sequence[str],
 ) -> Callable[..., PyTree]:
-    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), params)
+    whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)), params)
     structure: Any = jax.tree.structure(params)
     count = structure.num_leaves
     shapes = [
@@ -275,7 +279,7 @@ def _small_function(
 
     def at_shapes(inputs: tuple[PyTree, ...]) -> Program:
         leaves, tree = jax.tree.flatten(inputs)
-        structs = [jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)) for leaf in leaves]
+        structs = [jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)) for leaf in leaves]
         key = (tree, tuple((struct.shape, struct.dtype) for struct in structs))
         if key not in traces:
             inputs_before = program.inputs[count:]
@@ -354,15 +358,9 @@ def _fits(
 def _same(first: Any, second: Any) -> bool:
     if first is second:
         return True
-    if any(jnp.issubdtype(_dtype(value), jax.dtypes.extended) for value in (first, second)):
+    if any(jnp.issubdtype(dtype_of(value), jax.dtypes.extended) for value in (first, second)):
         return False
     return np.shape(first) == np.shape(second) and np.array_equal(first, second, equal_nan=False)
-
-
-def _dtype(leaf: Any) -> Any:
-    """The type that JAX gives an array: without x64, int64 becomes int32."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    return dtype if jnp.issubdtype(dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _key(key: Any) -> str:

@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 import bcdl_jax
+from bcdl_jax.data_flow import analyze, wholly_unknown
+from bcdl_jax.program import trace
 from tests.conftest import CHAIN, CONV_CHAIN, assert_trees_close
 from tests.random_networks import random_network
 
@@ -364,6 +366,8 @@ MIDDLES = {
     "clamped sum": lambda x: jnp.minimum(x, 3.0) + jnp.maximum(x, -3.0),
     "transposed": lambda x: jnp.tanh(x.T).T,
     "reshaped": lambda x: (x.reshape(-1, 2, 3) * 2).reshape(-1, 6),
+    "stacked": lambda x: jnp.stack([jnp.sin(x), x], axis=1).sum(1),
+    "unstacked": lambda x: sum(jnp.unstack(jnp.stack([jnp.sin(x), x], axis=2), axis=2)),
     "batch first": lambda x: jnp.sin(x.reshape(-1)).reshape(-1, 6),
 }
 
@@ -394,6 +398,44 @@ def test_what_is_not_understood_is_left_whole(name, middle):
     after = shapes_after(report)
     # Channel 3 of its operand is constant and filled in; channel 1 of its result is not read. Nothing follows for the rest.
     assert after == {"a": (4, 5), "b": (5,), "c": (5, 3)}
+
+
+def test_params_of_weak_type_are_taken_for_what_they_are():
+    apply, params, inputs = simple((1,), (3, 4))
+    weak = jax.tree.map(lambda leaf: jnp.where(leaf == 0, 0.0, 1.0), params)
+    assert weak["a"].weak_type
+    small_apply, small, report = bcdl_jax.shrink(lambda params, x: apply(params, 2 * x), weak, inputs)
+    assert shapes_after(report) == {"a": (4, 3), "b": (3,), "c": (3, 3)}
+    np.testing.assert_allclose(jax.jit(small_apply)(small, inputs[:2]), apply(weak, 2 * inputs[:2]), rtol=1e-5)
+
+
+def test_what_is_not_evaluated_is_wholly_unknown(net, conv_net, key):
+    """Against the analysis of a program all of whose values were evaluated."""
+    cases = [random_network(seed) for seed in range(1000, 1006)]
+    for (model, params, inputs), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
+        rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.log_dropout_rates(params).values()])
+        pruned = bcdl_jax.prune(params, float(np.median(rates)), chain)
+        sampled = lambda params, x, key, model=model: model.apply(  # noqa: E731
+            {"params": params}, x, deterministic=False, rngs={"noise": key}
+        )
+        cases.append((sampled, pruned, (inputs, key)))
+    left_out = 0
+    for apply, params, inputs in cases:
+        program = trace(apply, params, *(inputs if isinstance(inputs, tuple) else (inputs,)))
+        leaves = jax.tree.leaves((params, inputs))
+        count = len(jax.tree.leaves(params))
+        axes = [frozenset()] * len(program.shapes)
+        facts = {}
+        for without in (frozenset(), wholly_unknown(program, count)):
+            values = program.evaluate(*leaves, without=without)
+            facts[bool(without)] = analyze(program, values, count, axes, frozenset()).facts
+        for number in without:
+            assert facts[False][number].unknown.all()
+        left_out += len(without)
+        for whole, partial in zip(facts[False], facts[True], strict=True):
+            for name in ("unknown", "value", "live"):
+                np.testing.assert_array_equal(getattr(whole, name), getattr(partial, name))
+    assert left_out > 1000
 
 
 def test_the_gradient_of_relu_at_zero_stays_zero():
