@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,31 +168,52 @@ def choose_thresholds(
         else:
             low = middle
 
-    portion, finest = 16, 2 * max(count for choices in cuts.values() for count, _ in choices)
-    while size > 0 and portion <= max(finest, 16):
-        best: tuple[float, float, dict[str, int], float, int] | None = None
-        for name, position in positions.items():
-            count = cuts[name][position][0]
-            target = count - max(1, count // portion)
-            lower = [place for place in range(position) if cuts[name][place][0] <= target]
-            if not lower:
-                continue
-            candidate = positions | {name: lower[-1]}
-            candidate_error, candidate_size = measure(candidate)
-            if candidate_error > limit or candidate_size == 0:
-                continue
+    def look(name: str, portion: int) -> _Look:
+        """What it would cost, as things stand, to prune a portion more of a layer."""
+        count = cuts[name][positions[name]][0]
+        target = count - max(1, count // portion)
+        lower = [place for place in range(positions[name]) if cuts[name][place][0] <= target]
+        if not lower:
+            return _Look(math.inf, 0.0, positions, current_error, size)
+        candidate = positions | {name: lower[-1]}
+        candidate_error, candidate_size = measure(candidate)
+        cost, saving = math.inf, 0.0
+        if candidate_error <= limit and candidate_size > 0:
             saving = math.log(size / candidate_size)
             rise = candidate_error - current_error
             # What saves nothing (a unit that reads a pruned channel) still goes where it costs nothing: others lie behind it.
             cost = rise / saving if saving else (-math.inf if rise <= 0 else math.inf)
-            if cost < math.inf and (best is None or (cost, -saving) < best[:2]):
-                best = (cost, -saving, candidate, candidate_error, candidate_size)
-        if best is None:
-            portion *= 2
-        else:
-            _, _, positions, current_error, size = best
+        return _Look(cost, -saving, candidate, candidate_error, candidate_size)
+
+    portion, finest = 16, 2 * max(count for choices in cuts.values() for count, _ in choices)
+    while size > 0 and portion <= max(finest, 16):
+        # Looks are stale once another layer was pruned. That hardly ever makes a layer cheaper, so a stale one is taken again
+        # only where it seems the cheapest, or at the very end.
+        looks, stale = {name: look(name, portion) for name in positions}, set[str]()
+        while True:
+            name = min(looks, key=lambda name: (looks[name].cost, looks[name].minus_saving))
+            if looks[name].cost == math.inf:
+                if not stale or 2 * portion <= max(finest, 16):
+                    break
+                name = min(stale)
+            if name not in stale:
+                positions, current_error, size = looks[name].positions, looks[name].error, looks[name].size
+                stale = set(looks)
+            looks[name] = look(name, portion)
+            stale.remove(name)
+        portion *= 2
 
     return {name: cuts[name][position][1] for name, position in positions.items()}
+
+
+class _Look(NamedTuple):
+    """A step that ``choose_thresholds`` might take, and where it leads."""
+
+    cost: float
+    minus_saving: float
+    positions: dict[str, int]
+    error: float
+    size: int
 
 
 def _cuts(posterior: Posterior, rates: np.ndarray) -> list[tuple[int, float]]:

@@ -36,8 +36,8 @@ class Shrinking:
       negative_log_likelihood: that of the training step.
       make_step: from a negative log-likelihood to the training step, such as
         ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``; called again for every smaller network.
-      thresholds: log dropout rates above which a group is safely gone, as for ``prune``. Well above those of pruning: what is masked in
-        training never comes back.
+      thresholds: log dropout rates above which a group is safely gone, as for ``prune``; or a function from params to them, such as
+        ``choose_thresholds`` with a small ``max_increase``. Be more careful than in pruning: what is masked in training never comes back.
       chain: as for ``prune``.
       every: epochs from one look at the groups to the next.
       least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
@@ -49,7 +49,7 @@ class Shrinking:
 
     negative_log_likelihood: NegativeLogLikelihood
     make_step: Callable[[NegativeLogLikelihood], TrainStep]
-    thresholds: Thresholds
+    thresholds: Thresholds | Callable[[PyTree], Thresholds]
     chain: Sequence[str] = ()
     every: int = 5
     least_saving: float = 0.25
@@ -151,7 +151,8 @@ def shrink_further(
     Returns:
       The smaller training, or None if it would not save ``least_saving`` of the multiply-adds.
     """
-    masked = prune_state(state, shrinking.thresholds, shrinking.chain)
+    thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
+    masked = prune_state(state, thresholds, shrinking.chain)
     # A first look, since tracing a network takes seconds.
     shares = [
         float(jnp.sum(new.kernel_mask)) / max(1.0, float(jnp.sum(old.kernel_mask)))

@@ -326,8 +326,8 @@ def _adapt_to(count: int, dataset: Dataset, settings: Recipe) -> tuple[Dataset, 
         images, labels = dataset.train.images[:-rest], dataset.train.labels[:-rest]
         dataset = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, images=images, labels=labels))
         print(f"The last {rest} training examples are left out, so that {count} devices hold equally many.", flush=True)
-    if count > 1 and settings.shrink_above is not None:
-        settings = dataclasses.replace(settings, shrink_above=None)
+    if count > 1 and settings.max_shrinking_change is not None:
+        settings = dataclasses.replace(settings, max_shrinking_change=None)
         print(
             "On several devices the network is trained at full size to the end: only on one does it shrink.", flush=True
         )

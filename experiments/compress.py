@@ -37,6 +37,7 @@ from experiments.recipe import Recipe
 PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
 RESULT, INTERRUPTED = "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
+_SHRINKING_IMAGES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +109,29 @@ def error_percent(model: nn.Module, params: Any, data: tuple[jax.Array, jax.Arra
     return 100 * jnp.mean(wrong)
 
 
-def prediction_change(model: nn.Module, before: Any, after: Any, images: jax.Array) -> jax.Array:
-    """KL(predictions of before || predictions of after) in nats per example, at the mean weights: a scalar.
+def measure_change(model: nn.Module, images: jax.Array) -> Callable[[Any], Callable[[Any], jax.Array]]:
+    """``measure_change(model, images)(before)(after)``: KL(predictions of before || predictions of after), at the mean weights.
 
-    Thresholds and rounding are chosen by it. It grows smoothly with the damage, while the error moves in steps of whole
-    images, so that on a few thousand of them luck would choose; and it sees damage that the cross-entropy of an
-    overconfident network hides.
+    A scalar, in nats per example. Thresholds and rounding are chosen by it. It grows smoothly with the damage, while the error
+    moves in steps of whole images, so that on a few thousand of them luck would choose; and it sees damage that the cross-entropy
+    of an overconfident network hides.
     """
 
-    def log_probabilities(params: Any) -> jax.Array:
+    @jax.jit
+    def log_probabilities(params: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, images)
         return jax.nn.log_softmax(logits)
 
-    old, new = log_probabilities(before), log_probabilities(after)
-    return jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))
+    @jax.jit
+    def difference(old: jax.Array, params: Any, images: jax.Array) -> jax.Array:
+        new = log_probabilities(params, images)
+        return jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))
+
+    def from_before(params: Any) -> Callable[[Any], jax.Array]:
+        old = log_probabilities(params, images)
+        return lambda after: difference(old, after, images)
+
+    return from_before
 
 
 def sampled_cross_entropy(
@@ -172,7 +182,7 @@ def compress(
     start = time.perf_counter()
     validation = on_device(dataset.validation)
     train, held_out = _placed(dataset, validation, mesh)
-    change = jax.jit(functools.partial(prediction_change, model))
+    change_from = measure_change(model, validation[0])
     run_phase = functools.partial(
         _run_phase, model, recipe, train, held_out, chain, seeds, out, logs, thresholds, checkpoints, mesh
     )
@@ -189,7 +199,7 @@ def compress(
         thresholds
         or bcdl_jax.choose_thresholds(
             net,
-            functools.partial(change, net, images=validation[0]),
+            change_from(net),
             max_increase=recipe.max_pruning_change,
             chain=chain,
         )
@@ -206,7 +216,7 @@ def compress(
     steps = [
         bcdl_jax.choose_relative_step(
             net,
-            functools.partial(change, net, images=validation[0]),
+            change_from(net),
             max_increase=recipe.max_rounding_change,
         )
         for net in pruned
@@ -292,10 +302,10 @@ def _run_phase(
         bcdl_jax.make_train_step, optimizer=optimizer, num_examples=num_examples, kl_weight=kl_weight
     )
     shrinking = None
-    if recipe.shrink_above is not None:
+    if recipe.max_shrinking_change is not None:
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
-        above = math.inf if fine_tune else recipe.shrink_above
-        shrinking = bcdl_jax.Shrinking(likelihood, make_step, above, chain, every=recipe.shrink_every)
+        gone = math.inf if fine_tune else _what_is_gone(model, recipe.max_shrinking_change, train[0], chain)
+        shrinking = bcdl_jax.Shrinking(likelihood, make_step, gone, chain, every=recipe.shrink_every)
 
     # It runs once: what the compiler gains from optimising it is far less than what that takes.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -393,6 +403,18 @@ def _run_phase(
         averaged = jax.jit(bcdl_jax.clip_variances)(bcdl_jax.averaged_params(states.optimizer_state))
         return averaged, failures, snapshots
     return states.params, failures, snapshots
+
+
+def _what_is_gone(
+    model: nn.Module, max_change: float, images: jax.Array, chain: Sequence[str]
+) -> Callable[[Any], dict[str, float]]:
+    """From params to thresholds of what may be left out in training: the most that hardly changes the predictions on a few images."""
+    change_from = measure_change(model, images[:: max(1, len(images) // _SHRINKING_IMAGES)])
+
+    def thresholds(params: Any) -> dict[str, float]:
+        return bcdl_jax.choose_thresholds(params, change_from(params), max_increase=max_change, chain=chain)
+
+    return thresholds
 
 
 def _placed(dataset: Dataset, validation: tuple[jax.Array, jax.Array], mesh: Mesh | None) -> tuple[Any, Any]:

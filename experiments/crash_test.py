@@ -65,7 +65,7 @@ def train(out: Path, size: Size) -> None:
         max_pruning_change=0.1,
         max_rounding_change=0.1,
         in_turn=True,
-        shrink_above=-2.0,
+        max_shrinking_change=0.1,
         shrink_every=2,
     )
     seeds = list(size.seeds)

@@ -21,7 +21,7 @@ _FULL = Recipe(
     fine_tune_averaging_epochs=3,
     pretrain_epochs=3,
     in_turn=True,
-    shrink_above=1.0,
+    max_shrinking_change=0.001,
     shrink_every=2,
 )
 _EMBEDDED = dataclasses.replace(

@@ -22,14 +22,14 @@ class Recipe:
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       warmup_epochs: over which the weight of the KL rises from 0 to 1.
       max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
-        per example, see ``compress.prediction_change``.
+        per example, see ``compress.measure_change``.
       max_rounding_change: likewise for the rounding.
       pretrain_epochs: of training the plain twin of the network, whose weights the variational training starts from; 0 starts
         it from scratch.
       pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
-      shrink_above: log dropout rate above which a group is safely gone, so that it is left out while training goes on; None to train
-        at full size throughout. Needs ``in_turn``.
+      max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
+        example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
       shrink_every: epochs from one look at the groups to the next.
     """
 
@@ -48,5 +48,5 @@ class Recipe:
     pretrain_epochs: int = 0
     pretrain_learning_rate: float = 2e-3
     in_turn: bool = False
-    shrink_above: float | None = None
+    max_shrinking_change: float | None = None
     shrink_every: int = 5
