@@ -73,7 +73,7 @@ def average_over(axis_name: str, negative_log_likelihood: NegativeLogLikelihood)
         return value_and_gradient(params, batch, key)[0]
 
     def backward(gradient: PyTree, cotangent: jax.Array) -> tuple[PyTree, None, None]:
-        return jax.tree.map(lambda slope: cotangent * slope, gradient), None, None
+        return jax.tree.map(lambda slope: (cotangent * slope).astype(slope.dtype), gradient), None, None
 
     averaged.defvjp(value_and_gradient, backward)
     return averaged

@@ -7,7 +7,7 @@ from experiments import parallel_check
 
 # The widest cases of each way; the program itself runs all.
 @pytest.mark.parametrize(
-    ("net", "way"), [("dense", "mesh"), ("convolutional", "mesh"), ("dense", "pmap"), ("dense", "processes")]
+    ("net", "way"), [("dense", "mesh"), ("convolutional", "mesh"), ("relu", "pmap"), ("dense", "processes")]
 )
 def test_twenty_steps_on_many_devices_are_those_on_one(net, way, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these compile more than they compute
