@@ -302,7 +302,7 @@ class _Trainer:
     def shrink(self, part: _Part, epochs: int) -> str | None:
         """Masks what is safely gone and shrinks the part, where it is due and pays; says what became of it."""
         assert self.shrinking is not None
-        if epochs % self.shrinking.every or bool(part.state.halted):
+        if not self.shrinking.is_due(epochs) or bool(part.state.halted):
             return None
         self._settle(part)
         small = shrink_further(self.shrinking, part.whole(), self._example(), part.small)

@@ -39,7 +39,8 @@ class Shrinking:
       thresholds: log dropout rates above which a group is safely gone, as for ``prune``; or a function from params to them, such as
         ``choose_thresholds`` with a small ``max_increase``. Be more careful than in pruning: what is masked in training never comes back.
       chain: as for ``prune``.
-      every: epochs from one look at the groups to the next.
+      first: epochs before the first look at the groups. The next ones follow after twice, four times, eight times as many: a net loses
+        its groups ever more slowly.
       least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
       multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
 
@@ -51,16 +52,21 @@ class Shrinking:
     make_step: Callable[[NegativeLogLikelihood], TrainStep]
     thresholds: Thresholds | Callable[[PyTree], Thresholds]
     chain: Sequence[str] = ()
-    every: int = 5
+    first: int = 1
     least_saving: float = 0.25
     multiple_of: int = 8
 
     def __post_init__(self):
-        for name in ("every", "multiple_of"):
+        for name in ("first", "multiple_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.least_saving < 1:
             raise ValueError(f"least_saving is {self.least_saving}; it must be at least 0 and less than 1.")
+
+    def is_due(self, epochs: int) -> bool:
+        """Whether to look at the groups after so many epochs."""
+        times, rest = divmod(epochs, self.first)
+        return rest == 0 and times > 0 and times & (times - 1) == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from experiments.recipe import Recipe
 PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
 RESULT, INTERRUPTED = "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
-_SHRINKING_IMAGES = 1000
+_SHRINKING_IMAGES = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +190,7 @@ def compress(
     weights = None if pretrained is None else bcdl_jax.stack(pretrained)
     params, failures, snapshots = run_phase("train", fresh, weights, first_epoch=1, profile_steps=profile_steps)
     jax.clear_caches()  # the compiled phases take most of the memory
+    startup.release_memory()
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "trained", trained, seeds)
     if all(failures):
@@ -211,6 +212,7 @@ def compress(
         params, later_failures, _ = run_phase("fine_tune", _as_they_are, stacked, first_epoch=recipe.epochs + 1)
         failures = [first or later for first, later in zip(failures, later_failures, strict=True)]
         jax.clear_caches()
+        startup.release_memory()
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "pruned", pruned, seeds)
     steps = [
@@ -305,7 +307,7 @@ def _run_phase(
     if recipe.max_shrinking_change is not None:
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
         gone = math.inf if fine_tune else _what_is_gone(model, recipe.max_shrinking_change, train[0], chain)
-        shrinking = bcdl_jax.Shrinking(likelihood, make_step, gone, chain, every=recipe.shrink_every)
+        shrinking = bcdl_jax.Shrinking(likelihood, make_step, gone, chain, first=recipe.first_shrinking)
 
     # It runs once: what the compiler gains from optimising it is far less than what that takes.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -329,6 +331,7 @@ def _run_phase(
             start = bcdl_jax.place_state(start, mesh)
         snapshots = [_snapshot(0, start.params)]
         program = None if compiling is None else compiling.result()
+    startup.release_memory()
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
     failures: list[str | None] = [None] * len(seeds)
     restored = checkpoints.restore(phase, start)
@@ -384,6 +387,8 @@ def _run_phase(
                 snapshots.append(_snapshot(report.reports[0].epoch, states.params))
             if checkpoints.every and done % checkpoints.every == 0 and done < epochs:
                 save()
+            if compile_time.seconds > compiled:
+                startup.release_memory()
             clock, compiled = time.perf_counter(), compile_time.seconds
         complete = done == epochs or all(failures)
         saved = None

@@ -66,7 +66,7 @@ def train(out: Path, size: Size) -> None:
         max_rounding_change=0.1,
         in_turn=True,
         max_shrinking_change=0.1,
-        shrink_every=2,
+        first_shrinking=2,
     )
     seeds = list(size.seeds)
     settings = checkpoints.settings("crash_test", recipe, dataset, seeds)

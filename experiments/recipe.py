@@ -30,7 +30,7 @@ class Recipe:
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
       max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
         example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
-      shrink_every: epochs from one look at the groups to the next.
+      first_shrinking: epochs before the first look at the groups; the next ones follow after twice, four times, eight times as many.
     """
 
     epochs: int
@@ -49,4 +49,4 @@ class Recipe:
     pretrain_learning_rate: float = 2e-3
     in_turn: bool = False
     max_shrinking_change: float | None = None
-    shrink_every: int = 5
+    first_shrinking: int = 1

@@ -126,7 +126,7 @@ def shrinking_ensemble(data, stop=None, states=None):
     if states is None:
         params = with_dead_groups(bcdl_jax.unstack(fresh, 0).params, {"Dense_1": [0, 1], "Dense_2": [2, 3]})
         states = fresh.replace(params=bcdl_jax.stack([params, bcdl_jax.unstack(fresh, 1).params]))
-    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, every=2, multiple_of=1)
+    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, first=2, multiple_of=1)
     return train(states, data, make_step(dense_nll), (3, 4), epochs=5, in_turn=True, shrinking=shrinking, stop=stop)
 
 
@@ -150,7 +150,7 @@ def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypat
 
 
 def test_bad_arguments(data):
-    for name, value in (("every", 0), ("multiple_of", 0), ("least_saving", 1.0)):
+    for name, value in (("first", 0), ("multiple_of", 0), ("least_saving", 1.0)):
         with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least"):
             bcdl_jax.Shrinking(dense_nll, make_step, 3.0, **{name: value})
     step, _, states = setup(OPTIMIZER)
