@@ -120,6 +120,32 @@ def test_it_shrinks_only_where_that_pays():
     assert bcdl_jax.shrink_training(shrinking, empty, batch) is None
 
 
+def test_the_groups_are_looked_at_ever_more_rarely():
+    for first, expected in ((1, [1, 2, 4, 8, 16, 32]), (3, [3, 6, 12, 24])):
+        shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, first=first)
+        assert [epochs for epochs in range(40) if shrinking.is_due(epochs)] == expected
+
+
+def test_what_is_gone_may_be_found_from_the_params():
+    state, conv_data = conv_state()
+    batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
+    asked = []
+
+    def thresholds(params):
+        asked.append(params)
+        return 3.0
+
+    found = [
+        bcdl_jax.shrink_further(
+            bcdl_jax.Shrinking(conv_nll, make_step, each, CONV_CHAIN, multiple_of=1), state, batch
+        ).report
+        for each in (3.0, thresholds)
+    ]
+    assert asked == [state.params]
+    for one, other in zip(*(report.leaves for report in found), strict=True):
+        assert one.after == other.after
+
+
 def shrinking_ensemble(data, stop=None, states=None):
     """Two seeds, of which groups die in the first while it is trained: shrunk after the second and the fourth epoch."""
     _, _, fresh = setup(OPTIMIZER, seeds=(3, 4))

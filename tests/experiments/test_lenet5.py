@@ -3,10 +3,12 @@ import json
 import jax
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from PIL import Image
 
 import bcdl_jax
-from experiments import command_line, data, lenet5, models, score
+from experiments import command_line, compress, data, files, lenet5, models, score
 
 SHAPES = {"Conv_0": (5, 5, 1, 20), "Conv_1": (5, 5, 20, 50), "Dense_0": (800, 500), "Dense_1": (500, 10)}
 
@@ -21,7 +23,7 @@ def test_the_network_is_lenet5_caffe_with_its_first_layer_clipped():
 
 def test_recipes():
     full, embedded = lenet5.EXPERIMENT.recipe("mnist"), lenet5.EXPERIMENT.recipe("mnist_5k")
-    assert (full.pretrain_epochs, full.log_variance_factor, full.warmup_epochs) == (3, 4.0, 8)
+    assert (full.pretrain_epochs, full.log_variance_factor, full.warmup_epochs) == (3, 4.0, 2)
     assert full.batch_size == 128 > embedded.batch_size
     assert lenet5.EXPERIMENT.recipe("fashion_mnist") == full
     args = command_line.parse(lenet5.EXPERIMENT, ["--pretrained", "net.npz"])
@@ -54,6 +56,20 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: dataset)
         return lenet5.main([*arguments, "--seeds", "2", "--out", str(out)]), out, dataset
+
+
+def test_the_change_of_the_predictions_is_their_divergence(finished):
+    _, out, dataset = finished
+    model, images = models.LeNet5(), dataset.validation.images
+    like = jax.eval_shape(model.init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+    names = files.named_arrays(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
+    with np.load(out / "trained_seed2.npz", allow_pickle=False) as file:
+        trained = jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])
+    nets = [trained, bcdl_jax.prune(trained, float(np.median(bcdl_jax.log_dropout_rates(trained)["Dense_0"])))]
+    old, new = (scipy.special.softmax(np.asarray(model.apply({"params": net}, images), np.float64), -1) for net in nets)
+    expected = np.mean(scipy.stats.entropy(old, new, axis=-1))
+    assert float(compress.measure_change(model, images)(nets[0])(nets[1])) == pytest.approx(expected, rel=1e-3)
+    assert float(compress.measure_change(model, images)(nets[0])(nets[0])) == pytest.approx(0, abs=1e-6)
 
 
 def test_all_files_are_there(finished):
