@@ -7,6 +7,7 @@ from bcdl_jax.ensemble import EnsembleReport, EpochReport, compile_ensemble, eac
 from bcdl_jax.export import export_stablehlo, load_stablehlo
 from bcdl_jax.export_onnx import export_onnx
 from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
+from bcdl_jax.horseshoe import GroupHorseshoe, GroupHorseshoePosterior
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
 from bcdl_jax.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
@@ -41,6 +42,8 @@ __all__ = [
     "Dense",
     "EnsembleReport",
     "EpochReport",
+    "GroupHorseshoe",
+    "GroupHorseshoePosterior",
     "GroupNormalJeffreys",
     "GroupNormalJeffreysPosterior",
     "LeafReport",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Self
 
 import flax.struct
@@ -11,12 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax.noise import example_normal
-from bcdl_jax.posterior import GroupAxis, Posterior
+from bcdl_jax.posterior import START_LOG_VARIANCE, GroupAxis, Posterior, check_clip_var, near, start_of_weights
 
 # Constants of the fit to KL(N(1, alpha) || log-uniform) [Molchanov et al. 2017, eq. 14]; off by at most 0.009 nats.
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
-_START_LOG_VARIANCE = -9.0
-_START_SPREAD = 0.01
 
 
 @flax.struct.dataclass
@@ -56,14 +53,7 @@ class GroupNormalJeffreysPosterior(Posterior):
         return self.scale_mean + jnp.exp(0.5 * self.scale_log_variance) * noise
 
     def clip_variances(self) -> Self:
-        if self.clip_var is None:
-            return self
-        ceiling = math.log(self.clip_var)
-        bias = self.bias_log_variance
-        return self.replace(  # type: ignore[attr-defined]
-            kernel_log_variance=jnp.minimum(self.kernel_log_variance, ceiling),
-            bias_log_variance=None if bias is None else jnp.minimum(bias, ceiling),
-        )
+        return self.with_weight_variances_up_to(self.clip_var)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +71,7 @@ class GroupNormalJeffreys:
     clip_var: float | None = None
 
     def __post_init__(self):
-        if self.clip_var is not None and not 0 < self.clip_var < math.inf:
-            raise ValueError(
-                f"clip_var is {self.clip_var}; it must be a positive finite variance, or None for no limit."
-            )
+        check_clip_var(self.clip_var)
 
     def create(
         self,
@@ -105,23 +92,13 @@ class GroupNormalJeffreys:
           group_axis: "input" (dense layers) or "output" (convolutions).
           feature_group_count: number of groups of a grouped convolution.
         """
-        kernel_key, bias_key, mean_key, variance_key = jax.random.split(key, 4)
-
-        def near(center: float, near_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return center + _START_SPREAD * jax.random.normal(near_key, shape, kernel.dtype)
-
-        inputs, features = kernel.shape[-2] * feature_group_count, kernel.shape[-1]
-        groups = (inputs if group_axis == "input" else features,)
+        weights_key, mean_key, variance_key = jax.random.split(key, 3)
+        weights = start_of_weights(weights_key, kernel, bias, group_axis, feature_group_count)
+        groups = weights["input_mask" if group_axis == "input" else "output_mask"].shape
         return GroupNormalJeffreysPosterior(
-            kernel_mean=kernel,
-            kernel_log_variance=near(_START_LOG_VARIANCE, kernel_key, kernel.shape),
-            bias_mean=bias,
-            bias_log_variance=None if bias is None else near(_START_LOG_VARIANCE, bias_key, bias.shape),
-            input_mask=jnp.ones((inputs,), kernel.dtype),
-            output_mask=jnp.ones((features,), kernel.dtype),
-            group_axis=group_axis,
-            scale_mean=near(1.0, mean_key, groups),
-            scale_log_variance=near(_START_LOG_VARIANCE, variance_key, groups),
+            **weights,
+            scale_mean=near(1.0, mean_key, groups, kernel.dtype),
+            scale_log_variance=near(START_LOG_VARIANCE, variance_key, groups, kernel.dtype),
             clip_var=self.clip_var,
         )
 

@@ -7,6 +7,7 @@ this node, never by matching names.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -17,6 +18,9 @@ import jax.numpy as jnp
 PyTree = Any
 GroupAxis = Literal["input", "output"]
 T = TypeVar("T")
+
+START_LOG_VARIANCE = -9.0
+_START_SPREAD = 0.01
 
 
 class WeightsNode(Protocol):
@@ -142,6 +146,16 @@ class Posterior(abc.ABC):
             self.bias_mean, self.bias_log_variance, scale_mean, scale_variance, self.output_mask > 0
         )
 
+    def with_weight_variances_up_to(self, largest: float | None) -> Self:
+        """The same posterior with the variances of weights and biases brought down to ``largest``; None is no limit."""
+        if largest is None:
+            return self
+        ceiling, bias = math.log(largest), self.bias_log_variance
+        return self.replace(  # type: ignore[attr-defined]
+            kernel_log_variance=jnp.minimum(self.kernel_log_variance, ceiling),
+            bias_log_variance=None if bias is None else jnp.minimum(bias, ceiling),
+        )
+
     def gaussian_kl(self) -> jax.Array:
         """KL of the Gaussian weights and biases from N(0, 1), summed over what is not pruned: the part that families share.
 
@@ -151,6 +165,34 @@ class Posterior(abc.ABC):
         if self.bias_mean is not None and self.bias_log_variance is not None:
             total += _sum_standard_normal_kl(self.bias_mean, self.bias_log_variance, self.output_mask > 0)
         return total
+
+
+def check_clip_var(clip_var: float | None) -> None:
+    """Raises ValueError for what is not a positive finite number or None."""
+    if clip_var is not None and not 0 < clip_var < math.inf:
+        raise ValueError(f"clip_var is {clip_var}; it must be a positive finite variance, or None for no limit.")
+
+
+def start_of_weights(
+    key: jax.Array, kernel: jax.Array, bias: jax.Array | None, group_axis: GroupAxis, feature_group_count: int
+) -> dict[str, Any]:
+    """The shared fields of a fresh posterior, see ``GroupNormalJeffreys.create``: all is kept, log-variances are near -9."""
+    kernel_key, bias_key = jax.random.split(key)
+    inputs, features = kernel.shape[-2] * feature_group_count, kernel.shape[-1]
+    return {
+        "kernel_mean": kernel,
+        "kernel_log_variance": near(START_LOG_VARIANCE, kernel_key, kernel.shape, kernel.dtype),
+        "bias_mean": bias,
+        "bias_log_variance": None if bias is None else near(START_LOG_VARIANCE, bias_key, bias.shape, bias.dtype),
+        "input_mask": jnp.ones((inputs,), kernel.dtype),
+        "output_mask": jnp.ones((features,), kernel.dtype),
+        "group_axis": group_axis,
+    }
+
+
+def near(center: float, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Start values around ``center``, with a standard deviation of 0.01."""
+    return center + _START_SPREAD * jax.random.normal(key, shape, dtype)
 
 
 def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mask: jax.Array) -> jax.Array:

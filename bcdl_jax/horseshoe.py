@@ -1,0 +1,177 @@
+"""Group horseshoe: half-Cauchy scales of groups, times a half-Cauchy scale of the whole layer [Louizos et al. 2017, section 3.2].
+
+A weight is w = w~ z with w~ ~ N(0, 1) and z_g = s z~_g. Each half-Cauchy variable is the root of a product of a gamma and an inverse
+gamma variable:
+
+    s    = sqrt(s_a s_b),      s_a  ~ Gamma(1/2, scale tau0^2),   s_b  ~ InverseGamma(1/2, 1)
+    z~_g = sqrt(a_g b_g),      a_g  ~ Gamma(1/2, scale 1),        b_g  ~ InverseGamma(1/2, 1)
+
+All four have log-normal posteriors LN(m, v), m and v being mean and variance of the logarithm, so that z is log-normal too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.noise import example_normal
+from bcdl_jax.posterior import START_LOG_VARIANCE, GroupAxis, Posterior, check_clip_var, near, start_of_weights
+
+
+@flax.struct.dataclass
+class GroupHorseshoePosterior(Posterior):
+    """q(w~) = N(mean, variance), log-normal q of the factors of the scales; see ``Posterior`` for the shared fields.
+
+    ``*_log_mean`` and ``*_log_variance`` are the mean m of a factor's logarithm, and the logarithm of its variance v.
+
+    Attributes:
+      layer_gamma_log_mean, layer_gamma_log_variance: of s_a, scalars.
+      layer_inverse_log_mean, layer_inverse_log_variance: of s_b, scalars.
+      group_gamma_log_mean, group_gamma_log_variance: of a_g, [groups].
+      group_inverse_log_mean, group_inverse_log_variance: of b_g, [groups].
+      tau0: scale of the prior of s.
+      clip_var: largest variance of weights and biases, or None.
+    """
+
+    layer_gamma_log_mean: jax.Array
+    layer_gamma_log_variance: jax.Array
+    layer_inverse_log_mean: jax.Array
+    layer_inverse_log_variance: jax.Array
+    group_gamma_log_mean: jax.Array
+    group_gamma_log_variance: jax.Array
+    group_inverse_log_mean: jax.Array
+    group_inverse_log_variance: jax.Array
+    tau0: float = flax.struct.field(pytree_node=False)
+    clip_var: float | None = flax.struct.field(pytree_node=False)
+
+    @property
+    def default_threshold(self) -> float:
+        return 1.0
+
+    def kl_divergence(self) -> jax.Array:
+        """The KL of the scales of kept groups and, where any is kept, of the layer's, plus that of weights and biases [L17 section 3.2]."""
+        groups = log_normal_kl_from_gamma(
+            self.group_gamma_log_mean, self.group_gamma_log_variance, 1.0
+        ) + log_normal_kl_from_inverse_gamma(self.group_inverse_log_mean, self.group_inverse_log_variance)
+        layer = log_normal_kl_from_gamma(
+            self.layer_gamma_log_mean, self.layer_gamma_log_variance, self.tau0**2
+        ) + log_normal_kl_from_inverse_gamma(self.layer_inverse_log_mean, self.layer_inverse_log_variance)
+        kept = self.group_mask > 0
+        return jnp.sum(jnp.where(kept, groups, 0)) + jnp.where(jnp.any(kept), layer, 0) + self.gaussian_kl()
+
+    def log_dropout_rate(self) -> jax.Array:
+        """v - m of log z, [groups]: minus the logarithm of the mode of z, large where the group is close to zero [L17 section 3.2]."""
+        mean, layer_variance, group_variance = self._log_scale()
+        return layer_variance + group_variance - mean
+
+    def scale_moments(self) -> tuple[jax.Array, jax.Array]:
+        mean, layer_variance, group_variance = self._log_scale()
+        variance = layer_variance + group_variance
+        return jnp.exp(mean + variance / 2), jnp.expm1(variance) * jnp.exp(2 * mean + variance)
+
+    def sample_scale(self, key: jax.Array, num_examples: int) -> jax.Array:
+        mean, layer_variance, group_variance = self._log_scale()
+        layer_key, group_key = jax.random.split(key)
+        # One s per example: all groups of the layer share it.
+        layer_noise = example_normal(layer_key, (num_examples, 1), mean.dtype)
+        group_noise = example_normal(group_key, (num_examples, *mean.shape), mean.dtype)
+        return jnp.exp(mean + jnp.sqrt(layer_variance) * layer_noise + jnp.sqrt(group_variance) * group_noise)
+
+    def clip_variances(self) -> Self:
+        return self.with_weight_variances_up_to(self.clip_var)
+
+    def _log_scale(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of log z: the mean [groups], and the variance that comes from s (a scalar) and from z~ [groups]."""
+        mean = (
+            self.layer_gamma_log_mean
+            + self.layer_inverse_log_mean
+            + self.group_gamma_log_mean
+            + self.group_inverse_log_mean
+        ) / 2
+        layer = (jnp.exp(self.layer_gamma_log_variance) + jnp.exp(self.layer_inverse_log_variance)) / 4
+        group = (jnp.exp(self.group_gamma_log_variance) + jnp.exp(self.group_inverse_log_variance)) / 4
+        return mean, layer, group
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupHorseshoe:
+    """The group horseshoe family: pass it to ``bcdl_jax.Dense`` and ``bcdl_jax.Conv``.
+
+    Attributes:
+      tau0: scale of the half-Cauchy prior of a layer's scale. The smaller, the more the layer's groups are drawn to zero together.
+      clip_var: as for ``GroupNormalJeffreys``.
+
+    Raises:
+      ValueError: ``tau0`` or ``clip_var`` is not a positive finite number.
+    """
+
+    tau0: float = 1e-5
+    clip_var: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.tau0 < math.inf:
+            raise ValueError(f"tau0 is {self.tau0}; it must be a positive finite number.")
+        check_clip_var(self.clip_var)
+
+    def create(
+        self,
+        key: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array | None,
+        group_axis: GroupAxis,
+        feature_group_count: int = 1,
+    ) -> GroupHorseshoePosterior:
+        """The posterior that training starts from, with the given arrays as means: all z start at 1.
+
+        The factor s_a starts where its prior is, and s_b where it makes up for that; the log-variances start near -9.
+
+        Args:
+          key, kernel, bias, group_axis, feature_group_count: as for ``GroupNormalJeffreys.create``.
+        """
+        weights_key, *keys = jax.random.split(key, 9)
+        weights = start_of_weights(weights_key, kernel, bias, group_axis, feature_group_count)
+        groups = weights["input_mask" if group_axis == "input" else "output_mask"].shape
+        likely = math.log(self.tau0**2 / 2)
+        names = [
+            f"{part}_{factor}_log_{moment}"
+            for part in ("layer", "group")
+            for factor in ("gamma", "inverse")
+            for moment in ("mean", "variance")
+        ]
+        centers = {"layer_gamma_log_mean": likely, "layer_inverse_log_mean": -likely}
+        scales = {
+            name: near(
+                centers.get(name, START_LOG_VARIANCE if name.endswith("variance") else 0.0),
+                name_key,
+                groups if name.startswith("group") else (),
+                kernel.dtype,
+            )
+            for name, name_key in zip(names, keys, strict=True)
+        }
+        return GroupHorseshoePosterior(**weights, **scales, tau0=self.tau0, clip_var=self.clip_var)
+
+
+def log_normal_kl_from_gamma(log_mean: jax.Array, log_variance: jax.Array, scale: float) -> jax.Array:
+    """KL(LN(m, v) || Gamma(1/2, scale)) in nats, elementwise: log(scale)/2 + e^(m + v/2)/scale - (m + log v + 1 + log 2)/2.
+
+    Args:
+      log_mean: m.
+      log_variance: log v.
+      scale: of the gamma distribution.
+    """
+    log_scale = math.log(scale)
+    ratio = jnp.exp(log_mean + jnp.exp(log_variance) / 2 - log_scale)
+    return log_scale / 2 + ratio - (log_mean + log_variance + 1 + math.log(2)) / 2
+
+
+def log_normal_kl_from_inverse_gamma(log_mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """KL(LN(m, v) || InverseGamma(1/2, 1)) in nats, elementwise: e^(v/2 - m) - (-m + log v + 1 + log 2)/2.
+
+    The inverse of such a variable is LN(-m, v), and Gamma(1/2, 1) under the prior.
+    """
+    return log_normal_kl_from_gamma(-log_mean, log_variance, 1.0)
