@@ -115,7 +115,7 @@ def analyze(
             needs = [np.ones(fact.live.shape, bool) for fact in inputs]
         for fact, need in zip(inputs, needs, strict=True):
             fact.live |= need & (fact.unknown | fact.fixed)
-    return Analysis(facts, products, frozenset(opaque))
+    return Analysis([_compact(fact) for fact in facts], products, frozenset(opaque))
 
 
 def wholly_unknown(program: Program, num_params: int) -> frozenset[Atom]:
@@ -162,6 +162,17 @@ def _not_known(shape: tuple[int, ...]) -> Fact:
 
 def _fact(unknown: Flags, value: Any, fixed: bool) -> Fact:
     return Fact(unknown, np.where(unknown, 0, np.asarray(value)), fixed, np.zeros(unknown.shape, bool))
+
+
+def _compact(fact: Fact) -> Fact:
+    """The same fact; arrays that are the same everywhere take no memory. A small network keeps its facts for as long as it lives."""
+
+    def compact(array: np.ndarray) -> np.ndarray:
+        array = np.asarray(array)
+        same = array.size > 1 and (array == array.flat[0]).all()
+        return np.broadcast_to(array.flat[0], array.shape) if same else array
+
+    return dataclasses.replace(fact, unknown=compact(fact.unknown), value=compact(fact.value), live=compact(fact.live))
 
 
 def _forward(

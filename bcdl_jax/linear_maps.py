@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -87,11 +88,27 @@ class ConvolutionMap:
         return outputs.reshape(*leading, *outputs.shape[1:])
 
     def moments(self, inputs: jax.Array, mean: jax.Array, variance: jax.Array) -> Moments:
-        if jax.default_backend() != "cpu" or self.feature_group_count > 1 or math.prod(mean.shape) == 0:
+        if self._suits_convolution(mean):
             return _two_products(self, inputs, mean, variance)
+        matrix, product, order = self._product(inputs, mean.shape)
+        return Moments(product(mean, matrix), product(variance, matrix * matrix), order)
+
+    def in_training(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The same outputs as a call gives, in the form whose gradients are fast on a CPU."""
+        if self._suits_convolution(kernel):
+            return self(inputs, kernel)
+        matrix, product, order = self._product(inputs, kernel.shape)
+        return product(kernel, matrix).transpose(np.argsort(order))
+
+    def _suits_convolution(self, kernel: jax.Array) -> bool:
+        return jax.default_backend() != "cpu" or self.feature_group_count > 1 or math.prod(kernel.shape) == 0
+
+    def _product(
+        self, inputs: jax.Array, kernel_shape: tuple[int, ...]
+    ) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array], tuple[int, ...]]:
+        """The matrix of patches, the product of a kernel and such a matrix, and the order of the axes of its result."""
         images, leading, padding = self._images(inputs)
-        patches = self._patches(images, mean.shape[:-2], padding)
-        matrix = patches.reshape(math.prod(mean.shape[:-1]), -1)
+        patches = self._patches(images, kernel_shape[:-2], padding)
 
         def product(kernel: jax.Array, matrix: jax.Array) -> jax.Array:
             rows = kernel.reshape(-1, kernel.shape[-1]).T
@@ -99,7 +116,7 @@ class ConvolutionMap:
 
         rank, front = len(self.strides), len(leading)
         order = (front + rank, *range(front, front + rank), *range(front))
-        return Moments(product(mean, matrix), product(variance, matrix * matrix), order)
+        return patches.reshape(math.prod(kernel_shape[:-1]), -1), product, order
 
     def _images(self, inputs: jax.Array) -> tuple[jax.Array, tuple[int, ...], str | Sequence[tuple[int, int]]]:
         """The inputs with all leading axes as one, the shape of these, and the padding that remains to be done."""

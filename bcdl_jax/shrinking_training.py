@@ -39,8 +39,8 @@ class Shrinking:
       thresholds: log dropout rates above which a group is safely gone, as for ``prune``; or a function from params to them, such as
         ``choose_thresholds`` with a small ``max_increase``. Be more careful than in pruning: what is masked in training never comes back.
       chain: as for ``prune``.
-      first: epochs before the first look at the groups. The next ones follow after twice, four times, eight times as many: a net loses
-        its groups ever more slowly.
+      first: epochs before the first look at the groups. The next ones follow after 2, 3, 4, 6, 8, 12, 16, 24 times as many and so on: a
+        net loses its groups ever more slowly.
       least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
       multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
 
@@ -66,7 +66,9 @@ class Shrinking:
     def is_due(self, epochs: int) -> bool:
         """Whether to look at the groups after so many epochs."""
         times, rest = divmod(epochs, self.first)
-        return rest == 0 and times > 0 and times & (times - 1) == 0
+        while times > 3 and times % 2 == 0:
+            times //= 2
+        return rest == 0 and times in (1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ OURS, EAGER, COMPILED = "bcdl_jax", "torch eager", "torch.compile"
 _LEARNING_RATE = 1e-3
 _SEEDS = {"lenet300": 8, "lenet5": 3, "vgg": 2}
 # Images per epoch on a CPU, where an epoch should take about a second; an epoch is long enough on any GPU.
-_CPU_EXAMPLES = {"lenet300": 12_800, "lenet5": 1_280, "vgg": 256}
+_CPU_EXAMPLES = {"lenet300": 12_800, "lenet5": 5_120, "vgg": 256}
 _GPU_EXAMPLES = 25_600
 _MEMORY_STEPS = 10
 

@@ -387,6 +387,8 @@ def _run_phase(
                 snapshots.append(_snapshot(report.reports[0].epoch, states.params))
             if checkpoints.every and done % checkpoints.every == 0 and done < epochs:
                 save()
+            if report.news:
+                jax.clear_caches()  # a network that has shrunk leaves a hundred megabytes of programs and traces
             if compile_time.seconds > compiled:
                 startup.release_memory()
             clock, compiled = time.perf_counter(), compile_time.seconds

@@ -14,10 +14,10 @@ CHAIN = ("Conv_0", "Conv_1", "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "weights_layer3.gif", "log_dropout_rates.png")
 
 _FULL = Recipe(
-    epochs=60,
-    fine_tune_epochs=30,
-    log_variance_factor=4.0,
-    warmup_epochs=2,
+    epochs=40,
+    fine_tune_epochs=20,
+    log_variance_factor=6.0,
+    warmup_epochs=1,
     fine_tune_averaging_epochs=6,
     pretrain_epochs=3,
     in_turn=True,

@@ -13,6 +13,7 @@ import numpy as np
 
 import bcdl_jax
 from bcdl_jax.layers import Family
+from bcdl_jax.linear_maps import ConvolutionMap
 
 # Largest posterior variance of the first layer's weights [Louizos et al. 2017, appendix]: a standard deviation of 0.2 for
 # LeNet-300-100, of 0.5 for LeNet-5-Caffe.
@@ -137,6 +138,22 @@ def _convolution(
     features: int, window: tuple[int, int], family: Family | None, deterministic: bool, padding: str, dtype: Any
 ) -> Layer:
     if family is None:
-        return nn.Conv(features, window, padding=padding, dtype=dtype)
+        by = None if deterministic else _convolution_in_training
+        return nn.Conv(features, window, padding=padding, dtype=dtype, conv_general_dilated=by)
     layer = bcdl_jax.Conv(features, window, family=family, padding=padding, dtype=dtype)
     return lambda inputs: layer(inputs, deterministic=deterministic)
+
+
+def _convolution_in_training(
+    images: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    precision: Any = None,
+    **_: Any,
+) -> jax.Array:
+    """In place of ``jax.lax.conv_general_dilated``, for one group and channels last."""
+    convolution = ConvolutionMap(window_strides, padding, lhs_dilation, rhs_dilation, precision=precision)
+    return convolution.in_training(images, kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from experiments.data import Dataset
 from experiments.logs import Logs
 from experiments.recipe import Recipe
 
+# An epoch's steps run in so many compiled loops, between which Ctrl-C is heard and the progress bar moves.
+_PARTS = 10
+
 
 def pretrain(
     model: nn.Module,
@@ -34,8 +38,7 @@ def pretrain(
 ) -> list[dict[str, np.ndarray]]:
     """Trains the plain twin, one net per seed, by cross-entropy alone.
 
-    The step is compiled, and called from Python: in a compiled loop a CPU runs XLA's own convolutions, which a plain net uses, many times slower. A net that is cut short
-    starts again; a finished one is kept in a checkpoint.
+    A net that is cut short starts again; a finished one is kept in a checkpoint.
 
     Args:
       model: variational, with a field ``family`` that None makes plain.
@@ -62,12 +65,15 @@ def pretrain(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, loss_sum: jax.Array, order: jax.Array, number: int, data: Any) -> tuple[Any, jax.Array]:
-        params, optimizer_state = state
-        rows = jax.lax.dynamic_slice_in_dim(order, number * recipe.batch_size, recipe.batch_size)
-        value, gradients = jax.value_and_grad(loss)(params, *(array[rows] for array in data))
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state)
-        return (optax.apply_updates(params, updates), optimizer_state), loss_sum + value
+    def take_steps(state: Any, loss_sum: jax.Array, order: jax.Array, first: Any, last: Any, data: Any) -> Any:
+        def step(number: jax.Array, state: Any) -> Any:
+            (params, optimizer_state), loss_sum = state
+            rows = jax.lax.dynamic_slice_in_dim(order, number * recipe.batch_size, recipe.batch_size)
+            value, gradients = jax.value_and_grad(loss)(params, *(array[rows] for array in data))
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state)
+            return (optax.apply_updates(params, updates), optimizer_state), loss_sum + value
+
+        return jax.lax.fori_loop(first, last, step, (state, loss_sum))
 
     @jax.jit
     def start(key: jax.Array) -> Any:
@@ -89,9 +95,10 @@ def pretrain(
             for epoch in range(recipe.pretrain_epochs):
                 begin = time.perf_counter()
                 order, loss_sum = order_of(order_key, epoch), jnp.zeros(())
-                for number in range(steps):
-                    state, loss_sum = step(state, loss_sum, order, number, train)
-                    progress.update()
+                ends = np.linspace(0, steps, _PARTS + 1).astype(np.int32)
+                for first, last in itertools.pairwise(ends):
+                    state, loss_sum = take_steps(state, loss_sum, order, first, last, train)
+                    progress.update(int(last - first))
                 error = float(measure(state[0], validation))
                 progress.set_postfix_str(f"validation error {error:.2f} %")
                 metrics = {"epoch": epoch + 1, "seed": seed, "loss": float(loss_sum) / steps, "validation_error": error}

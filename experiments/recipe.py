@@ -30,7 +30,7 @@ class Recipe:
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
       max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
         example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
-      first_shrinking: epochs before the first look at the groups; the next ones follow after twice, four times, eight times as many.
+      first_shrinking: epochs before the first look at the groups; the next ones follow after 2, 3, 4, 6, 8, 12 times as many and so on.
     """
 
     epochs: int

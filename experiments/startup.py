@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import stat
 import threading
@@ -71,7 +72,8 @@ def _configure(settings: dict[str, Any]) -> None:
 
 
 def release_memory() -> None:
-    """Gives back to the system what the C library holds for later: compiling leaves some hundred megabytes. For glibc; else nothing."""
+    """Frees what nobody refers to, and gives back to the system what the C library (glibc) holds for later: compiling leaves some hundred MB."""
+    gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -58,6 +58,21 @@ def test_moments_are_two_convolutions(name, key):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_in_training_a_convolution_has_the_same_values_and_gradients(name, key):
+    linear_map, (inputs, kernel, _) = case(name, key)
+
+    def results(function):
+        return jax.jit(jax.value_and_grad(lambda *arrays: jnp.sum(jnp.sin(function(*arrays))), argnums=(0, 1)))(
+            inputs, kernel
+        )
+
+    for one, other in zip(
+        jax.tree.leaves(results(linear_map.in_training)), jax.tree.leaves(results(linear_map)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_other_devices_use_convolutions(key, monkeypatch):
     linear_map, arrays = case("2d same strides", key)
     patches = jax.make_jaxpr(linear_map.moments)(*arrays)
@@ -65,6 +80,7 @@ def test_other_devices_use_convolutions(key, monkeypatch):
     expected = in_usual_order(linear_map, *arrays)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert str(jax.make_jaxpr(linear_map.moments)(*arrays)).count("conv_general_dilated") == 2
+    assert str(jax.make_jaxpr(linear_map.in_training)(*arrays[:2])).count("conv_general_dilated") == 1
     for one, other in zip(in_usual_order(linear_map, *arrays), expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 

@@ -121,7 +121,7 @@ def test_it_shrinks_only_where_that_pays():
 
 
 def test_the_groups_are_looked_at_ever_more_rarely():
-    for first, expected in ((1, [1, 2, 4, 8, 16, 32]), (3, [3, 6, 12, 24])):
+    for first, expected in ((1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]), (3, [3, 6, 9, 12, 18, 24, 36])):
         shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, first=first)
         assert [epochs for epochs in range(40) if shrinking.is_due(epochs)] == expected
 

@@ -23,7 +23,7 @@ def test_the_network_is_lenet5_caffe_with_its_first_layer_clipped():
 
 def test_recipes():
     full, embedded = lenet5.EXPERIMENT.recipe("mnist"), lenet5.EXPERIMENT.recipe("mnist_5k")
-    assert (full.pretrain_epochs, full.log_variance_factor, full.warmup_epochs) == (3, 4.0, 2)
+    assert (full.pretrain_epochs, full.log_variance_factor, full.warmup_epochs) == (3, 6.0, 1)
     assert full.batch_size == 128 > embedded.batch_size
     assert lenet5.EXPERIMENT.recipe("fashion_mnist") == full
     args = command_line.parse(lenet5.EXPERIMENT, ["--pretrained", "net.npz"])
