@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -144,7 +144,7 @@ class GroupHorseshoe:
             for moment in ("mean", "variance")
         ]
         centers = {"layer_gamma_log_mean": likely, "layer_inverse_log_mean": -likely}
-        scales = {
+        scales: dict[str, Any] = {
             name: near(
                 centers.get(name, START_LOG_VARIANCE if name.endswith("variance") else 0.0),
                 name_key,

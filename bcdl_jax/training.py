@@ -23,6 +23,8 @@ from bcdl_jax.posterior import Posterior, PyTree, layer_name, posteriors
 NegativeLogLikelihood = Callable[[PyTree, Any, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
+_LOG_VARIANCE = "log_variance"
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -86,19 +88,23 @@ def scale_by_kind(factors: dict[str, float]) -> optax.GradientTransformation:
     ``scale_by_kind({"kernel_log_variance": 0, ...})`` fine-tunes the means alone.
 
     Args:
-      factors: by the names of ``parameter_kinds``.
+      factors: by the names of ``parameter_kinds``; "log_variance" stands for all kinds whose names end so and that are not named.
 
     Raises:
       ValueError: (at the first update) a name that is no kind of parameter.
     """
 
+    def factor(kind: str) -> float:
+        shared = factors.get(_LOG_VARIANCE, 1.0) if kind.endswith(_LOG_VARIANCE) else 1.0
+        return factors.get(kind, shared)
+
     def update(updates: PyTree, _: Any = None) -> PyTree:
         layers = [part for part in _parts(updates) if _is_posterior(part)]
         known = {"deterministic"} | {field.name for layer in layers for field in dataclasses.fields(layer)}
         for name in factors:
-            if name not in known:
+            if name not in known and name != _LOG_VARIANCE:
                 raise ValueError(f"factors names kind {name}; the kinds are {', '.join(sorted(known))}.")
-        return jax.tree.map(lambda kind, value: value * factors.get(kind, 1.0), parameter_kinds(updates), updates)
+        return jax.tree.map(lambda kind, value: value * factor(kind), parameter_kinds(updates), updates)
 
     return optax.stateless(update)
 

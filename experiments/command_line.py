@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Of which --profile writes a profile.
 _PROFILED_STEPS = 5
 
-METHODS = {"gnj": "group normal-Jeffreys prior"}
+METHODS = {"gnj": "group normal-Jeffreys prior", "ghs": "group horseshoe prior"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Experiment:
       model: the class of the network in ``experiments.models``; a name, so that --help need not wait for JAX.
       chain: layer names in the order of the data flow.
       pictures: names of the files that ``figures.draw`` makes of it.
-      recipes: how to train, by the data set's name; that of "mnist" for names that are not there.
+      recipes: how to train, by the method's name, then by the data set's; that of "mnist" for names that are not there.
       quick: what --quick changes in the recipe.
     """
 
@@ -46,12 +46,12 @@ class Experiment:
     model: str
     chain: tuple[str, ...]
     pictures: tuple[str, ...]
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, Mapping[str, Recipe]]
     quick: Mapping[str, Any]
 
-    def recipe(self, dataset: str, quick: bool = False) -> Recipe:
+    def recipe(self, dataset: str, quick: bool = False, method: str = "gnj") -> Recipe:
         """The recipe for a data set."""
-        chosen = self.recipes.get(dataset, self.recipes["mnist"])
+        chosen = self.recipes[method].get(dataset, self.recipes[method]["mnist"])
         return dataclasses.replace(chosen, **self.quick) if quick else chosen
 
 
@@ -74,7 +74,9 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         "--method",
         default="gnj",
         metavar="|".join(METHODS),
-        help="how to compress: gnj, the group normal-Jeffreys prior (default)",
+        help="how to compress: "
+        + ", ".join(f"{name}, the {title}" for name, title in METHODS.items())
+        + " (default: gnj)",
     )
     parser.add_argument(
         "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to train on (default: mnist)"
@@ -168,7 +170,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
 
 def _check(experiment: Experiment, args: argparse.Namespace) -> None:
     if args.method not in METHODS:
-        raise UserError(f"--method is {args.method!r}; allowed is {', '.join(METHODS)}.")
+        raise UserError(f"--method is {args.method!r}; allowed are {', '.join(METHODS)}.")
     if args.dataset not in NAMES:
         raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
     for name, smallest in (("epochs", 1), ("fine_tune_epochs", 0), ("pretrain_epochs", 0), ("batch_size", 1)):
@@ -226,14 +228,14 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     dataset = data.load(args.dataset, args.data_dir)
     if dataset.notice:
         print(dataset.notice, flush=True)
-    settings = adapt(experiment.recipe(dataset.name, args.quick), args)
+    settings = adapt(experiment.recipe(dataset.name, args.quick, args.method), args)
     if settings.batch_size > len(dataset.train):
         raise UserError(
             f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}."
         )
     devices.check_batch_size(settings.batch_size, len(chosen))
     dataset, settings = _adapt_to(len(chosen), dataset, settings)
-    model = getattr(models, experiment.model)()
+    model = getattr(models, experiment.model)(models.family(args.method, settings))
     pretrained, arrays = None, None
     if args.pretrained is not None:
         arrays = files.read_pretrained(args.pretrained, dataset.name, (EMBEDDED,))
@@ -259,6 +261,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         seeds,
         thresholds=args.thresholds,
         pretrained=checkpoints.checksum(arrays),
+        method=args.method,
         **{"devices trained on": len(chosen)},
     )
     every = args.checkpoint_every if args.coordinator is None else None

@@ -291,13 +291,10 @@ def _run_phase(
         if fine_tune
         else optax.cosine_decay_schedule(recipe.learning_rate, max(1, epochs * steps))
     )
-    log_variances = ("kernel_log_variance", "bias_log_variance", "scale_log_variance")
-    factors = dict.fromkeys(
-        log_variances, recipe.fine_tune_log_variance_factor if fine_tune else recipe.log_variance_factor
-    )
+    factor = recipe.fine_tune_log_variance_factor if fine_tune else recipe.log_variance_factor
     decay = 1 - 1 / max(1, recipe.fine_tune_averaging_epochs * steps)
     averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
-    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors), averaging)
+    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind({"log_variance": factor}), averaging)
     kl_weight = recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps)
     likelihood = functools.partial(sampled_cross_entropy, model)
     make_step = functools.partial(

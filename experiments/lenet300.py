@@ -33,7 +33,7 @@ EXPERIMENT = command_line.Experiment(
     model="LeNet300",
     chain=CHAIN,
     pictures=PICTURES,
-    recipes={"mnist": _FULL, EMBEDDED: _EMBEDDED},
+    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in command_line.METHODS},
     quick={"epochs": 3, "fine_tune_epochs": 1, "warmup_epochs": 0},
 )
 

@@ -14,6 +14,7 @@ import numpy as np
 import bcdl_jax
 from bcdl_jax.layers import Family
 from bcdl_jax.linear_maps import ConvolutionMap
+from experiments.recipe import Recipe
 
 # Largest posterior variance of the first layer's weights [Louizos et al. 2017, appendix]: a standard deviation of 0.2 for
 # LeNet-300-100, of 0.5 for LeNet-5-Caffe.
@@ -27,6 +28,11 @@ Layer = Callable[[jax.Array], jax.Array]
 _DEFAULT = bcdl_jax.GroupNormalJeffreys()
 
 
+def family(method: str, recipe: Recipe) -> Family:
+    """The family of a method, "gnj" or "ghs"."""
+    return bcdl_jax.GroupHorseshoe(tau0=recipe.tau0) if method == "ghs" else bcdl_jax.GroupNormalJeffreys()
+
+
 class LeNet300(nn.Module):
     """LeNet-300-100: 784-300-100-10, 266,610 weights and biases.
 
@@ -36,7 +42,7 @@ class LeNet300(nn.Module):
       dtype: of the computation; float32 if None. Parameters and class scores are float32.
     """
 
-    family: bcdl_jax.GroupNormalJeffreys | None = _DEFAULT
+    family: Family | None = _DEFAULT
     clip_var: float | None = FIRST_LAYER_CLIP_VAR
     dtype: Any = None
 
@@ -59,7 +65,7 @@ class LeNet5(nn.Module):
       dtype: of the computation, as for ``LeNet300``.
     """
 
-    family: bcdl_jax.GroupNormalJeffreys | None = _DEFAULT
+    family: Family | None = _DEFAULT
     widths: tuple[int, int, int] = (20, 50, 500)
     clip_var: float | None = FIRST_CONVOLUTION_CLIP_VAR
     dtype: Any = None
@@ -116,9 +122,7 @@ def _scaled(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def _clipped(
-    family: bcdl_jax.GroupNormalJeffreys | None, clip_var: float | None
-) -> bcdl_jax.GroupNormalJeffreys | None:
+def _clipped(family: Any, clip_var: float | None) -> Any:
     return None if family is None else dataclasses.replace(family, clip_var=clip_var)
 
 

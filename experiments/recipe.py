@@ -20,6 +20,7 @@ class Recipe:
         some of the pull towards pruning for a better fit.
       log_variance_factor: how many times larger the steps of all log-variances are.
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
+      tau0: scale of the horseshoe prior of a layer, see ``bcdl_jax.GroupHorseshoe``.
       warmup_epochs: over which the weight of the KL rises from 0 to 1.
       max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
         per example, see ``compress.measure_change``.
@@ -42,6 +43,7 @@ class Recipe:
     fine_tune_kl_weight: float = 0.6
     log_variance_factor: float = 2.0
     fine_tune_log_variance_factor: float = 2.0
+    tau0: float = 1e-5
     warmup_epochs: int = 0
     max_pruning_change: float = 0.0075
     max_rounding_change: float = 0.001

@@ -1,8 +1,10 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
@@ -123,3 +125,97 @@ def test_bad_numbers_are_refused(value):
         bcdl_jax.GroupHorseshoe(tau0=value)
     with pytest.raises(ValueError, match=r"clip_var is .*; it must be a positive finite variance"):
         bcdl_jax.GroupHorseshoe(clip_var=value)
+
+
+class Net(nn.Module):
+    """A convolution, a flatten and two dense layers."""
+
+    @nn.compact
+    def __call__(self, x, *, deterministic=True):
+        family = bcdl_jax.GroupHorseshoe(tau0=0.1)
+        x = nn.relu(bcdl_jax.Conv(4, (3, 3), family=family)(x, deterministic=deterministic))
+        x = nn.relu(bcdl_jax.Dense(6, family=family)(x.reshape(x.shape[0], -1), deterministic=deterministic))
+        return bcdl_jax.Dense(3, family=family)(x, deterministic=deterministic)
+
+
+CHAIN = ["Conv_0", "Dense_0", "Dense_1"]
+
+
+@pytest.fixture(scope="module")
+def trained(key):
+    """(params, inputs): groups are worth keeping to different degrees."""
+    inputs = jax.random.normal(key, (5, 6, 6, 2))
+    params = jax.jit(Net().init)(key, inputs)["params"]
+
+    def vary(layer):
+        noise = jax.random.normal(jax.random.fold_in(key, layer.kernel_mean.size), layer.group_mask.shape)
+        return layer.replace(group_gamma_log_mean=layer.group_gamma_log_mean + 2 * noise)
+
+    return {name: {"posterior": vary(layer)} for name, layer in bcdl_jax.posteriors(params).items()}, inputs
+
+
+def test_it_trains(trained, key):
+    params, inputs = trained
+    labels = jnp.arange(5) % 3
+
+    def likelihood(params, batch, key):
+        logits = Net().apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    optimizer = optax.chain(optax.adam(1e-2), bcdl_jax.scale_by_kind({"log_variance": 2.0}))
+    step = bcdl_jax.make_train_step(likelihood, optimizer, num_examples=100)
+    epoch = jax.jit(bcdl_jax.make_train_epoch(step, batch_size=5))
+    state, first = bcdl_jax.create_train_state(params, optimizer, key), None
+    for _ in range(60):
+        state, metrics = epoch(state, (inputs, labels))
+        first = first or metrics
+    assert metrics["loss"] < 0.8 * first["loss"]
+    assert metrics["nll"] < 0.8 * first["nll"]
+
+
+def test_what_is_pruned_is_zero_shrinks_and_is_stored(trained, key, tmp_path):
+    params, inputs = trained
+    model = Net()
+    rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.log_dropout_rates(params).values()])
+    pruned = bcdl_jax.prune(params, float(np.median(rates)), CHAIN)
+    kept = {name: int((layer.group_mask > 0).sum()) for name, layer in bcdl_jax.posteriors(pruned).items()}
+    assert all(0 < kept[name] < layer.group_mask.size for name, layer in bcdl_jax.posteriors(pruned).items())
+
+    mean_twin = bcdl_jax.posterior_moments(pruned)[0]
+    np.testing.assert_array_equal(
+        np.asarray(mean_twin["Dense_0"]["kernel"])[pruned["Dense_0"]["posterior"].input_mask == 0], 0
+    )
+
+    apply = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    expected = run(model, pruned, inputs)
+    small_apply, small, report = bcdl_jax.shrink(apply, pruned, inputs)
+    assert report.bytes[1] < 0.5 * report.bytes[0]
+    np.testing.assert_allclose(jax.jit(small_apply)(small, inputs), expected, rtol=1e-4, atol=1e-5)
+
+    # Sampling, the small network draws the same noise.
+    sampled = lambda params, x, key: model.apply({"params": params}, x, deterministic=False, rngs={"noise": key})  # noqa: E731
+    small_apply, small, report = bcdl_jax.shrink(sampled, pruned, (inputs, key))
+    np.testing.assert_allclose(
+        jax.jit(small_apply)(small, inputs, key), jax.jit(sampled)(pruned, inputs, key), rtol=1e-4, atol=1e-4
+    )
+
+    reduced = bcdl_jax.reduce_precision(pruned, 0.25)
+    path = tmp_path / "net.bcdl"
+    bcdl_jax.save(path, reduced)
+    np.testing.assert_array_equal(run(model, bcdl_jax.load(path, like=params), inputs), run(model, reduced, inputs))
+
+
+def test_start_from_a_trained_net(key):
+    class Twin(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3))(x))
+            x = nn.relu(nn.Dense(6)(x.reshape(x.shape[0], -1)))
+            return nn.Dense(3)(x)
+
+    inputs = jax.random.normal(key, (5, 6, 6, 2))
+    trained = jax.jit(Twin().init)(jax.random.fold_in(key, 1), inputs)["params"]
+    params = bcdl_jax.from_trained(jax.jit(Net().init)(key, inputs)["params"], trained)
+    np.testing.assert_allclose(
+        run(Net(), params, inputs), Twin().apply({"params": trained}, inputs), rtol=1e-4, atol=1e-5
+    )

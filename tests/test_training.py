@@ -139,6 +139,11 @@ def test_parameter_kinds_and_a_learning_rate_per_kind(data):
     assert_trees_close(scaled, expected, rtol=0)
     assert float(scaled["Dense_1"]["posterior"].kernel_log_variance[0, 0]) == 4
     assert float(scaled["Dense_1"]["posterior"].scale_mean[0]) == 0
+    scaled, _ = bcdl_jax.scale_by_kind({"log_variance": 3.0, "bias_log_variance": 0.0}).update(ones, optax.EmptyState())
+    layer = scaled["Dense_0"]["posterior"]
+    found = [float(jnp.ravel(getattr(layer, name))[0]) for name in ("kernel_log_variance", "scale_log_variance")]
+    assert found == [3, 3]
+    assert (float(layer.bias_log_variance[0]), float(layer.kernel_mean[0, 0])) == (0, 1)
 
 
 def test_a_kind_that_does_not_exist_is_refused(data):
