@@ -32,7 +32,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import files
+import bcdl_jax
+from experiments import devices, files
 from experiments.data import Dataset
 from experiments.errors import UserError
 
@@ -60,12 +61,12 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-      every: epochs from one to the next; 0 for none but those of signals; None if nothing is ever saved.
+      every: epochs from one to the next; 0 for none but those of signals.
       resumed: how often the run was taken up again.
       earlier_seconds: that were spent on what was taken up.
     """
 
-    def __init__(self, out: Path, metrics: str, settings: Mapping[str, Any], every: int | None):
+    def __init__(self, out: Path, metrics: str, settings: Mapping[str, Any], every: int):
         """Args: out: of the run. metrics: name of its metrics file. settings: all that the parameters depend on, as JSON takes it."""
         self.every, self.resumed, self.earlier_seconds = every, 0, 0.0
         self._directory, self._metrics = out.absolute() / DIRECTORY, out.absolute() / metrics
@@ -93,7 +94,7 @@ class Checkpoints:
         return newest is not None
 
     def restore(self, phase: str, like: Any) -> Restored | None:
-        """What a phase goes on from, None if it starts anew.
+        """What a phase goes on from, None if it starts anew; every process must call it.
 
         Unless the phase is complete, later phases start anew too, and the metrics file is set back.
 
@@ -101,6 +102,20 @@ class Checkpoints:
           phase: as given to ``save``.
           like: a state of the same shapes, on the devices where the restored one is to lie.
         """
+        if jax.process_count() == 1:
+            return self._restore(phase, like)
+        # Process 0 alone reads the files, which the others may not have.
+        here = bcdl_jax.fetch(like)
+        found = self._restore(phase, here) if devices.is_writer() else None
+        about = devices.same_facts(None if found is None else {"complete": found.complete, "facts": found.facts})
+        if about is None:
+            return None
+        state, everywhere = devices.same_everywhere(here if found is None else found.state), bcdl_jax.replicated(like)
+        if everywhere is not None:
+            state = bcdl_jax.place_state(state, everywhere.mesh)  # type: ignore[arg-type]
+        return Restored(state, about["complete"], about["facts"], {} if found is None else found.frames)
+
+    def _restore(self, phase: str, like: Any) -> Restored | None:
         if not self.resumed:
             return None
         path = next((path for path in self._newest_first() if _read_about(path)["phase"] == phase), None)
@@ -134,9 +149,12 @@ class Checkpoints:
           complete: whether this is the end of the phase.
 
         Returns:
-          The directory of the checkpoint, None if it could not be written, or nothing is ever saved.
+          The directory of the checkpoint, None if it could not be written, or this process writes none: process 0 does, but every
+          process must call it.
         """
-        if self.every is None:
+        if jax.process_count() > 1:
+            state = bcdl_jax.fetch(state)
+        if not devices.is_writer():
             return None
         existing = self._newest_first()
         path = self._directory / f"{1 + (int(existing[0].name) if existing else 0):06d}"
@@ -252,7 +270,7 @@ def begin(
     settings: Mapping[str, Any],
     written: list[str],
     metrics: str,
-    every: int | None,
+    every: int,
     resume: bool,
     overwrite: bool,
 ) -> tuple[Path, Checkpoints]:
@@ -345,20 +363,49 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _write_state(path: Path, state: Any) -> None:
-    import orbax.checkpoint
+def _checkpointer() -> Any:
+    """Orbax, for this process alone."""
+    import orbax.checkpoint as orbax
 
-    with _quiet(), orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, state)
+    alone = orbax.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="bcdl_jax")
+    options = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
+    return orbax.StandardCheckpointer(**options)
+
+
+def _write_state(path: Path, state: Any) -> None:
+    with _quiet(), _checkpointer() as checkpointer:
+        checkpointer.save(path, jax.tree.map(_key_data, state))
         checkpointer.wait_until_finished()
 
 
 def _read_state(path: Path, like: Any) -> Any:
-    import orbax.checkpoint
+    def template(leaf: Any) -> Any:
+        data = _key_data(leaf)
+        return (
+            data
+            if isinstance(data, np.ndarray)
+            else jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=data.sharding)
+        )
 
-    template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-    with _quiet(), orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, template)
+    with _quiet(), _checkpointer() as checkpointer:
+        found = checkpointer.restore(path, jax.tree.map(template, like))
+    return jax.tree.map(
+        lambda leaf, data: jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else data,
+        like,
+        found,
+    )
+
+
+def _key_data(leaf: Any) -> Any:
+    """The numbers of a key, which Orbax does not write from one of several processes; other arrays as they are."""
+    if not _is_key(leaf):
+        return leaf
+    data = jax.random.key_data(leaf)
+    return data if jax.process_count() == 1 else np.asarray(data)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _read_arrays(path: Path) -> Arrays:

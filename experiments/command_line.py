@@ -178,8 +178,6 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}.")
     devices.check(args)
-    if args.resume and args.coordinator is not None:
-        raise UserError("--resume and --coordinator exclude each other: several processes write no checkpoints.")
     if args.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every is {args.checkpoint_every}; it must be at least 0.")
     if args.pretrained is not None and args.pretrain_epochs:
@@ -208,7 +206,9 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
         _run(experiment, args, command)
         return
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        _run(experiment, argparse.Namespace(**vars(args) | {"out": out, "tensorboard": False}), command)
+        _run(
+            experiment, argparse.Namespace(**vars(args) | {"out": out, "tensorboard": False, "resume": False}), command
+        )
 
 
 def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
@@ -264,8 +264,9 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         method=args.method,
         **{"devices trained on": len(chosen)},
     )
-    every = args.checkpoint_every if args.coordinator is None else None
-    out, kept = checkpoints.begin(args.out, run_settings, written, logs.METRICS, every, args.resume, args.overwrite)
+    out, kept = checkpoints.begin(
+        args.out, run_settings, written, logs.METRICS, args.checkpoint_every, args.resume, args.overwrite
+    )
 
     sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
     epochs = [settings.epochs, settings.fine_tune_epochs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import math
@@ -346,7 +345,7 @@ def _run_phase(
     states, done, taken, told = start, int(start.step.max()) // steps, int(start.step.sum()), False
     with (
         Progress(epochs, phase.replace("_", "-"), done) as progress,
-        interruption.noted() if checkpoints.every is not None else contextlib.nullcontext() as stop,
+        interruption.noted() as stop,
         compile_time,
     ):
         clock, compiled = time.perf_counter(), compile_time.seconds
@@ -362,7 +361,7 @@ def _run_phase(
             first_epoch=first_epoch,
             thresholds=math.inf if fine_tune else thresholds,
             shrinking=shrinking,
-            stop=watch if stop else None,
+            stop=watch,
             program=program,
             **how,
         ):
@@ -391,12 +390,13 @@ def _run_phase(
             clock, compiled = time.perf_counter(), compile_time.seconds
         complete = done == epochs or all(failures)
         saved = None
-        if (stop and stop()) or (checkpoints.every and not (restored is not None and restored.complete)):
+        came = devices.same_facts(stop.signal)  # process 0 decides
+        if came or (checkpoints.every and not (restored is not None and restored.complete)):
             saved = save(complete)
-        if stop and stop.signal == signal.SIGINT:
+        if came == signal.SIGINT:
             files.write_arrays(out / INTERRUPTED, states.params)
             raise KeyboardInterrupt
-        if stop and stop.signal == signal.SIGTERM:
+        if came == signal.SIGTERM:
             advice = "could not be saved" if saved is None else f"is saved in {saved}; --resume goes on from there"
             print(f"\nStopped by SIGTERM; what was trained so far {advice}.", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import sys
 import time
@@ -148,7 +149,30 @@ def same_everywhere(tree: Any) -> Any:
     import jax
     from jax.experimental import multihost_utils
 
-    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+    if jax.process_count() == 1:
+        return tree
+
+    def broadcast(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = multihost_utils.broadcast_one_to_all(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return multihost_utils.broadcast_one_to_all(leaf)
+
+    return jax.tree.map(broadcast, tree)
+
+
+def same_facts(facts: Any) -> Any:
+    """What process 0 has of values as JSON takes them, as every process must call it; the other processes may give anything."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return facts
+    content = np.frombuffer(json.dumps(facts).encode(), np.uint8) if is_writer() else np.zeros(0, np.uint8)
+    length = int(same_everywhere(np.int32(len(content))))
+    padded = np.zeros(length, np.uint8)
+    padded[: len(content)] = content
+    return json.loads(bytes(np.asarray(same_everywhere(padded), np.uint8)))
 
 
 def is_writer() -> bool:
