@@ -277,6 +277,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     try:
         with (
             startup.compilation_cache(not args.no_compilation_cache),
+            startup.rare_garbage_collection(),
             logs.Logs(out, tensorboard=args.tensorboard) as log,
         ):
             if settings.pretrain_epochs:

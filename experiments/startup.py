@@ -71,6 +71,17 @@ def _configure(settings: dict[str, Any]) -> None:
     cache.reset_cache()  # JAX looks at the settings only once
 
 
+@contextlib.contextmanager
+def rare_garbage_collection() -> Iterator[None]:
+    """Looks for reference cycles a hundred times more rarely than Python does: tracing makes millions of objects, all of them needed."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def release_memory() -> None:
     """Frees what nobody refers to, and gives back to the system what the C library (glibc) holds for later: compiling leaves some hundred MB."""
     gc.collect()

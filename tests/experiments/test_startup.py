@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import subprocess
@@ -88,6 +89,13 @@ def test_the_first_step_is_over_when_stop_is_asked_again():
     said = watch.sentence()
     assert watch()
     assert watch.sentence() == said
+
+
+def test_garbage_is_collected_as_before_afterwards():
+    before = gc.get_threshold()
+    with startup.rare_garbage_collection():
+        assert gc.get_threshold() == (100 * before[0], *before[1:])
+    assert gc.get_threshold() == before
 
 
 def test_help_and_bad_arguments_need_not_wait_for_jax():
