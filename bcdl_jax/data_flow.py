@@ -131,7 +131,7 @@ def wholly_unknown(program: Program, num_params: int) -> frozenset[Atom]:
     }
     for step in program.steps:
         known = [number not in unknown for number in step.inputs]
-        if not any(known[place] for place in range(len(known))) and known:
+        if known and not any(known):
             found = step.elementwise or step.name in _STRUCTURAL or _has_no_rule(step, program)
         elif all(known):
             if step.name in ("broadcast_in_dim", "reshape") and step.inputs[0] in nonzero:

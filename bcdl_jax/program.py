@@ -173,8 +173,7 @@ class Program:
 def compile_quickly(function: Callable[..., Any], *arguments: PyTree) -> Callable[..., Any]:
     """The compiled function, for a call or two: not worth optimising for."""
     quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    # JAX keeps what it compiled for as long as the function lives: so for a function that does not outlive the call.
-    return jax.jit(lambda *given: function(*given)).lower(*arguments).compile(compiler_options=quick)
+    return jax.jit(function).lower(*arguments).compile(compiler_options=quick)
 
 
 def _zeros(struct: jax.ShapeDtypeStruct) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""LeNet-300-100 on MNIST with the group normal-Jeffreys prior: ``python -m experiments.lenet300``."""
+"""LeNet-300-100 on MNIST: ``python -m experiments.lenet300``."""
 
 from __future__ import annotations
 

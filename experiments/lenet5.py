@@ -1,4 +1,4 @@
-"""LeNet-5-Caffe on MNIST with the group normal-Jeffreys prior: ``python -m experiments.lenet5``."""
+"""LeNet-5-Caffe on MNIST: ``python -m experiments.lenet5``."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ loopback. Prints the largest difference of parameters and of raw gradients, each
 1e-5 is a failure.
 
 Two of the nets have smooth activations. At the kink of a ReLU a difference in the last bit can become one of a whole gradient, and
-a run has a million units that may meet it: in float32, the third net ends 4e-3 apart on the mesh. So this one, LeNet-300-100 with
-its ReLUs, is computed in float64.
+a run has a million units that may meet it. So the third net, LeNet-300-100 with its ReLUs, is computed in float64.
 """
 
 from __future__ import annotations
