@@ -133,6 +133,12 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         help=f"start from trained weights, in place of a pre-training: arrays {experiment.chain[0]}/kernel, {experiment.chain[0]}/bias and so "
         "on, and the name of their data set in trained_on",
     )
+    if full.max_shrinking_change is not None:
+        parser.add_argument(
+            "--no-shrinking",
+            action="store_true",
+            help="train at full size to the end; otherwise training goes on without the units that are safely gone, which is faster",
+        )
     out = f"runs/{experiment.name}"
     parser.add_argument("--out", default=out, help=f"directory for the files of the run (default: {out})")
     parser.add_argument(
@@ -350,7 +356,10 @@ def adapt(settings: Recipe, args: argparse.Namespace) -> Recipe:
         given["fine_tune_learning_rate"] = ratio * args.learning_rate
     if args.epochs is not None:
         given["warmup_epochs"] = round(settings.warmup_epochs * args.epochs / settings.epochs)
-    return dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    if getattr(args, "no_shrinking", False):
+        settings = dataclasses.replace(settings, max_shrinking_change=None)
+    return settings
 
 
 def _check_pretrained(experiment: Experiment, model: Any, path: str, arrays: dict[str, Any]) -> None:

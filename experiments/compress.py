@@ -108,27 +108,44 @@ def error_percent(model: nn.Module, params: Any, data: tuple[jax.Array, jax.Arra
     return 100 * jnp.mean(wrong)
 
 
-def measure_change(model: nn.Module, images: jax.Array) -> Callable[[Any], Callable[[Any], jax.Array]]:
+def measure_change(
+    model: nn.Module, images: jax.Array, masked: Any = None
+) -> Callable[[Any], Callable[[Any], jax.Array]]:
     """``measure_change(model, images)(before)(after)``: KL(predictions of before || predictions of after), at the mean weights.
 
     A scalar, in nats per example. Thresholds and rounding are chosen by it. It grows smoothly with the damage, while the error
     moves in steps of whole images, so that on a few thousand of them luck would choose; and it sees damage that the cross-entropy
     of an overconfident network hides.
+
+    Args:
+      model: variational.
+      images: to predict.
+      masked: params whose masked groups are masked in all that is measured too: those are left out, which is faster.
     """
+
+    def logits(params: Any, images: jax.Array) -> Any:
+        return model.apply({"params": params}, images)
+
+    predict: Callable[..., Any] = logits
+    report = None
+    if masked is not None:
+        predict, _, report = bcdl_jax.shrink(logits, masked, images[:2])
 
     @jax.jit
     def log_probabilities(params: Any, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params}, images)
-        return jax.nn.log_softmax(logits)
+        return jax.nn.log_softmax(predict(params, images))
 
     @jax.jit
     def difference(old: jax.Array, params: Any, images: jax.Array) -> jax.Array:
         new = log_probabilities(params, images)
         return jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))
 
+    def shrunk(params: Any) -> Any:
+        return params if report is None else bcdl_jax.cut(params, report)
+
     def from_before(params: Any) -> Callable[[Any], jax.Array]:
-        old = log_probabilities(params, images)
-        return lambda after: difference(old, after, images)
+        old = log_probabilities(shrunk(params), images)
+        return lambda after: difference(old, shrunk(after), images)
 
     return from_before
 
@@ -181,7 +198,6 @@ def compress(
     start = time.perf_counter()
     validation = on_device(dataset.validation)
     train, held_out = _placed(dataset, validation, mesh)
-    change_from = measure_change(model, validation[0])
     run_phase = functools.partial(
         _run_phase, model, recipe, train, held_out, chain, seeds, out, logs, thresholds, checkpoints, mesh
     )
@@ -199,7 +215,7 @@ def compress(
         thresholds
         or bcdl_jax.choose_thresholds(
             net,
-            change_from(net),
+            measure_change(model, validation[0], None if recipe.max_shrinking_change is None else net)(net),
             max_increase=recipe.max_pruning_change,
             chain=chain,
         )
@@ -214,6 +230,7 @@ def compress(
         startup.release_memory()
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
     _write_params(out, "pruned", pruned, seeds)
+    change_from = measure_change(model, validation[0])
     steps = [
         bcdl_jax.choose_relative_step(
             net,
@@ -303,7 +320,11 @@ def _run_phase(
     if recipe.max_shrinking_change is not None:
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
         gone = math.inf if fine_tune else _what_is_gone(model, recipe.max_shrinking_change, train[0], chain)
-        shrinking = bcdl_jax.Shrinking(likelihood, make_step, gone, chain, first=recipe.first_shrinking)
+        # A CPU gains by every channel that goes; an accelerator computes eight as fast as seven.
+        multiple_of = 1 if jax.default_backend() == "cpu" else 8
+        shrinking = bcdl_jax.Shrinking(
+            likelihood, make_step, gone, chain, first=recipe.first_shrinking, multiple_of=multiple_of
+        )
 
     # It runs once: what the compiler gains from optimising it is far less than what that takes.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -14,14 +14,14 @@ CHAIN = ("Conv_0", "Conv_1", "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "weights_layer3.gif", "log_dropout_rates.png")
 
 _FULL = Recipe(
-    epochs=40,
-    fine_tune_epochs=20,
+    epochs=80,
+    fine_tune_epochs=40,
     log_variance_factor=6.0,
     warmup_epochs=1,
     fine_tune_averaging_epochs=6,
     pretrain_epochs=3,
     in_turn=True,
-    max_shrinking_change=0.0005,
+    max_shrinking_change=0.001,
 )
 _EMBEDDED = dataclasses.replace(
     _FULL, batch_size=32, learning_rate=1e-3, max_pruning_change=0.01, max_rounding_change=0.002
