@@ -10,6 +10,7 @@ from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
 from bcdl_jax.horseshoe import GroupHorseshoe, GroupHorseshoePosterior
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
+from bcdl_jax.magnitude_pruning import apply_masks, kernels, magnitude_masks, surgery_thresholds, update_masks
 from bcdl_jax.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
 from bcdl_jax.objective import kl_warmup, negative_elbo
@@ -17,11 +18,13 @@ from bcdl_jax.pmap import make_pmap_train_step
 from bcdl_jax.pooling import max_pool
 from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
-from bcdl_jax.pruning import choose_thresholds, kept_groups, prune
+from bcdl_jax.pruning import choose_thresholds, kept_groups, prune, set_unit_masks
 from bcdl_jax.rates import layer_bits, rate, rate_paper
 from bcdl_jax.settings import make_step_by_setting, with_setting
 from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, expand, shrink
 from bcdl_jax.shrinking_training import Shrinking, SmallTraining, prune_state, shrink_further, shrink_training
+from bcdl_jax.soft_weight_sharing import Mixture, collapse, create_mixture, mixture_nll
+from bcdl_jax.sparse_variational_dropout import SparseVariationalDropout, SparseVariationalDropoutPosterior
 from bcdl_jax.trained import from_trained, mean_weights
 from bcdl_jax.training import (
     TrainState,
@@ -34,6 +37,7 @@ from bcdl_jax.training import (
     stack,
     unstack,
 )
+from bcdl_jax.weight_sharing import cluster_values, reduce_to_levels, share_weights, shared_kernels
 
 __all__ = [
     "AverageParamsState",
@@ -47,19 +51,26 @@ __all__ = [
     "GroupNormalJeffreys",
     "GroupNormalJeffreysPosterior",
     "LeafReport",
+    "Mixture",
     "Posterior",
     "QuantizedLayer",
     "RecordSummary",
     "ShrinkReport",
     "Shrinking",
     "SmallTraining",
+    "SparseVariationalDropout",
+    "SparseVariationalDropoutPosterior",
     "TrainState",
+    "apply_masks",
     "average_params",
     "averaged_params",
     "choose_relative_step",
     "choose_thresholds",
     "clip_variances",
+    "cluster_values",
+    "collapse",
     "compile_ensemble",
+    "create_mixture",
     "create_train_state",
     "cut",
     "decode",
@@ -74,6 +85,7 @@ __all__ = [
     "from_trained",
     "jit_step",
     "kept_groups",
+    "kernels",
     "kl_divergence",
     "kl_divergence_per_layer",
     "kl_warmup",
@@ -81,6 +93,7 @@ __all__ = [
     "load",
     "load_stablehlo",
     "log_dropout_rates",
+    "magnitude_masks",
     "make_mesh",
     "make_pmap_train_step",
     "make_step_by_setting",
@@ -89,6 +102,7 @@ __all__ = [
     "make_train_steps",
     "max_pool",
     "mean_weights",
+    "mixture_nll",
     "negative_elbo",
     "parameter_kinds",
     "place_data",
@@ -102,16 +116,22 @@ __all__ = [
     "rate_paper",
     "reduce_precision",
     "reduce_precision_by_round_off",
+    "reduce_to_levels",
     "replicated",
     "save",
     "scale_by_kind",
+    "set_unit_masks",
+    "share_weights",
+    "shared_kernels",
     "shrink",
     "shrink_further",
     "shrink_training",
     "stack",
     "summarize",
+    "surgery_thresholds",
     "torch_state_dict",
     "train_ensemble",
     "unstack",
+    "update_masks",
     "with_setting",
 ]

@@ -32,6 +32,8 @@ _HAS_BIAS, _OUTPUT_GROUPS, _FEATURE_GROUPS, _OWN_BITS = (
     4,
     8,
 )  # flags of a layer; its step's type stands above them
+_PRUNES_WEIGHTS = 64  # a flag of a layer above its step's type
+_LEVELS = 128  # likewise: its kernel has levels in place of a step
 _CODED = 128  # flag of an array: its integers are coded, not copied
 _DTYPES = tuple(
     np.dtype(name)
@@ -230,22 +232,31 @@ class _FileWriter:
         own = [layer.kernel_bits] if layer.bias is None else [layer.kernel_bits, layer.bias_bits]
         arrays = [kernel] if layer.bias is None else [kernel, np.asarray(layer.bias)]
         steps = [np.asarray(step) for step in ([layer.kernel_step, layer.bias_step][: len(arrays)])]
+        levels = None if layer.kernel_levels is None else np.asarray(layer.kernel_levels).astype(steps[0].dtype)
         if np.count_nonzero(part) != np.count_nonzero(kernel):
             raise ValueError(f"The kernel of layer {where} is not zero where its masks say it is pruned.")
         if layer.bias is not None and np.asarray(layer.bias)[~outputs].any():
             raise ValueError(f"The bias of layer {where} is not zero where its mask says it is pruned.")
         if steps[0].dtype not in _STEP_DTYPES:
             raise ValueError(f"The step of layer {where} is {steps[0].dtype}; it must be a float.")
+        if levels is not None and not _are_levels(levels, kernel):
+            raise ValueError(
+                f"The levels of layer {where} are not ascending finite numbers without 0, one for each integer of its kernel."
+            )
         counted = [int(integer_bits(jnp.asarray(array))) for array in arrays]
         own_bits = [int(bits) for bits in own if bits is not None]
         flags = _HAS_BIAS * (layer.bias is not None) | _OUTPUT_GROUPS * (layer.group_axis == "output")
         flags |= _FEATURE_GROUPS * (groups != 1) | _OWN_BITS * (own_bits != counted)
-        flags |= _STEP_DTYPES.index(steps[0].dtype) << 4
+        flags |= _STEP_DTYPES.index(steps[0].dtype) << 4 | _PRUNES_WEIGHTS * layer.prunes_weights
+        flags |= _LEVELS * (levels is not None)
         self._header += bytes([_LAYER << 4 | kernel.ndim, flags]) + b"".join(map(_varint, kernel.shape))
         if groups != 1:
             self._header += _varint(groups)
         if own_bits != counted:
             self._header += bytes(own_bits)
+        if levels is not None:
+            self._header += _varint(levels.size)
+            steps[0] = levels
         self._header += b"".join(step.astype(step.dtype.newbyteorder("<")).tobytes() for step in steps)
         self._kept(inputs)
         self._kept(outputs)
@@ -432,6 +443,7 @@ class _Header:
     groups: int = 1
     own_bits: tuple[int, ...] | None = None
     steps: tuple[np.ndarray, ...] = ()
+    levels: np.ndarray | None = None
 
 
 class _FileReader:
@@ -518,8 +530,8 @@ class _FileReader:
             if number >= len(_DTYPES) or (second & _CODED and _DTYPES[number].kind not in "biu"):
                 raise CompressedFileError("The file is damaged: an array is of an unknown type.")
             return _Header(kind, shape, _DTYPES[number], second & _CODED)
-        flags, step = second & 15, second >> 4
-        if kind != _LAYER or rank < 2 or step >= len(_STEP_DTYPES):
+        flags, step = second & ~(3 << 4), (second >> 4) & 3
+        if kind != _LAYER or rank < 2:
             raise CompressedFileError("The file is damaged: an entry is of an unknown kind.")
         groups = self._varint() if flags & _FEATURE_GROUPS else 1
         if not 1 <= groups <= max(1, self._whole_left // max(1, shape[-2])) or (
@@ -529,12 +541,15 @@ class _FileReader:
         parts = 1 + bool(flags & _HAS_BIAS)
         own_bits = tuple(self._bytes(parts)) if flags & _OWN_BITS else None
         dtype = _STEP_DTYPES[step]
-        steps = tuple(
-            np.frombuffer(self._bytes(dtype.itemsize), dtype.newbyteorder("<")).astype(dtype)[0] for _ in range(parts)
+        count = self._varint() if flags & _LEVELS else 1
+        numbers = np.frombuffer(self._bytes((count + parts - 1) * dtype.itemsize), dtype.newbyteorder("<")).astype(
+            dtype
         )
-        if not all(np.isfinite(step) for step in steps):
+        if not np.isfinite(numbers).all():
             raise CompressedFileError("The file is damaged: a step is not a finite number.")
-        return _Header(kind, shape, dtype, flags, groups, own_bits, steps)
+        if not flags & _LEVELS:
+            return _Header(kind, shape, dtype, flags, groups, own_bits, tuple(numbers))
+        return _Header(kind, shape, dtype, flags, groups, own_bits, (dtype.type(1), *numbers[count:]), numbers[:count])
 
     def _layer(self, header: _Header) -> tuple[QuantizedLayer, int]:
         inputs = self._kept(header.shape[-2] * header.groups)
@@ -548,6 +563,8 @@ class _FileReader:
             bias = np.zeros(header.shape[-1:], np.int16)
             bias[outputs] = self._integers((int(outputs.sum()),), np.dtype(np.int16))
         arrays = [kernel] if bias is None else [kernel, bias]
+        if header.levels is not None and not _are_levels(header.levels, kernel):
+            raise CompressedFileError("The file is damaged: the levels of a layer do not fit its integers.")
         bits = header.own_bits or tuple(int(_two_complement_bits(array)) for array in arrays)
         return QuantizedLayer(
             kernel=jnp.asarray(kernel),
@@ -559,6 +576,8 @@ class _FileReader:
             input_mask=jnp.asarray(inputs),
             output_mask=jnp.asarray(outputs),
             group_axis="output" if header.flags & _OUTPUT_GROUPS else "input",
+            prunes_weights=bool(header.flags & _PRUNES_WEIGHTS),
+            kernel_levels=None if header.levels is None else _exactly(header.levels),
         ), 0
 
     def _array(self, header: _Header) -> tuple[np.ndarray, int]:
@@ -678,6 +697,13 @@ class _FileReader:
 def _exactly(step: np.ndarray) -> Any:
     """As a JAX array, if that can hold it: without x64, JAX has no float64."""
     return jnp.asarray(step) if jax.dtypes.canonicalize_dtype(step.dtype) == step.dtype else step
+
+
+def _are_levels(levels: np.ndarray, kernel: np.ndarray) -> bool:
+    """Whether the levels are ascending finite numbers without 0, and there is one for each integer of the kernel."""
+    negative = int((levels < 0).sum())
+    fit = -negative <= int(kernel.min(initial=0)) and int(kernel.max(initial=0)) <= levels.size - negative
+    return fit and bool(np.isfinite(levels).all() and (levels != 0).all() and (levels[:-1] < levels[1:]).all())
 
 
 def _two_complement_bits(values: np.ndarray) -> int:

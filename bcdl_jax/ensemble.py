@@ -186,7 +186,7 @@ def _epochs(
 
     measure = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.stacked else measure_one)
     names = part_names(states.params)
-    totals = {name: posterior.group_mask.shape[-1] for name, posterior in posteriors(states.params).items()}
+    totals = {name: layer.unit_mask.size // len(seeds) for name, layer in posteriors(states.params).items()}
     told: set[tuple[int, str]] = set()
     parts = [_Part(states)] if trainer.stacked else [_Part(unstack(states, index)) for index in range(len(seeds))]
     del states

@@ -42,6 +42,8 @@ class WeightsNode(Protocol):
 class Posterior(abc.ABC):
     """q(w, z) of one layer: Gaussian weights, one scale z per group of weights, and the masks of what has been pruned.
 
+    What pruning takes away one by one are the groups, unless the family says otherwise (``prunes_weights``).
+
     A group is one input unit of a dense layer (``group_axis="input"``: the rows of the kernel) or one output channel of a convolution
     (``group_axis="output"``: the kernels and the bias of that channel). The weight that the layer uses is kernel * z.
 
@@ -66,6 +68,9 @@ class Posterior(abc.ABC):
     output_mask: jax.Array
     group_axis: GroupAxis = flax.struct.field(pytree_node=False)
 
+    # Whether the family prunes single weights: then each kept one is stored with its index.
+    prunes_weights = False
+
     # What a family says.
 
     @property
@@ -79,7 +84,7 @@ class Posterior(abc.ABC):
 
     @abc.abstractmethod
     def log_dropout_rate(self) -> jax.Array:
-        """[groups]: the pruning score of each group; a group is kept while its score is below a threshold."""
+        """The pruning score of each unit, of the shape of ``unit_mask``; a unit is kept while its score is below a threshold."""
 
     @abc.abstractmethod
     def scale_moments(self) -> tuple[jax.Array, jax.Array]:
@@ -92,6 +97,35 @@ class Posterior(abc.ABC):
     @abc.abstractmethod
     def clip_variances(self) -> Self:
         """The same posterior with the variances of weights and biases brought down to the largest value the family allows."""
+
+    # What holds for every family whose units are its groups.
+
+    @property
+    def unit_mask(self) -> jax.Array:
+        """The mask of what is pruned one by one: of the groups, [groups], or of the weights, of the kernel's shape."""
+        return self.group_mask
+
+    def group_scores(self) -> jax.Array:
+        """[groups]: the pruning score of each group, for pictures."""
+        return self.log_dropout_rate()
+
+    def sampled_moments(self) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance of the kernel without its scales, as it is sampled."""
+        return self.kernel_mean, jnp.exp(self.kernel_log_variance)
+
+    def prune_units(self, keep: jax.Array) -> Self:
+        """The same posterior without the units that are not in ``keep``, bools of the shape of ``unit_mask``."""
+        side = "input_mask" if self.group_axis == "input" else "output_mask"
+        return self.replace(**{side: self.group_mask * keep.astype(self.group_mask.dtype)})  # type: ignore[attr-defined]
+
+    def inputs_read_by(self, outputs: jax.Array) -> jax.Array:
+        """[in] of bool: the inputs that any of the kept ``outputs``, [out] of bool, reads."""
+        return jnp.broadcast_to(jnp.any(outputs), self.input_mask.shape)
+
+    def with_masks(self, inputs: jax.Array, outputs: jax.Array) -> Self:
+        """The same posterior with these masks of its inputs and outputs, [in] and [out] of bool."""
+        dtype = self.input_mask.dtype
+        return self.replace(input_mask=inputs.astype(dtype), output_mask=outputs.astype(dtype))  # type: ignore[attr-defined]
 
     # What follows from it for every family.
 
@@ -115,12 +149,17 @@ class Posterior(abc.ABC):
 
     @property
     def kernel_mask(self) -> jax.Array:
-        """[in / feature groups, out] of bool: the kernel entries that are not pruned."""
+        """Bools that broadcast against the kernel: its entries that are not pruned."""
         return kernel_mask(self.kernel_shape, self.input_mask, self.output_mask)
 
     def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
         """Shapes an array [groups] so that it broadcasts against the kernel."""
         return per_group[:, None] if self.group_axis == "input" else per_group
+
+    def kept_weights(self) -> jax.Array:
+        """How many entries of the kernel are not pruned: a scalar, float32, since there may be more than an int32 can count."""
+        mask = self.kernel_mask
+        return jnp.sum(mask, dtype=jnp.float32) * (math.prod(self.kernel_shape) // mask.size if mask.size else 0)
 
     def kernel_moments(self) -> tuple[jax.Array, jax.Array]:
         """Posterior mean and variance of the weights in use, kernel * z, each of the kernel's shape, exactly zero where pruned.
@@ -161,10 +200,14 @@ class Posterior(abc.ABC):
 
         KL(N(m, s2) || N(0, 1)) = (s2 + m^2 - 1 - log s2) / 2.
         """
-        total = _sum_standard_normal_kl(self.kernel_mean, self.kernel_log_variance, self.kernel_mask)
-        if self.bias_mean is not None and self.bias_log_variance is not None:
-            total += _sum_standard_normal_kl(self.bias_mean, self.bias_log_variance, self.output_mask > 0)
-        return total
+        kernel_kl = _sum_standard_normal_kl(self.kernel_mean, self.kernel_log_variance, self.kernel_mask)
+        return kernel_kl + self.gaussian_bias_kl()
+
+    def gaussian_bias_kl(self) -> jax.Array:
+        """The part of the biases in ``gaussian_kl``; 0 without a bias."""
+        if self.bias_mean is None or self.bias_log_variance is None:
+            return jnp.zeros(())
+        return _sum_standard_normal_kl(self.bias_mean, self.bias_log_variance, self.output_mask > 0)
 
 
 def check_clip_var(clip_var: float | None) -> None:

@@ -20,11 +20,11 @@ _LARGEST = 2**15 - 1
 
 @flax.struct.dataclass
 class QuantizedLayer:
-    """A layer of integer weights: weight = integer * step. Takes the place of the posterior in the params tree.
+    """A layer of integer weights: weight = integer * step, or one of a few levels. Takes the place of the posterior in the params tree.
 
     Attributes:
       kernel: [*window, in / feature groups, out], int16; zero where pruned.
-      kernel_step: scalar, float32.
+      kernel_step: scalar, float32; not used where there are levels.
       kernel_bits: scalar, int32: the bits that one kept integer of the kernel takes.
       bias: [out], int16, or None.
       bias_step: scalar or None.
@@ -32,6 +32,9 @@ class QuantizedLayer:
       input_mask: [in] of bool, kept inputs.
       output_mask: [out] of bool, kept outputs.
       group_axis: "input" or "output", see ``Posterior``.
+      prunes_weights: whether weights were pruned one by one, see ``Posterior``; then the zeros of the kernel are the pruned ones.
+      kernel_levels: [levels], float32, ascending and without 0, or None. The integers number them: 1 is the least positive level, 2 the
+        next, -1 the negative level nearest to 0, and 0 is 0.
     """
 
     kernel: jax.Array
@@ -43,6 +46,8 @@ class QuantizedLayer:
     input_mask: jax.Array
     output_mask: jax.Array
     group_axis: str = flax.struct.field(pytree_node=False)
+    prunes_weights: bool = flax.struct.field(pytree_node=False, default=False)
+    kernel_levels: jax.Array | None = None
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -60,10 +65,19 @@ class QuantizedLayer:
     def kernel_mask(self) -> jax.Array:
         return kernel_mask(self.kernel_shape, self.input_mask, self.output_mask)
 
+    def kept_weights(self) -> jax.Array:
+        """How many entries of the kernel are not pruned: a scalar, float32."""
+        if self.prunes_weights:
+            return jnp.sum(self.kernel != 0, dtype=jnp.float32)
+        return jnp.sum(self.kernel_mask, dtype=jnp.float32) * math.prod(self.kernel_shape[:-2])
+
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """Kernel and bias as floating-point numbers."""
         bias = None if self.bias is None or self.bias_step is None else self.bias * self.bias_step
-        return self.kernel * self.kernel_step, bias
+        if self.kernel_levels is None:
+            return self.kernel * self.kernel_step, bias
+        place = self.kernel + jnp.sum(self.kernel_levels < 0) - (self.kernel > 0)
+        return jnp.where(self.kernel == 0, 0, self.kernel_levels[place]), bias
 
 
 def integer_bits(integers: jax.Array) -> jax.Array:
@@ -207,4 +221,5 @@ def _quantized(posterior: Posterior, rounded: Callable[..., Any]) -> QuantizedLa
         input_mask=posterior.input_mask > 0,
         output_mask=posterior.output_mask > 0,
         group_axis=posterior.group_axis,
+        prunes_weights=posterior.prunes_weights,
     )

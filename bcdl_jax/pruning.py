@@ -17,9 +17,12 @@ from bcdl_jax.posterior import Posterior, PyTree, map_named_layers, posteriors
 
 Thresholds = float | Mapping[str, float]
 
+# More ways to cut a layer are not tried: with so many, of hundreds of thousands of weights, each step takes about a hundredth of them.
+_MOST_CUTS = 1024
+
 
 def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = None) -> PyTree:
-    """Masks every group whose log dropout rate is not below its layer's threshold.
+    """Masks every group (every weight, where the family prunes those) whose log dropout rate is not below its layer's threshold.
 
     A masked group (a row of a dense kernel; the kernels and the bias of an output channel) is exactly zero from then on, sampled or not, and
     no longer counts in the KL. Groups that were pruned before stay so.
@@ -44,17 +47,17 @@ def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = 
 @functools.partial(jax.jit, static_argnums=2)
 def _prune(params: PyTree, thresholds: dict[str, jax.Array], chain: tuple[str, ...]) -> PyTree:
     masks = {name: posterior.log_dropout_rate() < thresholds[name] for name, posterior in posteriors(params).items()}
-    return set_group_masks(params, masks, chain)
+    return set_unit_masks(params, masks, chain)
 
 
-def set_group_masks(params: PyTree, masks: Mapping[str, jax.Array], chain: Sequence[str] | None = None) -> PyTree:
-    """Sets the masks of the layers' own groups, [groups] of bool by layer name, and lets them spread along the chain, see ``prune``."""
-    layers = posteriors(params)
-    inputs = {name: posterior.input_mask > 0 for name, posterior in layers.items()}
-    outputs = {name: posterior.output_mask > 0 for name, posterior in layers.items()}
-    for name, mask in masks.items():
-        side = inputs if layers[name].group_axis == "input" else outputs
-        side[name] = side[name] & mask
+def set_unit_masks(params: PyTree, masks: Mapping[str, jax.Array], chain: Sequence[str] | None = None) -> PyTree:
+    """Prunes what is not in the masks, bools of the shape of each layer's ``unit_mask`` by layer name, and lets that spread along the
+    chain, see ``prune``."""
+    layers = {
+        name: layer.prune_units(masks[name]) if name in masks else layer for name, layer in posteriors(params).items()
+    }
+    inputs = {name: layer.input_mask > 0 for name, layer in layers.items()}
+    outputs = {name: layer.output_mask > 0 for name, layer in layers.items()}
 
     pairs = list(itertools.pairwise(_checked_chain(chain or (), layers)))
     # Twice, since a layer without outputs makes everything before it unread, which shows on the second way forwards.
@@ -62,18 +65,17 @@ def set_group_masks(params: PyTree, masks: Mapping[str, jax.Array], chain: Seque
         for first, second in pairs:
             inputs[second] = inputs[second] & jnp.tile(outputs[first], inputs[second].size // outputs[first].size)
         for first, second in reversed(pairs):
-            read = jnp.where(jnp.any(outputs[second]), inputs[second], False).reshape(-1, outputs[first].size)
-            outputs[first] = outputs[first] & jnp.any(read, axis=0)
+            read = inputs[second] & layers[second].inputs_read_by(outputs[second])
+            outputs[first] = outputs[first] & jnp.any(read.reshape(-1, outputs[first].size), axis=0)
 
-    def with_masks(name: str, posterior: Posterior) -> Posterior:
-        dtype = posterior.input_mask.dtype
-        return posterior.replace(input_mask=inputs[name].astype(dtype), output_mask=outputs[name].astype(dtype))  # type: ignore[attr-defined]
+    def masked(name: str, _: Posterior) -> Posterior:
+        return layers[name].with_masks(inputs[name], outputs[name])
 
-    return map_named_layers(with_masks, params, Posterior)  # type: ignore[type-abstract]
+    return map_named_layers(masked, params, Posterior)  # type: ignore[type-abstract]
 
 
 def kept_groups(params: PyTree, thresholds: Thresholds | None = None) -> dict[str, jax.Array]:
-    """Number of groups of each layer that would be kept, int32 by layer name.
+    """Number of groups of each layer that would be kept (of weights, where the family prunes those), int32 by layer name.
 
     Args:
       params: tree with variational layers.
@@ -86,7 +88,7 @@ def kept_groups(params: PyTree, thresholds: Thresholds | None = None) -> dict[st
         else thresholds_by_layer(thresholds, list(layers))
     )
     return {
-        name: jnp.sum((posterior.group_mask > 0) & (posterior.log_dropout_rate() < by_layer[name]))
+        name: jnp.sum((posterior.unit_mask > 0) & (posterior.log_dropout_rate() < by_layer[name]))
         for name, posterior in layers.items()
     }
 
@@ -132,7 +134,8 @@ def choose_thresholds(
 
     Returns:
       A threshold per layer name, for ``prune``: between the scores of the last group kept and the first one pruned, or
-      infinite where all are kept. Groups of equal score stay together, and a layer that had groups keeps at least one.
+      infinite where all are kept. Groups of equal score stay together, and a layer that had groups keeps at least one. Where weights are
+      pruned one by one, the same holds of weights; of very many some thousand cuts are tried.
 
     Raises:
       ValueError: ``max_increase`` is negative or not a number, or the error of the unpruned network is not a number.
@@ -217,24 +220,24 @@ class _Look(NamedTuple):
 
 
 def _cuts(posterior: Posterior, rates: np.ndarray) -> list[tuple[int, float]]:
-    """All ways to cut a layer by its scores: (groups kept, threshold), from one group, or one set of equals, to all."""
-    kept = np.sort(rates[np.asarray(posterior.group_mask) > 0])
+    """Ways to cut a layer by its scores: (units kept, threshold), from one unit, or one set of equals, to all; of very many, some."""
+    kept = np.sort(rates[np.asarray(posterior.unit_mask) > 0])
+    counts = np.flatnonzero(kept[:-1] < kept[1:]) + 1
+    if len(counts) > _MOST_CUTS:
+        # Each keeps about the same share of what the one above it keeps.
+        wanted = np.geomspace(counts[0], counts[-1], _MOST_CUTS)
+        counts = np.unique(counts[np.searchsorted(counts, wanted).clip(max=len(counts) - 1)])
     cuts = []
-    for count in range(1, len(kept)):
+    for count in counts.tolist():
         below, above = kept[count - 1], kept[count]
-        if below < above:
-            midway = below + (above - below) / 2
-            cuts.append((count, float(midway if midway > below else above)))
+        midway = below + (above - below) / 2
+        cuts.append((count, float(midway if midway > below else above)))
     return [*cuts, (len(kept), math.inf)]
 
 
 @jax.jit
 def _kept_weights(params: PyTree) -> jax.Array:
-    counts = [
-        jnp.sum(posterior.kernel_mask) * math.prod(posterior.kernel_shape[:-2])
-        for posterior in posteriors(params).values()
-    ]
-    return jnp.stack(counts).sum()
+    return jnp.stack([posterior.kept_weights() for posterior in posteriors(params).values()]).sum()
 
 
 def _checked_chain(chain: Sequence[str], layers: Mapping[str, Posterior]) -> Sequence[str]:

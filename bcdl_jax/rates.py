@@ -18,8 +18,8 @@ _FLOAT_BITS = 32
 def rate_paper(params: PyTree) -> jax.Array:
     """The paper's rate: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
 
-    Counts kernels only. A kept weight takes 32 bits after pruning and its layer's bits after precision reduction. Infinite if nothing is
-    kept, never NaN.
+    Counts kernels only. A kept weight takes 32 bits after pruning and its layer's bits after precision reduction; where weights were pruned
+    one by one, 32 bits more for its index, which is how the paper charges methods without groups. Infinite if nothing is kept, never NaN.
 
     Args:
       params: tree with posteriors or quantised layers.
@@ -30,7 +30,7 @@ def rate_paper(params: PyTree) -> jax.Array:
     layers = _layers(params).values()
     # A Python float: the bits of a large network exceed 32-bit integers.
     before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
-    after = jnp.stack([_kernel_bits(layer) for layer in layers]).sum()
+    after = jnp.stack([_kernel_bits(layer) + _index_bits(layer) for layer in layers]).sum()
     return before / after
 
 
@@ -39,7 +39,8 @@ def rate(params: PyTree) -> jax.Array:
     """The rate with everything counted: bits of all parameters in float32 / bits of all that must be stored.
 
     Stored are the kept weights and biases at their layer's bits (32 after pruning alone), one 32-bit step for each quantised array, one bit
-    per group for the set of kept groups of every layer that lost any, and parameters outside the variational layers at 32 bits.
+    per group for the set of kept groups of every layer that lost any, and parameters outside the variational layers at 32 bits. Where
+    weights were pruned one by one, their set takes one bit per weight, or 32 bits per kept weight if that is less.
 
     Args:
       params: tree with posteriors or quantised layers.
@@ -79,8 +80,14 @@ def _bits(layer: Layer) -> jax.Array | int:
 
 
 def _kernel_bits(layer: Layer) -> jax.Array:
-    kept = jnp.sum(layer.kernel_mask, dtype=jnp.float32) * math.prod(layer.kernel_shape[:-2])
-    return kept * _bits(layer)
+    return layer.kept_weights() * _bits(layer)
+
+
+def _index_bits(layer: Layer) -> jax.Array | int:
+    if not layer.prunes_weights:
+        return 0
+    kept = layer.kept_weights()
+    return jnp.where(kept < math.prod(layer.kernel_shape), kept * _FLOAT_BITS, 0)
 
 
 def _bias_size(layer: Layer) -> int:
@@ -97,5 +104,7 @@ def _bias_bits(layer: Layer) -> jax.Array | int:
 
 def _overhead_bits(layer: Layer) -> jax.Array | int:
     steps = (1 + (_bias_size(layer) > 0)) * _FLOAT_BITS if isinstance(layer, QuantizedLayer) else 0
+    if layer.prunes_weights:
+        return jnp.minimum(_index_bits(layer), float(math.prod(layer.kernel_shape))) + steps
     group_mask = layer.group_mask > 0
     return jnp.where(jnp.all(group_mask), 0, group_mask.size) + steps

@@ -64,9 +64,8 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     if posterior.group_axis == "input":
         inputs = inputs * scale
     inputs = _masked(inputs, posterior.input_mask)
-    mean, variance, order = linear_map.moments(
-        inputs, posterior.kernel_mean.astype(dtype), jnp.exp(posterior.kernel_log_variance).astype(dtype)
-    )
+    kernel_mean, kernel_variance = posterior.sampled_moments()
+    mean, variance, order = linear_map.moments(inputs, kernel_mean.astype(dtype), kernel_variance.astype(dtype))
 
     def ordered(values: jax.Array) -> jax.Array:
         """What broadcasts against the outputs in the usual order of their axes, for the order of the moments."""

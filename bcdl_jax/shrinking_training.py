@@ -163,7 +163,7 @@ def shrink_further(
     masked = prune_state(state, thresholds, shrinking.chain)
     # A first look, since tracing a network takes seconds.
     shares = [
-        float(jnp.sum(new.kernel_mask)) / max(1.0, float(jnp.sum(old.kernel_mask)))
+        float(new.kept_weights()) / max(1.0, float(old.kept_weights()))
         for new, old in zip(_layers(masked), _layers(state), strict=True)
     ]
     if min(shares) > 1 - shrinking.least_saving:

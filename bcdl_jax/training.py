@@ -71,7 +71,7 @@ def parameter_kinds(params: PyTree) -> PyTree:
 
     Returns:
       A tree like ``params`` with one of these strings per array: the field's name within a posterior, such as "kernel_mean",
-      "kernel_log_variance", "bias_mean", "bias_log_variance", "scale_mean", "scale_log_variance", "input_mask", "output_mask";
+      "kernel_log_variance", "bias_mean", "bias_log_variance", "scale_mean", "scale_log_variance", "input_mask", "output_mask", "weight_mask";
       "deterministic" elsewhere.
     """
 
@@ -288,6 +288,7 @@ def keep_masks(new: PyTree, old: PyTree) -> PyTree:
     def restore(new_node: Any, old_node: Any) -> Any:
         if not _is_posterior(new_node):
             return new_node
-        return new_node.replace(input_mask=old_node.input_mask, output_mask=old_node.output_mask)
+        masks = [field.name for field in dataclasses.fields(old_node) if field.name.endswith("_mask")]
+        return new_node.replace(**{name: getattr(old_node, name) for name in masks})
 
     return jax.tree.map(restore, new, old, is_leaf=_is_posterior)

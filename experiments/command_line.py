@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import devices
 from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
-from experiments.recipe import Recipe
+from experiments.recipe import PlainRecipe, Recipe, Training
 
 if TYPE_CHECKING:
     from experiments.data import Dataset
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 # Of which --profile writes a profile.
 _PROFILED_STEPS = 5
 
-METHODS = {"gnj": "group normal-Jeffreys prior", "ghs": "group horseshoe prior"}
+METHODS = {
+    "gnj": "group normal-Jeffreys prior",
+    "ghs": "group horseshoe prior",
+    "sparse_vd": "sparse variational dropout",
+    "dc": "Deep Compression",
+    "dns": "Dynamic Network Surgery",
+    "sws": "soft weight-sharing",
+}
+# Those that compress a trained plain network, weight by weight.
+PLAIN_METHODS = ("dc", "dns", "sws")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +55,18 @@ class Experiment:
     model: str
     chain: tuple[str, ...]
     pictures: tuple[str, ...]
-    recipes: Mapping[str, Mapping[str, Recipe]]
+    recipes: Mapping[str, Mapping[str, Training]]
     quick: Mapping[str, Any]
 
-    def recipe(self, dataset: str, quick: bool = False, method: str = "gnj") -> Recipe:
+    def recipe(self, dataset: str, quick: bool = False, method: str = "gnj") -> Training:
         """The recipe for a data set."""
         chosen = self.recipes[method].get(dataset, self.recipes[method]["mnist"])
-        return dataclasses.replace(chosen, **self.quick) if quick else chosen
+        names = {field.name for field in dataclasses.fields(chosen)}
+        changes = {name: value for name, value in self.quick.items() if name in names}
+        # A plain network is compressed only once it has been trained.
+        if method in PLAIN_METHODS:
+            changes["pretrain_epochs"] = max(1, changes.get("pretrain_epochs", 1))
+        return dataclasses.replace(chosen, **changes) if quick else chosen
 
 
 def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Namespace:
@@ -74,9 +88,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         "--method",
         default="gnj",
         metavar="|".join(METHODS),
-        help="how to compress: "
-        + ", ".join(f"{name}, the {title}" for name, title in METHODS.items())
-        + " (default: gnj)",
+        help="how to compress: " + ", ".join(f"{name}, {title}" for name, title in METHODS.items()) + " (default: gnj)",
     )
     parser.add_argument(
         "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to train on (default: mnist)"
@@ -133,7 +145,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         help=f"start from trained weights, in place of a pre-training: arrays {experiment.chain[0]}/kernel, {experiment.chain[0]}/bias and so "
         "on, and the name of their data set in trained_on",
     )
-    if full.max_shrinking_change is not None:
+    if getattr(full, "max_shrinking_change", None) is not None:
         parser.add_argument(
             "--no-shrinking",
             action="store_true",
@@ -186,6 +198,16 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
     devices.check(args)
     if args.checkpoint_every < 0:
         raise UserError(f"--checkpoint-every is {args.checkpoint_every}; it must be at least 0.")
+    if args.method in PLAIN_METHODS:
+        if args.pretrain_epochs == 0 and args.pretrained is None:
+            raise UserError(
+                f"--pretrain-epochs is 0; --method {args.method} compresses a trained network, so it must be at least 1, or --pretrained given."
+            )
+        for name, given in (("--thresholds", args.thresholds is not None), ("--profile", args.profile)):
+            if given:
+                raise UserError(f"{name} is given; --method {args.method} has none, it must be left out.")
+        if args.devices != 1:
+            raise UserError(f"--devices is {args.devices}; with --method {args.method} it must be 1.")
     if args.pretrained is not None and args.pretrain_epochs:
         raise UserError(
             "--pretrained and --pretrain-epochs exclude each other: the file takes the place of the pre-training."
@@ -220,6 +242,7 @@ def run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
 def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     # Imported late, so that --help and bad arguments are answered at once.
     from experiments import checkpoints, compress, data, files, logs, models, score, startup
+    from experiments.plain_methods import compress_plain
     from experiments.pretrain import pretrain
 
     start = time.perf_counter()
@@ -288,28 +311,30 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         ):
             if settings.pretrain_epochs:
                 pretrained = pretrain(model, dataset, settings, seeds=seeds, out=out, logs=log, checkpoints=kept)
-            compressed = compress.compress(
-                model,
-                dataset,
-                settings,
-                chain=chain,
-                seeds=seeds,
-                out=out,
-                logs=log,
-                profile_steps=_PROFILED_STEPS if args.profile else 0,
-                thresholds=thresholds,
-                pretrained=pretrained,
-                checkpoints=kept,
-                mesh=devices.mesh_of(chosen),
-            )
+            shared = {"chain": chain, "seeds": seeds, "out": out, "logs": log, "pretrained": pretrained}
+            if isinstance(settings, PlainRecipe):
+                compressed = compress_plain(args.method, model, dataset, settings, **shared)
+            else:
+                compressed = compress.compress(
+                    model,
+                    dataset,
+                    settings,
+                    **shared,
+                    profile_steps=_PROFILED_STEPS if args.profile else 0,
+                    thresholds=thresholds,
+                    checkpoints=kept,
+                    mesh=devices.mesh_of(chosen),
+                )
         if not devices.is_writer():
             return
         file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
         runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
-        first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
-        from experiments import figures  # only now, since it takes a while
+        if compressed.thresholds is not None:
+            first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
+            from experiments import figures  # only now, since it takes a while
 
-        figures.draw(out, compressed.snapshots, first_thresholds, dataset.test.images, dataset.test.labels, seeds[0])
+            images, labels = dataset.test.images, dataset.test.labels
+            figures.draw(out, compressed.snapshots, first_thresholds, images, labels, seeds[0])
         result = compress.result(
             experiment.name,
             args.method,
@@ -331,13 +356,13 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         print(dataset.notice)
 
 
-def _adapt_to(count: int, dataset: Dataset, settings: Recipe) -> tuple[Dataset, Recipe]:
+def _adapt_to(count: int, dataset: Dataset, settings: Training) -> tuple[Dataset, Training]:
     """The data and the recipe as several devices need them, with a word on what changes."""
     if rest := len(dataset.train) % count:
         images, labels = dataset.train.images[:-rest], dataset.train.labels[:-rest]
         dataset = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, images=images, labels=labels))
         print(f"The last {rest} training examples are left out, so that {count} devices hold equally many.", flush=True)
-    if count > 1 and settings.max_shrinking_change is not None:
+    if count > 1 and isinstance(settings, Recipe) and settings.max_shrinking_change is not None:
         settings = dataclasses.replace(settings, max_shrinking_change=None)
         print(
             "On several devices the network is trained at full size to the end: only on one does it shrink.", flush=True
@@ -345,7 +370,7 @@ def _adapt_to(count: int, dataset: Dataset, settings: Recipe) -> tuple[Dataset, 
     return dataset, settings
 
 
-def adapt(settings: Recipe, args: argparse.Namespace) -> Recipe:
+def adapt(settings: Training, args: argparse.Namespace) -> Training:
     """The recipe with what the command line changes; the KL warm-up keeps its share of the epochs."""
     names = ("epochs", "fine_tune_epochs", "pretrain_epochs", "batch_size", "learning_rate")
     given = {name: getattr(args, name) for name in names}
@@ -354,10 +379,10 @@ def adapt(settings: Recipe, args: argparse.Namespace) -> Recipe:
     if args.learning_rate is not None:
         ratio = settings.fine_tune_learning_rate / settings.learning_rate
         given["fine_tune_learning_rate"] = ratio * args.learning_rate
-    if args.epochs is not None:
+    if args.epochs is not None and isinstance(settings, Recipe):
         given["warmup_epochs"] = round(settings.warmup_epochs * args.epochs / settings.epochs)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
-    if getattr(args, "no_shrinking", False):
+    if isinstance(settings, Recipe) and getattr(args, "no_shrinking", False):
         settings = dataclasses.replace(settings, max_shrinking_change=None)
     return settings
 

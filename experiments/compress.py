@@ -31,7 +31,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
 from experiments.logs import Logs, process_memory, profile
-from experiments.recipe import Recipe
+from experiments.recipe import Recipe, Training
 
 PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
 RESULT, INTERRUPTED = "result.json", "interrupted.npz"
@@ -41,7 +41,10 @@ _SHRINKING_IMAGES = 500
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """One frame of the pictures: an epoch, the mean kernels and the log dropout rates of one seed, by layer name."""
+    """One frame of the pictures: an epoch, the mean kernels and the log dropout rates of one seed's groups, by layer name.
+
+    Where weights are pruned one by one, a kernel is zero where they would be at the default threshold, and a group's rate is its lowest.
+    """
 
     epoch: int
     kernels: dict[str, np.ndarray]
@@ -52,14 +55,15 @@ class Snapshot:
 class Run:
     """All that was made. Lists hold an entry per seed; the snapshots are those of the first seed.
 
-    ``pretrained`` holds the plain twin's params, None where training started from scratch.
+    ``pretrained`` holds the plain twin's params, None where training started from scratch. Thresholds, relative steps and what the paper's
+    rule gives are there for variational networks only; the params of others have the form of sparse variational dropout.
     """
 
     pretrained: list[Any] | None
     params: dict[str, list[Any]]
-    thresholds: list[dict[str, float]]
-    relative_steps: list[float]
-    by_round_off: list[Any]
+    thresholds: list[dict[str, float]] | None
+    relative_steps: list[float] | None
+    by_round_off: list[Any] | None
     failures: list[str | None]
     files: list[Path]
     snapshots: list[Snapshot]
@@ -89,6 +93,11 @@ class Progress:
         self._bar.write(message)
         sys.stdout.flush()
 
+    def say(self, state: str) -> None:
+        """One epoch more, and how things stand."""
+        self._bar.set_postfix_str(state, refresh=False)
+        self._bar.update()
+
     def show(self, report: bcdl_jax.EnsembleReport) -> None:
         for message in report.messages:
             self._bar.write(f"warning: {message}", file=sys.stderr)
@@ -96,8 +105,7 @@ class Progress:
             self._bar.write(piece, file=sys.stderr)
         kept = " ".join("-".join(map(str, seed.kept.values())) for seed in report.reports)
         error = " ".join(f"{seed.validation_error:.2f}" for seed in report.reports)
-        self._bar.set_postfix_str(f"kept {kept}, validation error {error} %", refresh=False)
-        self._bar.update()
+        self.say(f"kept {kept}, validation error {error} %")
 
 
 def error_percent(model: nn.Module, params: Any, data: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -207,7 +215,7 @@ def compress(
     jax.clear_caches()  # the compiled phases take most of the memory
     startup.release_memory()
     trained = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
-    _write_params(out, "trained", trained, seeds)
+    write_params(out, "trained", trained, seeds)
     if all(failures):
         checkpoints.remove()  # the same would come of them again
         raise UserError(f"No seed could be trained to the end; what they reached is in {out}. {failures[0]}")
@@ -229,7 +237,7 @@ def compress(
         jax.clear_caches()
         startup.release_memory()
         pruned = [bcdl_jax.unstack(params, index) for index in range(len(seeds))]
-    _write_params(out, "pruned", pruned, seeds)
+    write_params(out, "pruned", pruned, seeds)
     change_from = measure_change(model, validation[0])
     steps = [
         bcdl_jax.choose_relative_step(
@@ -240,7 +248,7 @@ def compress(
         for net in pruned
     ]
     reduced = [bcdl_jax.reduce_precision(net, step) for net, step in zip(pruned, steps, strict=True)]
-    _write_params(out, "reduced", reduced, seeds)
+    write_params(out, "reduced", reduced, seeds)
     compressed = [out / compressed_file(seed) for seed in seeds]
     for path, net in zip(compressed, reduced, strict=True):
         bcdl_jax.save(path, net)
@@ -484,6 +492,13 @@ def score(
     def in_order(by_layer: dict[str, Any]) -> list[Any]:
         return [by_layer[name] for name in chain]
 
+    def by_the_papers_rule(net: Any) -> dict[str, Any]:
+        return {
+            "test_error": round(float(measure(net, test)), 4),
+            "bits": in_order({name: int(bits) for name, bits in bcdl_jax.layer_bits(net).items()}),
+            "rate_paper": _finite(float(bcdl_jax.rate_paper(net))),
+        }
+
     twin: Any = model.clone(family=None)  # type: ignore[call-arg]
     measure_twin = jax.jit(functools.partial(error_percent, twin))
     results = []
@@ -493,7 +508,6 @@ def score(
         masks = {
             name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
         }
-        round_off = run.by_round_off[index]
         file_bytes = run.files[index].stat().st_size
         _, _, shrunk = bcdl_jax.shrink(
             lambda params, images: model.apply({"params": params}, images), run.params["reduced"][index], test[0][:2]
@@ -521,13 +535,10 @@ def score(
                 "rate": rates(bcdl_jax.rate, index),
                 "rate_paper": rates(bcdl_jax.rate_paper, index),
                 "seconds": round(run.seconds / len(seeds), 1),
-                "thresholds": in_order({name: _finite(value) for name, value in run.thresholds[index].items()}),
-                "relative_step": run.relative_steps[index],
-                "round_off_rule": {
-                    "test_error": round(float(measure(round_off, test)), 4),
-                    "bits": in_order({name: int(bits) for name, bits in bcdl_jax.layer_bits(round_off).items()}),
-                    "rate_paper": _finite(float(bcdl_jax.rate_paper(round_off))),
-                },
+                "thresholds": run.thresholds
+                and in_order({name: _finite(value) for name, value in run.thresholds[index].items()}),
+                "relative_step": run.relative_steps and run.relative_steps[index],
+                "round_off_rule": run.by_round_off and by_the_papers_rule(run.by_round_off[index]),
             }
         )
     return results
@@ -537,7 +548,7 @@ def result(
     experiment: str,
     method: str,
     dataset: Dataset,
-    recipe: Recipe,
+    recipe: Training,
     command: str,
     runs: list[dict[str, Any]],
     seconds: float,
@@ -601,15 +612,9 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
                 kept,
                 run["bits"],
             ),
-            (
-                "  by the paper's rule",
-                run["round_off_rule"]["test_error"],
-                None,
-                run["round_off_rule"]["rate_paper"],
-                kept,
-                run["round_off_rule"]["bits"],
-            ),
         ]
+        if rule := run["round_off_rule"]:
+            rows.append(("  by the paper's rule", rule["test_error"], None, rule["rate_paper"], kept, rule["bits"]))
         for stage, error, rate, rate_paper, units, bits in rows:
             print(
                 f"{run['seed']:>4}  {stage:<26} {error:>12.2f} {_times(rate):>8} {_times(rate_paper):>10}  {units:<14} {'-'.join(map(str, bits))}",
@@ -644,7 +649,7 @@ def _is_weight(leaf: bcdl_jax.LeafReport) -> bool:
     return leaf.path.endswith(("/kernel", "/bias"))
 
 
-def _write_params(out: Path, stage: str, params: Sequence[Any], seeds: Sequence[int]) -> None:
+def write_params(out: Path, stage: str, params: Sequence[Any], seeds: Sequence[int]) -> None:
     for net, seed in zip(params, seeds, strict=True):
         files.write_arrays(out / params_file(stage, seed), net)
 
@@ -688,9 +693,15 @@ def _snapshot(epoch: int, stacked_params: Any) -> Snapshot:
 def _snapshot_arrays(stacked_params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     params = bcdl_jax.unstack(stacked_params, 0)
     layers = bcdl_jax.posteriors(params).items()
-    return {name: layer.kernel_moments()[0].astype(jnp.float16) for name, layer in layers}, bcdl_jax.log_dropout_rates(
-        params
-    )
+    kernels = {name: _kernel_to_draw(layer).astype(jnp.float16) for name, layer in layers}
+    return kernels, {name: layer.group_scores() for name, layer in layers}
+
+
+def _kernel_to_draw(layer: bcdl_jax.Posterior) -> jax.Array:
+    kernel = layer.kernel_moments()[0]
+    if not layer.prunes_weights:
+        return kernel
+    return jnp.where(layer.log_dropout_rate() < layer.default_threshold, kernel, 0)
 
 
 def machine() -> str:

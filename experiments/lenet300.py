@@ -8,7 +8,7 @@ import sys
 
 from experiments import command_line
 from experiments.data import EMBEDDED
-from experiments.recipe import Recipe
+from experiments.recipe import PlainRecipe, Recipe
 
 CHAIN = ("Dense_0", "Dense_1", "Dense_2")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "feature_importance.gif", "log_dropout_rates.png")
@@ -27,13 +27,27 @@ _EMBEDDED = dataclasses.replace(
     max_rounding_change=0.002,
 )
 
+_PRETRAINED = {"epochs": 30, "fine_tune_epochs": 5, "pretrain_epochs": 20}
+_LEVELS = (32, 32, 16)
+_PLAIN = {
+    "dc": {
+        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, kept=(0.07, 0.08, 0.25), rounds=3),
+    },
+    "dns": {
+        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, spread=(3.0, 2.5, 1.0)),
+    },
+    "sws": {
+        "mnist": PlainRecipe(**_PRETRAINED),
+    },
+}
+
 EXPERIMENT = command_line.Experiment(
     name="lenet300",
     title="LeNet-300-100",
     model="LeNet300",
     chain=CHAIN,
     pictures=PICTURES,
-    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in command_line.METHODS},
+    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in ("gnj", "ghs", "sparse_vd")} | _PLAIN,
     quick={"epochs": 3, "fine_tune_epochs": 1, "warmup_epochs": 0},
 )
 

@@ -8,7 +8,7 @@ import sys
 
 from experiments import command_line
 from experiments.data import EMBEDDED
-from experiments.recipe import Recipe
+from experiments.recipe import PlainRecipe, Recipe
 
 CHAIN = ("Conv_0", "Conv_1", "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "weights_layer3.gif", "log_dropout_rates.png")
@@ -27,13 +27,27 @@ _EMBEDDED = dataclasses.replace(
     _FULL, batch_size=32, learning_rate=1e-3, max_pruning_change=0.01, max_rounding_change=0.002
 )
 
+_PRETRAINED = {"epochs": 12, "fine_tune_epochs": 3, "pretrain_epochs": 5}
+_LEVELS = (32, 32, 32, 16)
+_PLAIN = {
+    "dc": {
+        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, kept=(0.6, 0.12, 0.07, 0.2), rounds=2),
+    },
+    "dns": {
+        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, spread=(0.0, 2.0, 4.0, 2.0)),
+    },
+    "sws": {
+        "mnist": PlainRecipe(**_PRETRAINED),
+    },
+}
+
 EXPERIMENT = command_line.Experiment(
     name="lenet5",
     title="LeNet-5-Caffe",
     model="LeNet5",
     chain=CHAIN,
     pictures=PICTURES,
-    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in command_line.METHODS},
+    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in ("gnj", "ghs", "sparse_vd")} | _PLAIN,
     quick={"epochs": 2, "fine_tune_epochs": 1, "pretrain_epochs": 1, "warmup_epochs": 0},
 )
 

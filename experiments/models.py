@@ -14,7 +14,7 @@ import numpy as np
 import bcdl_jax
 from bcdl_jax.layers import Family
 from bcdl_jax.linear_maps import ConvolutionMap
-from experiments.recipe import Recipe
+from experiments.recipe import Recipe, Training
 
 # Largest posterior variance of the first layer's weights [Louizos et al. 2017, appendix]: a standard deviation of 0.2 for
 # LeNet-300-100, of 0.5 for LeNet-5-Caffe.
@@ -28,9 +28,13 @@ Layer = Callable[[jax.Array], jax.Array]
 _DEFAULT = bcdl_jax.GroupNormalJeffreys()
 
 
-def family(method: str, recipe: Recipe) -> Family:
-    """The family of a method, "gnj" or "ghs"."""
-    return bcdl_jax.GroupHorseshoe(tau0=recipe.tau0) if method == "ghs" else bcdl_jax.GroupNormalJeffreys()
+def family(method: str, recipe: Training) -> Family:
+    """The family of a method; for those that compress plain networks, the one in whose form they are scored."""
+    if method == "gnj":
+        return bcdl_jax.GroupNormalJeffreys()
+    if method == "ghs" and isinstance(recipe, Recipe):
+        return bcdl_jax.GroupHorseshoe(tau0=recipe.tau0)
+    return bcdl_jax.SparseVariationalDropout()
 
 
 class LeNet300(nn.Module):
@@ -123,7 +127,10 @@ def _scaled(images: jax.Array) -> jax.Array:
 
 
 def _clipped(family: Any, clip_var: float | None) -> Any:
-    return None if family is None else dataclasses.replace(family, clip_var=clip_var)
+    # The limit is the paper's for its group priors; the log-uniform prior of single weights is trained without.
+    if family is None or isinstance(family, bcdl_jax.SparseVariationalDropout):
+        return family
+    return dataclasses.replace(family, clip_var=clip_var)
 
 
 def _pool(images: jax.Array, deterministic: bool) -> jax.Array:

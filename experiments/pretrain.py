@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,87 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 import bcdl_jax
 from experiments import compress, files
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset
 from experiments.logs import Logs
-from experiments.recipe import Recipe
+from experiments.recipe import Training
 
 # An epoch's steps run in so many compiled loops, between which Ctrl-C is heard and the progress bar moves.
 _PARTS = 10
 
 
+def cross_entropy(twin: nn.Module, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats of a plain network in training."""
+    # Not deterministic means no more to plain layers than that this is training.
+    logits: Any = twin.apply({"params": params}, images, deterministic=False)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def make_fit(
+    loss: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    data: tuple[jax.Array, jax.Array],
+    batch_size: int,
+    after_step: Callable[[Any, Any, jax.Array], Any] = lambda params, fixed, step: fixed,
+) -> Callable[..., tuple[Any, Any]]:
+    """Minimises a loss over plain params, step by step in compiled loops.
+
+    Args:
+      loss: ``loss(params, fixed, images, labels)``, a scalar.
+      optimizer: of the params.
+      data: images and labels.
+      batch_size: examples per step; those left over in an epoch are not seen in it.
+      after_step: ``after_step(params, fixed, step)``, the new fixed part.
+
+    Returns:
+      ``fit(params, fixed, key, epochs, progress, report)``, which gives the trained params and the last fixed part. ``key`` orders the
+      examples; ``progress`` is a bar that counts steps; ``report(epoch, params, fixed, mean_loss, images_per_second)`` is called after each epoch.
+    """
+    steps = len(data[1]) // batch_size
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def take_steps(
+        state: Any, loss_sum: jax.Array, order: jax.Array, first: Any, last: Any, before: Any, data: Any
+    ) -> Any:
+        def step(number: jax.Array, state: Any) -> Any:
+            (params, fixed, optimizer_state), loss_sum = state
+            rows = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
+            value, gradients = jax.value_and_grad(loss)(params, fixed, *(array[rows] for array in data))
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, after_step(params, fixed, before + number), optimizer_state), loss_sum + value
+
+        return jax.lax.fori_loop(first, last, step, (state, loss_sum))
+
+    order_of = jax.jit(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), len(data[1])))
+
+    def fit(
+        params: Any, fixed: Any, key: jax.Array, epochs: int, progress: tqdm, report: Callable[..., None]
+    ) -> tuple[Any, Any]:
+        # Copies, since the buffers are donated.
+        state = jax.tree.map(jnp.array, (params, fixed, optimizer.init(params)))
+        for epoch in range(epochs):
+            begin = time.perf_counter()
+            order, loss_sum = order_of(key, epoch), jnp.zeros(())
+            ends = np.linspace(0, steps, _PARTS + 1).astype(np.int32)
+            for first, last in itertools.pairwise(ends):
+                state, loss_sum = take_steps(state, loss_sum, order, first, last, np.int32(epoch * steps), data)
+                progress.update(int(last - first))
+            mean_loss = float(loss_sum) / steps
+            report(epoch + 1, *state[:2], mean_loss, steps * batch_size / (time.perf_counter() - begin))
+        return state[:2]
+
+    return fit
+
+
 def pretrain(
     model: nn.Module,
     dataset: Dataset,
-    recipe: Recipe,
+    recipe: Training,
     *,
     seeds: Sequence[int],
     out: Path,
@@ -43,7 +108,7 @@ def pretrain(
     Args:
       model: variational, with a field ``family`` that None makes plain.
       dataset: only its training and validation parts are used.
-      recipe: see ``Recipe``.
+      recipe: see ``Training``.
       seeds: one run each, one after the other.
       out: directory for pretrained_seed*.npz, written in the form that --pretrained reads.
       logs: where the metrics go.
@@ -54,35 +119,20 @@ def pretrain(
     """
     twin: Any = model.clone(family=None)  # type: ignore[call-arg]
     train, validation = compress.on_device(dataset.train), compress.on_device(dataset.validation)
-    steps = len(dataset.train) // recipe.batch_size
-    total = steps * recipe.pretrain_epochs
+    total = len(dataset.train) // recipe.batch_size * recipe.pretrain_epochs
     optimizer = optax.adam(optax.cosine_decay_schedule(recipe.pretrain_learning_rate, total))
     measure = jax.jit(functools.partial(compress.error_percent, twin))
 
-    def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        # Not deterministic means no more to plain layers than that this is training.
-        logits = twin.apply({"params": params}, images, deterministic=False)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def take_steps(state: Any, loss_sum: jax.Array, order: jax.Array, first: Any, last: Any, data: Any) -> Any:
-        def step(number: jax.Array, state: Any) -> Any:
-            (params, optimizer_state), loss_sum = state
-            rows = jax.lax.dynamic_slice_in_dim(order, number * recipe.batch_size, recipe.batch_size)
-            value, gradients = jax.value_and_grad(loss)(params, *(array[rows] for array in data))
-            updates, optimizer_state = optimizer.update(gradients, optimizer_state)
-            return (optax.apply_updates(params, updates), optimizer_state), loss_sum + value
-
-        return jax.lax.fori_loop(first, last, step, (state, loss_sum))
+    def loss(params: Any, _: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(twin, params, images, labels)
 
     @jax.jit
     def start(key: jax.Array) -> Any:
-        params = twin.init(key, train[0][:1])["params"]
-        return params, optimizer.init(params)
+        return twin.init(key, train[0][:1])["params"]
 
-    order_of = jax.jit(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), len(dataset.train)))
+    fit = make_fit(loss, optimizer, train, recipe.batch_size)
     # Those of seeds that are yet to come hold zeros.
-    shapes = jax.eval_shape(start, jax.random.key(0))[0]
+    shapes = jax.eval_shape(start, jax.random.key(0))
     nets = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), shapes)
     restored = checkpoints.restore("pretrain", nets)
     done = 0
@@ -90,21 +140,17 @@ def pretrain(
         nets, done = restored.state, restored.facts["nets"]
     for index, seed in list(enumerate(seeds))[done:]:
         key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
-        state = start(key)
+        params = start(key)
         with compress.bar(total, f"pre-train seed {seed}", "step") as progress:
-            for epoch in range(recipe.pretrain_epochs):
-                begin = time.perf_counter()
-                order, loss_sum = order_of(order_key, epoch), jnp.zeros(())
-                ends = np.linspace(0, steps, _PARTS + 1).astype(np.int32)
-                for first, last in itertools.pairwise(ends):
-                    state, loss_sum = take_steps(state, loss_sum, order, first, last, train)
-                    progress.update(int(last - first))
-                error = float(measure(state[0], validation))
+
+            def report(epoch: int, params: Any, _: Any, mean_loss: float, speed: float, seed: int = seed) -> None:
+                error = float(measure(params, validation))
                 progress.set_postfix_str(f"validation error {error:.2f} %")
-                metrics = {"epoch": epoch + 1, "seed": seed, "loss": float(loss_sum) / steps, "validation_error": error}
-                speed = steps * recipe.batch_size / (time.perf_counter() - begin)
+                metrics = {"epoch": epoch, "seed": seed, "loss": mean_loss, "validation_error": error}
                 logs.log_epoch("pretrain", [metrics], images_per_second=speed)
-        nets = jax.tree.map(lambda all_nets, net, index=index: all_nets.at[index].set(net), nets, state[0])
+
+            params, _ = fit(params, None, order_key, recipe.pretrain_epochs, progress, report)
+        nets = jax.tree.map(lambda all_nets, net, index=index: all_nets.at[index].set(net), nets, params)
         complete = index + 1 == len(seeds)
         facts = {"nets": index + 1, "step": total}
         checkpoints.save("pretrain", nets, facts=facts, frames={}, complete=complete)

@@ -6,15 +6,33 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How to train and compress; every value was chosen on validation data.
+class Training:
+    """What the recipes of all methods have.
 
     Attributes:
-      epochs: of variational training.
-      fine_tune_epochs: after pruning.
+      epochs: of training before pruning, or while pruning.
+      fine_tune_epochs: after it.
       batch_size: examples per step.
       learning_rate: of Adam at the start; falls to 0 along a cosine.
       fine_tune_learning_rate: of the fine-tuning, constant.
+      pretrain_epochs: of training the plain twin of the network, whose weights the training starts from; 0 starts it from scratch.
+      pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
+    """
+
+    epochs: int
+    fine_tune_epochs: int
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    fine_tune_learning_rate: float = 2e-3
+    pretrain_epochs: int = 0
+    pretrain_learning_rate: float = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Training):
+    """How to train and compress a variational network; every value was chosen on validation data.
+
+    Attributes:
       fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
       fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
         some of the pull towards pruning for a better fit.
@@ -25,20 +43,12 @@ class Recipe:
       max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
         per example, see ``compress.measure_change``.
       max_rounding_change: likewise for the rounding.
-      pretrain_epochs: of training the plain twin of the network, whose weights the variational training starts from; 0 starts
-        it from scratch.
-      pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
       max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
         example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
       first_shrinking: epochs before the first look at the groups; the next ones follow after 2, 3, 4, 6, 8, 12 times as many and so on.
     """
 
-    epochs: int
-    fine_tune_epochs: int
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    fine_tune_learning_rate: float = 2e-3
     fine_tune_averaging_epochs: float = 12
     fine_tune_kl_weight: float = 0.6
     log_variance_factor: float = 2.0
@@ -47,8 +57,35 @@ class Recipe:
     warmup_epochs: int = 0
     max_pruning_change: float = 0.0075
     max_rounding_change: float = 0.001
-    pretrain_epochs: int = 0
-    pretrain_learning_rate: float = 2e-3
     in_turn: bool = False
     max_shrinking_change: float | None = None
     first_shrinking: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainRecipe(Training):
+    """How to compress a plain network, weight by weight; every value was chosen on validation data.
+
+    Fine-tuning trains the levels that the weights share, and the biases. Tuples hold a value per layer, in the order of the data flow.
+
+    Attributes:
+      levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
+      kept: shares of the weights that Deep Compression keeps.
+      rounds: in how many rounds of pruning and retraining it gets there, each by the same factor.
+      spread: of the thresholds of Dynamic Network Surgery, see ``bcdl_jax.surgery_thresholds``.
+      surgery_decay: the masks are updated at a step t with probability 1 / (1 + surgery_decay * t).
+      components: of the mixture of soft weight-sharing, beside the one at zero.
+      zero_proportion: of the component at zero.
+      prior_weight: of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
+      mixture_learning_rate: of Adam for the mixture.
+    """
+
+    levels: tuple[int, ...] = ()
+    kept: tuple[float, ...] = ()
+    rounds: int = 1
+    spread: tuple[float, ...] = ()
+    surgery_decay: float = 1e-4
+    components: int = 16
+    zero_proportion: float = 0.99
+    prior_weight: float = 0.005
+    mixture_learning_rate: float = 5e-4

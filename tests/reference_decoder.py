@@ -140,6 +140,8 @@ class _LayerHeader:
     shape: tuple[int, ...]
     feature_groups: int
     group_axis: str
+    prunes_weights: bool
+    kernel_levels: np.ndarray | None
     has_bias: bool
     kernel_bits: int | None  # None: not stored.
     bias_bits: int | None
@@ -165,19 +167,26 @@ def _read_array_header(reader: _Bytes, axes: int) -> _ArrayHeader:
 
 def _read_layer_header(reader: _Bytes, axes: int) -> _LayerHeader:
     _require(axes >= 2, "a kernel of fewer than two axes")
-    step_type, flags = divmod(reader.byte(), 16)
-    _require(step_type < len(_STEP_TYPES), "unknown type of steps")
+    rest, flags = divmod(reader.byte(), 16)
+    marks, step_type = divmod(rest, len(_STEP_TYPES))
+    has_levels, prunes_weights = divmod(marks, 2)
     has_bias = bool(flags & 1)
     shape = tuple(reader.varint() for _ in range(axes))
     feature_groups = reader.varint() if flags & 4 else 1
     _require(feature_groups >= 2 or not flags & 4, "feature groups that are none")
     kernel_bits = reader.byte() if flags & 8 else None
     bias_bits = reader.byte() if flags & 8 and has_bias else None
-    kernel_step = _read_step(reader, _STEP_TYPES[step_type])
+    levels = None
+    if has_levels:
+        levels = np.array([_read_step(reader, _STEP_TYPES[step_type]) for _ in range(reader.varint())])
+        _require(0 not in levels and sorted(set(levels)) == list(levels), "levels that are 0 or not ascending")
+    kernel_step = _STEP_TYPES[step_type].type(1) if has_levels else _read_step(reader, _STEP_TYPES[step_type])
     return _LayerHeader(
         shape=shape,
         feature_groups=feature_groups,
         group_axis="output" if flags & 2 else "input",
+        prunes_weights=bool(prunes_weights),
+        kernel_levels=levels,
         has_bias=has_bias,
         kernel_bits=kernel_bits,
         bias_bits=bias_bits,
@@ -207,6 +216,10 @@ def _read_layer(header: _LayerHeader, contents: _Contents) -> dict[str, Any]:
     kernel_inputs = input_mask if header.feature_groups == 1 else np.ones(inputs, bool)
     kernel_masks = [*(np.ones(length, bool) for length in window), kernel_inputs, output_mask]
     kernel = contents.integer_array(kernel_masks, np.dtype("int16"))
+    if header.kernel_levels is not None:
+        negative = sum(level < 0 for level in header.kernel_levels)
+        known = range(-negative, len(header.kernel_levels) - negative + 1)
+        _require(all(int(integer) in known for integer in kernel.ravel()), "an integer without a level")
     bias = contents.integer_array([output_mask], np.dtype("int16")) if header.has_bias else None
     kernel_bits, bias_bits = header.kernel_bits, header.bias_bits
     if kernel_bits is None:
@@ -223,6 +236,8 @@ def _read_layer(header: _LayerHeader, contents: _Contents) -> dict[str, Any]:
         "input_mask": input_mask,
         "output_mask": output_mask,
         "group_axis": header.group_axis,
+        "prunes_weights": header.prunes_weights,
+        "kernel_levels": header.kernel_levels,
     }
 
 

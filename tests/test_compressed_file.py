@@ -118,6 +118,7 @@ def test_the_reference_decoder_reads_the_same_layers(net, conv_net):
         layers = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer))
         for entry, layer in zip(entries, layers, strict=True):
             assert entry["group_axis"] == layer.group_axis
+            assert entry["prunes_weights"] == layer.prunes_weights
             for field in ("kernel", "kernel_step", "bias", "bias_step", "input_mask", "output_mask"):
                 np.testing.assert_array_equal(entry[field], getattr(layer, field))
             assert entry["kernel_bits"] == layer.kernel_bits

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from bcdl_jax.pruning import set_group_masks
+from bcdl_jax.pruning import set_unit_masks
 from tests.conftest import CHAIN, CONV_CHAIN, assert_trees_close, run
 
 
@@ -87,7 +87,7 @@ def test_a_chain_of_convolutions_and_a_flatten(conv_net, key):
             [[True, True, True, False, True, False]] + [[False, True, True, True, True, False]] * 3
         ).ravel(),
     }
-    alone, chained = set_group_masks(params, masks), set_group_masks(params, masks, CONV_CHAIN)
+    alone, chained = set_unit_masks(params, masks), set_unit_masks(params, masks, CONV_CHAIN)
     layers = bcdl_jax.posteriors(chained)
     assert layers["Conv_1"].input_mask.tolist() == [1, 0, 1, 1]
     assert layers["Conv_1"].output_mask.tolist() == [1, 1, 0, 1, 1, 0]
@@ -126,7 +126,7 @@ def brute_force(params, error, max_increase):
             name: jnp.zeros(len(ranked), bool).at[ranked[:count]].set(True)
             for (name, ranked), count in zip(order.items(), counts, strict=True)
         }
-        pruned = set_group_masks(params, masks, CHAIN)
+        pruned = set_unit_masks(params, masks, CHAIN)
         if float(error(pruned)) <= limit and (best is None or weights_left(pruned) < best):
             best = weights_left(pruned)
     return best

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import bcdl_jax
-from bcdl_jax.pruning import set_group_masks
+from bcdl_jax.pruning import set_unit_masks
 from tests.conftest import CHAIN, CONV_CHAIN
 
 MASKS = {
@@ -17,7 +17,7 @@ WEIGHTS, BIASES = 6 * 5 + 5 * 4 + 4 * 3, 5 + 4 + 3
 
 
 def test_rates_after_pruning_by_hand(net):
-    pruned = set_group_masks(net[1], MASKS, CHAIN)
+    pruned = set_unit_masks(net[1], MASKS, CHAIN)
     kept_weights = 4 * 3 + 3 * 4 + 4 * 3
     assert float(bcdl_jax.rate_paper(pruned)) == pytest.approx(WEIGHTS / kept_weights)
     kept_biases, index_bits = 3 + 4 + 3, 6 + 5 + 0
@@ -28,7 +28,7 @@ def test_rates_after_pruning_by_hand(net):
 
 
 def test_rates_after_precision_reduction_by_hand(net):
-    reduced = bcdl_jax.reduce_precision(set_group_masks(net[1], MASKS, CHAIN), 0.25)
+    reduced = bcdl_jax.reduce_precision(set_unit_masks(net[1], MASKS, CHAIN), 0.25)
     bits = [int(reduced[name]["posterior"].kernel_bits) for name in CHAIN]
     bias_bits = [int(reduced[name]["posterior"].bias_bits) for name in CHAIN]
     kept = 12 * bits[0] + 12 * bits[1] + 12 * bits[2]
@@ -40,14 +40,14 @@ def test_rates_after_precision_reduction_by_hand(net):
 
 def test_rates_of_convolutions_by_hand(conv_net):
     masks = {"Conv_0": jnp.array([True, False, True, True]), "Conv_1": jnp.ones(6, bool), "Dense_0": jnp.ones(24, bool)}
-    pruned = set_group_masks(conv_net[1], masks, CONV_CHAIN)
+    pruned = set_unit_masks(conv_net[1], masks, CONV_CHAIN)
     total = 9 * 2 * 4 + 9 * 4 * 6 + 24 * 3
     kept = 9 * 2 * 3 + 9 * 3 * 6 + 24 * 3
     assert float(bcdl_jax.rate_paper(pruned)) == pytest.approx(total / kept)
 
 
 def test_parameters_without_a_posterior_count_in_full(net):
-    pruned = set_group_masks(net[1], MASKS, CHAIN)
+    pruned = set_unit_masks(net[1], MASKS, CHAIN)
     with_norm = pruned | {"norm": {"scale": jnp.ones(100)}}
     before, after = WEIGHTS + BIASES, (WEIGHTS + BIASES) / float(bcdl_jax.rate(pruned))
     assert float(bcdl_jax.rate(with_norm)) == pytest.approx((before + 100) / (after + 100), rel=1e-5)
@@ -66,5 +66,5 @@ def test_rates_are_never_nan_and_work_under_jit_and_vmap(net):
     empty = bcdl_jax.prune(net[1], -math.inf, CHAIN)
     assert float(bcdl_jax.rate_paper(empty)) == math.inf
     assert math.isfinite(float(bcdl_jax.rate(empty)))
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), set_group_masks(net[1], MASKS, CHAIN))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), set_unit_masks(net[1], MASKS, CHAIN))
     assert jax.vmap(bcdl_jax.rate_paper)(stacked)[1] == bcdl_jax.rate_paper(bcdl_jax.unstack(stacked, 1))

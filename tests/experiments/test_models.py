@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from bcdl_jax.pruning import set_group_masks
+from bcdl_jax.pruning import set_unit_masks
 from experiments import models
 from experiments.models import VGG, LeNet5
 
@@ -62,7 +62,7 @@ def test_a_pruned_lenet5_in_training_can_be_shrunk():
     images = jax.random.randint(jax.random.key(0), (3, 28, 28, 1), 0, 256).astype(jnp.uint8)
     params = jax.jit(model.init)(jax.random.key(1), images)["params"]
     masks = {"Conv_0": jnp.arange(4) < 2, "Conv_1": jnp.arange(6) < 5}
-    pruned = set_group_masks(params, masks, ["Conv_0", "Conv_1", "Dense_0", "Dense_1"])
+    pruned = set_unit_masks(params, masks, ["Conv_0", "Conv_1", "Dense_0", "Dense_1"])
 
     def sampled(params, images, key):
         return model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})

@@ -1,0 +1,128 @@
+"""Pruning single weights of plain networks by their magnitude: once, as in Deep Compression, or again and again, with splicing.
+
+masks = bcdl_jax.magnitude_masks(params, 0.08)  # [Han et al. 2016], then train on with
+loss = lambda params, batch: plain_loss(bcdl_jax.apply_masks(params, masks), batch)
+
+thresholds = bcdl_jax.surgery_thresholds(params, 2.0)  # [Guo et al. 2016]: at each step
+masks = bcdl_jax.update_masks(params, masks, thresholds)
+loss = lambda params, batch: plain_loss(bcdl_jax.apply_masks(params, masks, splicing=True), batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.posterior import PyTree
+
+ByLayer = float | Mapping[str, float]
+
+
+def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
+    """Which weights are the largest of their layer [H16 section 2].
+
+    Args:
+      params: of a plain network: a tree with ``{"kernel": ..., "bias": ...}`` for each layer.
+      kept: share of the weights of each kernel to keep, above 0 and at most 1, for all layers or by layer name.
+
+    Returns:
+      A tree like ``params`` of bools; all that is not a kernel is kept.
+
+    Raises:
+      ValueError: a share that is out of range, or a layer without one, or one for a layer that is not there.
+    """
+
+    def mask(kernel: jax.Array, share: float) -> jax.Array:
+        if not 0 < share <= 1:
+            raise ValueError(f"kept holds {share}; it must be above 0 and at most 1.")
+        count = max(1, round(share * kernel.size))
+        magnitudes = jnp.abs(kernel)
+        return magnitudes >= jnp.sort(magnitudes, axis=None)[kernel.size - count]
+
+    return _map_kernels(mask, params, kept, "kept")
+
+
+def apply_masks(params: PyTree, masks: PyTree, *, splicing: bool = False) -> PyTree:
+    """The params, zero where their mask is False.
+
+    Args:
+      params: of a plain network.
+      masks: of the same structure.
+      splicing: whether the gradient goes to the pruned weights too, as if they were in use, so that they can grow back [G16 eq. 3].
+    """
+
+    def apply(weights: jax.Array, mask: jax.Array) -> jax.Array:
+        kept = jnp.where(mask, weights, 0)
+        return weights + jax.lax.stop_gradient(kept - weights) if splicing else kept
+
+    return jax.tree.map(apply, params, masks)
+
+
+def surgery_thresholds(params: PyTree, spread: ByLayer) -> PyTree:
+    """Per kernel the threshold about which weights are pruned and spliced: mean + spread * standard deviation of the magnitudes, as in the
+    code that [G16] published; 0 for all that is not a kernel.
+
+    Args:
+      params: of a plain network, trained.
+      spread: for all layers or by layer name.
+    """
+
+    def threshold(kernel: jax.Array, factor: float) -> jax.Array:
+        magnitudes = jnp.abs(kernel)
+        return jnp.mean(magnitudes) + factor * jnp.std(magnitudes)
+
+    return _map_kernels(threshold, params, spread, "spread", other=lambda leaf: jnp.zeros((), leaf.dtype))
+
+
+def update_masks(params: PyTree, masks: PyTree, thresholds: PyTree, margin: float = 0.1) -> PyTree:
+    """Prunes what is small by now, and takes back what has grown [G16 eq. 3]; what lies between stays as it is.
+
+    Args:
+      params: of a plain network, those of pruned weights included.
+      masks: a tree like it of bools.
+      thresholds: from ``surgery_thresholds``.
+      margin: a weight is pruned below (1 - margin) times its threshold, and comes back from (1 + margin) times it.
+    """
+
+    def update(weights: jax.Array, mask: jax.Array, threshold: jax.Array) -> jax.Array:
+        magnitudes = jnp.abs(weights)
+        return jnp.where(
+            magnitudes < (1 - margin) * threshold, False, jnp.where(magnitudes >= (1 + margin) * threshold, True, mask)
+        )
+
+    return jax.tree.map(update, params, masks, thresholds)
+
+
+def kernels(params: PyTree) -> dict[str, jax.Array]:
+    """The kernels of a plain network by layer name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {name: leaf for path, leaf in leaves if (name := _layer_of(path, leaf)) is not None}
+
+
+def _map_kernels(
+    function: Callable[[jax.Array, float], jax.Array],
+    params: PyTree,
+    values: ByLayer,
+    what: str,
+    other: Callable[[jax.Array], jax.Array] = lambda leaf: jnp.ones(leaf.shape, bool),
+) -> PyTree:
+    """``function(kernel, its layer's value)`` for kernels, ``other(leaf)`` elsewhere."""
+    names = list(kernels(params))
+    by_layer = dict(values) if isinstance(values, Mapping) else dict.fromkeys(names, values)
+    if sorted(by_layer) != sorted(names):
+        raise ValueError(f"{what} names the layers {', '.join(by_layer)}; it must name {', '.join(names)}.")
+
+    def map_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = _layer_of(path, leaf)
+        return other(leaf) if name is None else function(leaf, by_layer[name])
+
+    return jax.tree_util.tree_map_with_path(map_leaf, params)
+
+
+def _layer_of(path: tuple[Any, ...], leaf: jax.Array) -> str | None:
+    """The layer whose kernel this is, or None."""
+    *parents, last = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return "/".join(parents) if last == "kernel" and jnp.ndim(leaf) >= 2 else None

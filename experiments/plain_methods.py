@@ -1,0 +1,268 @@
+"""The methods that compress a plain network weight by weight: Deep Compression, Dynamic Network Surgery and soft weight-sharing."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bcdl_jax
+from experiments import compress
+from experiments.data import Dataset
+from experiments.logs import Logs
+from experiments.pretrain import cross_entropy, make_fit
+from experiments.recipe import PlainRecipe
+
+# What a method gives: the params of the plain network, masks of the same structure, and the levels that its weights share, if it has
+# found them too.
+_Found = tuple[Any, Any, tuple[dict[str, Any], dict[str, Any]] | None]
+
+
+def compress_plain(
+    method: str,
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: PlainRecipe,
+    *,
+    chain: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    logs: Logs,
+    pretrained: Sequence[dict[str, np.ndarray]],
+) -> compress.Run:
+    """Prunes, retrains and quantises one trained net per seed, one after the other.
+
+    Args:
+      method: "dc", "dns" or "sws".
+      model: with a field ``family`` that None makes plain, and with ``bcdl_jax.SparseVariationalDropout`` as its family: the form in which
+        pruned networks are scored.
+      dataset: only its training and validation parts are used.
+      recipe: see ``PlainRecipe``.
+      chain: layer names in the order of the data flow.
+      seeds: one run each.
+      out: directory for the parameters.
+      logs: where the metrics go.
+      pretrained: per seed, the weights by "layer/kernel" and "layer/bias".
+    """
+    start = time.perf_counter()
+    train, validation = compress.on_device(dataset.train), compress.on_device(dataset.validation)
+    twin: Any = model.clone(family=None)  # type: ignore[call-arg]
+    fresh = model.init(jax.random.key(0), validation[0][:1])["params"]
+    measure = jax.jit(functools.partial(compress.error_percent, twin))
+    methods = {"dc": _deep_compression, "dns": _network_surgery, "sws": _soft_weight_sharing}
+    nets: dict[str, list[Any]] = {stage: [] for stage in compress.STAGES}
+    for seed, given in zip(seeds, pretrained, strict=True):
+        params = flax.traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in given.items()}, "/")
+        nets["trained"].append(bcdl_jax.from_trained(fresh, params))
+        epochs = recipe.epochs + recipe.fine_tune_epochs
+        with compress.Progress(epochs, f"seed {seed}") as progress:
+
+            def show(
+                phase: str,
+                epoch: int,
+                weights: Any,
+                kept: int,
+                loss: float,
+                speed: float,
+                seed: int = seed,
+                progress: Any = progress,
+            ) -> None:
+                error = float(measure(weights, validation))
+                metrics = {"epoch": epoch, "seed": seed, "loss": loss, "validation_error": error, "kept_weights": kept}
+                logs.log_epoch(phase, [metrics], images_per_second=speed)
+                progress.say(f"kept {kept} weights, validation error {error:.2f} %")
+
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 4))
+            work = _Work(twin, train, recipe, chain, show)
+            params, masks, shared = methods[method](work, params, keys[0])
+            pruned = bcdl_jax.set_unit_masks(bcdl_jax.from_trained(fresh, params), bcdl_jax.kernels(masks), chain)
+            nets["pruned"].append(pruned)
+            if shared is None:
+                counts = dict(zip(chain, recipe.levels, strict=True))
+                shared = bcdl_jax.share_weights(pruned, counts)
+            nets["reduced"].append(_tune_levels(work, pruned, *shared, keys[1]))
+    logs.flush()
+    for stage in compress.STAGES:
+        compress.write_params(out, stage, nets[stage], seeds)
+    paths = [out / compress.compressed_file(seed) for seed in seeds]
+    for path, net in zip(paths, nets["reduced"], strict=True):
+        bcdl_jax.save(path, net)
+    return compress.Run(
+        pretrained=[flax.traverse_util.unflatten_dict(net, "/") for net in pretrained],
+        params=nets,
+        thresholds=None,
+        relative_steps=None,
+        by_round_off=None,
+        failures=[None] * len(seeds),
+        files=paths,
+        snapshots=[],
+        seconds=time.perf_counter() - start,
+        resumed=0,
+    )
+
+
+class _Work:
+    """What the methods share: the plain network, the data, the recipe, and what is done after each epoch."""
+
+    def __init__(
+        self, twin: nn.Module, train: Any, recipe: PlainRecipe, chain: Sequence[str], show: Callable[..., None]
+    ):
+        self.twin, self.train, self.recipe, self.chain, self.show = twin, train, recipe, chain, show
+        self.steps = len(train[1]) // recipe.batch_size
+
+    def fit(
+        self,
+        loss: Callable[..., jax.Array],
+        optimizer: optax.GradientTransformation,
+        params: Any,
+        fixed: Any,
+        key: jax.Array,
+        epochs: int,
+        *,
+        net: Callable[[Any, Any], tuple[Any, Any]],
+        phase: str = "train",
+        done: int = 0,
+        after_step: Callable[..., Any] = lambda params, fixed, step: fixed,
+    ) -> tuple[Any, Any]:
+        """Trains for some epochs, of which ``net(params, fixed)``, the weights in use and their number, is shown."""
+        look = jax.jit(net)
+
+        def report(epoch: int, params: Any, fixed: Any, mean_loss: float, speed: float) -> None:
+            weights, kept = look(params, fixed)
+            self.show(phase, done + epoch, weights, int(kept), mean_loss, speed)
+
+        with compress.bar(epochs * self.steps, phase, "step") as bar:
+            fit = make_fit(loss, optimizer, self.train, self.recipe.batch_size, after_step)
+            return fit(params, fixed, key, epochs, bar, report)
+
+    def cosine(self, epochs: int) -> optax.GradientTransformation:
+        """Adam with the recipe's learning rate, which falls to 0 over so many epochs."""
+        return optax.adam(optax.cosine_decay_schedule(self.recipe.learning_rate, max(1, epochs * self.steps)))
+
+    def by_layer(self, values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.chain, values, strict=True))
+
+
+def _kept(masks: Any) -> jax.Array:
+    return jnp.stack([jnp.sum(mask) for mask in bcdl_jax.kernels(masks).values()]).sum()
+
+
+def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
+    """Prunes the smallest weights and trains the others on, round after round [Han et al. 2016, section 2]."""
+
+    def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(work.twin, bcdl_jax.apply_masks(params, masks), images, labels)
+
+    def net(params: Any, masks: Any) -> tuple[Any, Any]:
+        return bcdl_jax.apply_masks(params, masks), _kept(masks)
+
+    rounds, done, masks = work.recipe.rounds, 0, None
+    for number in range(1, rounds + 1):
+        shares = {name: share ** (number / rounds) for name, share in work.by_layer(work.recipe.kept).items()}
+        masks = bcdl_jax.magnitude_masks(params, shares)
+        params = bcdl_jax.apply_masks(params, masks)
+        # The last round takes half of the epochs.
+        end = work.recipe.epochs if number == rounds else work.recipe.epochs * number // (2 * rounds)
+        round_key = jax.random.fold_in(key, number)
+        params, masks = work.fit(
+            loss, work.cosine(end - done), params, masks, round_key, end - done, net=net, done=done
+        )
+        done = end
+    return params, masks, None
+
+
+def _network_surgery(work: _Work, params: Any, key: jax.Array) -> _Found:
+    """Prunes and splices at random steps, ever more rarely, while all weights are trained on [Guo et al. 2016]."""
+    thresholds = bcdl_jax.surgery_thresholds(params, work.by_layer(work.recipe.spread))
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    chance_key, order_key = jax.random.split(key)
+
+    def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(work.twin, bcdl_jax.apply_masks(params, masks, splicing=True), images, labels)
+
+    def after_step(params: Any, masks: Any, step: jax.Array) -> Any:
+        chance = 1 / (1 + work.recipe.surgery_decay * step)
+        now = jax.random.bernoulli(jax.random.fold_in(chance_key, step), chance)
+        updated = bcdl_jax.update_masks(params, masks, thresholds)
+        return jax.tree.map(functools.partial(jnp.where, now), updated, masks)
+
+    def net(params: Any, masks: Any) -> tuple[Any, Any]:
+        return bcdl_jax.apply_masks(params, masks), _kept(masks)
+
+    epochs = work.recipe.epochs
+    params, masks = work.fit(
+        loss, work.cosine(epochs), params, masks, order_key, epochs, net=net, after_step=after_step
+    )
+    return bcdl_jax.apply_masks(params, masks), masks, None
+
+
+def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
+    """Trains the network and a mixture prior of its weights together, and sets each weight to its component's mean [Ullrich et al. 2017]."""
+    recipe = work.recipe
+    mixture = bcdl_jax.create_mixture(params, recipe.components, recipe.zero_proportion)
+    num_examples = len(work.train[1])
+
+    def loss(both: Any, _: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        params, mixture = both
+        prior = bcdl_jax.mixture_nll(params, mixture)
+        return cross_entropy(work.twin, params, images, labels) + recipe.prior_weight * prior / num_examples
+
+    def net(both: Any, _: Any) -> tuple[Any, Any]:
+        params, mixture = both
+        kept = [jnp.sum(jnp.argmax(mixture.log_joint(kernel), -1) > 0) for kernel in bcdl_jax.kernels(params).values()]
+        return params, jnp.stack(kept).sum()
+
+    optimizer = optax.partition(
+        {"net": work.cosine(recipe.epochs), "mixture": optax.adam(recipe.mixture_learning_rate)}, ("net", "mixture")
+    )
+    (params, mixture), _ = work.fit(loss, optimizer, (params, mixture), None, key, recipe.epochs, net=net)
+    places, levels = bcdl_jax.collapse(params, mixture)
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    flat = flax.traverse_util.flatten_dict(masks, sep="/")
+    flat |= {f"{name}/kernel": jnp.asarray(place >= 0) for name, place in places.items()}
+    return params, flax.traverse_util.unflatten_dict(flat, "/"), (places, levels)
+
+
+def _tune_levels(work: _Work, pruned: Any, places: dict[str, Any], levels: dict[str, Any], key: jax.Array) -> Any:
+    """Trains the levels and the biases [Han et al. 2016, section 3.3], and makes layers of levels of them."""
+    layers = bcdl_jax.posteriors(pruned)
+    places = {name: jnp.where(layers[name].kernel_mask, jnp.asarray(place), -1) for name, place in places.items()}
+    levels = {name: jnp.asarray(values) for name, values in levels.items()}
+    biases = {name: moments[0] for name, layer in layers.items() if (moments := layer.bias_moments()) is not None}
+
+    def weights(params: Any, places: Any) -> Any:
+        levels, biases = params
+        shared = bcdl_jax.shared_kernels(places, levels)
+        flat = {f"{name}/kernel": kernel for name, kernel in shared.items()}
+        flat |= {f"{name}/bias": bias for name, bias in biases.items()}
+        return flax.traverse_util.unflatten_dict(flat, "/")
+
+    def loss(params: Any, places: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(work.twin, weights(params, places), images, labels)
+
+    def net(params: Any, places: Any) -> tuple[Any, Any]:
+        kept = jnp.stack([jnp.sum(place >= 0) for place in places.values()]).sum()
+        return weights(params, places), kept
+
+    epochs = work.recipe.fine_tune_epochs
+    if epochs:
+        optimizer = optax.adam(
+            optax.cosine_decay_schedule(work.recipe.fine_tune_learning_rate, max(1, epochs * work.steps))
+        )
+        (levels, biases), _ = work.fit(
+            loss, optimizer, (levels, biases), places, key, epochs, net=net, phase="fine_tune", done=work.recipe.epochs
+        )
+    with_biases = {
+        name: {"posterior": layer.replace(bias_mean=biases.get(name))}  # type: ignore[attr-defined]
+        for name, layer in layers.items()
+    }
+    return bcdl_jax.reduce_to_levels(with_biases, places, levels)

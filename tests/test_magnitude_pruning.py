@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+
+
+def plain(key):
+    keys = jax.random.split(key, 4)
+    return {
+        "Conv_0": {"kernel": jax.random.normal(keys[0], (3, 3, 2, 5)), "bias": jax.random.normal(keys[1], (5,))},
+        "Dense_0": {"kernel": jax.random.normal(keys[2], (20, 4)), "bias": jax.random.normal(keys[3], (4,))},
+        "BatchNorm_0": {"scale": jnp.ones(5)},
+    }
+
+
+def test_the_largest_weights_of_each_layer_are_kept(key):
+    params = plain(key)
+    masks = jax.jit(lambda params: bcdl_jax.magnitude_masks(params, {"Conv_0": 0.1, "Dense_0": 0.5}))(params)
+    for name, share in (("Conv_0", 0.1), ("Dense_0", 0.5)):
+        magnitudes = np.abs(np.ravel(params[name]["kernel"]))
+        largest = np.argsort(magnitudes)[-round(share * magnitudes.size) :]
+        assert sorted(np.flatnonzero(np.ravel(masks[name]["kernel"]))) == sorted(largest)
+        assert np.all(masks[name]["bias"])
+    pruned = bcdl_jax.apply_masks(params, masks)
+    for name in ("Conv_0", "Dense_0"):
+        expected = np.where(masks[name]["kernel"], params[name]["kernel"], 0)
+        np.testing.assert_array_equal(pruned[name]["kernel"], expected)
+    np.testing.assert_array_equal(pruned["BatchNorm_0"]["scale"], 1)
+
+
+@pytest.mark.parametrize("splicing", [False, True])
+def test_only_splicing_gives_pruned_weights_a_gradient(key, splicing):
+    params = plain(key)
+    masks = bcdl_jax.magnitude_masks(params, 0.3)
+    factors = plain(jax.random.key(7))
+
+    def loss(params):
+        used = bcdl_jax.apply_masks(params, masks, splicing=splicing)
+        return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(used), jax.tree.leaves(factors), strict=True))
+
+    gradients = jax.grad(loss)(params)["Dense_0"]["kernel"]
+    mask = masks["Dense_0"]["kernel"]
+    np.testing.assert_array_equal(gradients, np.where(mask | splicing, factors["Dense_0"]["kernel"], 0))
+
+
+def test_surgery_prunes_splices_and_leaves_alone():
+    params = {"Dense_0": {"kernel": jnp.array([[0.1, 0.95, 1.2], [0.5, 1.05, 3.0]]), "bias": jnp.zeros(3)}}
+    thresholds = {"Dense_0": {"kernel": jnp.float32(1.0), "bias": jnp.float32(0.0)}}
+    for before in (True, False):
+        masks = jax.tree.map(lambda leaf, before=before: jnp.full(leaf.shape, before), params)
+        after = jax.jit(bcdl_jax.update_masks)(params, masks, thresholds)
+        np.testing.assert_array_equal(after["Dense_0"]["kernel"], [[False, before, True], [False, before, True]])
+        np.testing.assert_array_equal(after["Dense_0"]["bias"], True)  # whatever is not a kernel is kept
+
+
+def test_surgery_thresholds_by_hand(key):
+    params = plain(key)
+    found = bcdl_jax.surgery_thresholds(params, {"Conv_0": 0.5, "Dense_0": 2.0})
+    for name, spread in (("Conv_0", 0.5), ("Dense_0", 2.0)):
+        magnitudes = np.abs(np.asarray(params[name]["kernel"], np.float64))
+        assert float(found[name]["kernel"]) == pytest.approx(magnitudes.mean() + spread * magnitudes.std(), rel=1e-5)
+        assert float(found[name]["bias"]) == 0
+
+
+def test_errors_are_one_sentence(key):
+    with pytest.raises(ValueError, match="kept holds 0; it must be above 0 and at most 1"):
+        bcdl_jax.magnitude_masks(plain(key), 0)
+    with pytest.raises(ValueError, match="spread names the layers Dense_0; it must name Conv_0, Dense_0"):
+        bcdl_jax.surgery_thresholds(plain(key), {"Dense_0": 1.0})

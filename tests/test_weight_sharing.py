@@ -1,0 +1,115 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from tests import reference_decoder
+from tests.conftest import run
+
+
+def pruned_net(net):
+    model, params, *_ = net
+    pruned = bcdl_jax.prune(params, float(np.median(next(iter(bcdl_jax.log_dropout_rates(params).values())))))
+    return model, pruned
+
+
+def test_k_means_finds_what_brute_force_finds():
+    """Of all ways to part sorted values into runs, the one with the least sum of squares."""
+    values = jnp.array([0.0, 0.1, 0.15, 3.0, 3.3, 5.9, 6.0, 9.0, -50.0])
+    keep = values > -10
+
+    def cost(parts):
+        return sum(np.sum((part - part.mean()) ** 2) for part in parts)
+
+    kept = np.sort(np.asarray(values)[np.asarray(keep)])
+    best = min(
+        (
+            [kept[a:b] for a, b in itertools.pairwise((0, *cuts, len(kept)))]
+            for cuts in itertools.combinations(range(1, len(kept)), 3)
+        ),
+        key=cost,
+    )
+    found = bcdl_jax.cluster_values(values, keep, 4)
+    np.testing.assert_allclose(found, [part.mean() for part in best], rtol=1e-6)
+
+
+def test_a_centre_without_values_stays_and_nothing_kept_is_no_nan():
+    found = bcdl_jax.cluster_values(jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.ones(4, bool), 5)
+    np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.75, 1])
+    assert np.isfinite(bcdl_jax.cluster_values(jnp.ones(3), jnp.zeros(3, bool), 2)).all()
+
+
+def test_every_weight_goes_to_its_nearest_level(net):
+    _, pruned = pruned_net(net)
+    places, levels = bcdl_jax.share_weights(pruned, 6)
+    for name, layer in bcdl_jax.posteriors(pruned).items():
+        kernel, mask = map(
+            np.asarray, (layer.kernel_moments()[0], jnp.broadcast_to(layer.kernel_mask, layer.kernel_shape))
+        )
+        distances = np.abs(kernel[..., None] - np.asarray(levels[name]))
+        chosen = np.take_along_axis(distances, np.maximum(places[name], 0)[..., None], -1)[..., 0]
+        np.testing.assert_array_equal(np.asarray(places[name]) < 0, ~mask)
+        np.testing.assert_allclose(chosen[mask], distances.min(-1)[mask], atol=1e-6)
+
+
+def test_the_gradient_of_a_level_is_the_sum_over_its_weights(net):
+    _, pruned = pruned_net(net)
+    places, levels = bcdl_jax.share_weights(pruned, 5)
+    factors = {name: jax.random.normal(jax.random.key(1), place.shape) for name, place in places.items()}
+
+    def loss(levels):
+        kernels = bcdl_jax.shared_kernels(places, levels)
+        return sum(jnp.vdot(kernels[name], factors[name]) for name in kernels)
+
+    gradients = jax.jit(jax.grad(loss))(levels)
+    for name, place in places.items():
+        expected = [np.asarray(factors[name])[np.asarray(place) == number].sum() for number in range(5)]
+        np.testing.assert_allclose(gradients[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_levels_compute_with_them_and_come_back_from_a_file(net):
+    model, pruned = pruned_net(net)
+    inputs = net[2]
+    places, levels = bcdl_jax.share_weights(pruned, 7)
+    reduced = bcdl_jax.reduce_to_levels(pruned, places, levels)
+    kernels = bcdl_jax.shared_kernels(places, levels)
+    nodes = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer))
+    layers = dict(zip(bcdl_jax.posteriors(pruned), nodes, strict=True))
+    for name, layer in layers.items():
+        kernel, bias = layer.mean_weights()
+        np.testing.assert_array_equal(kernel, kernels[name])
+        expected = bcdl_jax.posteriors(pruned)[name].bias_moments()[0]
+        np.testing.assert_allclose(bias, expected, atol=0.51 * float(layer.bias_step))
+        assert int(layer.kernel_bits) == 3
+    data = bcdl_jax.encode(reduced)
+    again = bcdl_jax.decode(data, pruned)
+    assert jax.tree.structure(again) == jax.tree.structure(reduced)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(reduced)))
+    np.testing.assert_array_equal(run(model, again, inputs), run(model, reduced, inputs))
+    _, entries = reference_decoder.decode(data)
+    for entry, layer in zip(entries, layers.values(), strict=True):
+        np.testing.assert_array_equal(entry["kernel_levels"], layer.kernel_levels)
+        np.testing.assert_array_equal(entry["kernel"], layer.kernel)
+
+
+@pytest.mark.parametrize("levels", [[-1.0, 0.0, 1.0], [1.0, -1.0], [1.0, 1.0], [1.0, np.inf], [0.5]])
+def test_levels_that_do_not_fit_are_refused(net, levels):
+    _, pruned = pruned_net(net)
+    reduced = bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(pruned, 7))
+    broken = jax.tree.map(
+        lambda layer: layer.replace(kernel_levels=jnp.array(levels)),
+        reduced,
+        is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer),
+    )
+    with pytest.raises(ValueError, match=r"levels of layer .* are not ascending finite numbers without 0"):
+        bcdl_jax.encode(broken)
+
+
+def test_errors_are_one_sentence(net):
+    with pytest.raises(ValueError, match="counts holds 0 for layer"):
+        bcdl_jax.share_weights(net[1], 0)
+    with pytest.raises(ValueError, match="counts names the layers nowhere; it must name"):
+        bcdl_jax.share_weights(net[1], {"nowhere": 4})
