@@ -19,7 +19,7 @@ from bcdl_jax.pooling import max_pool
 from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
 from bcdl_jax.pruning import choose_thresholds, kept_groups, prune, set_unit_masks
-from bcdl_jax.rates import layer_bits, rate, rate_paper
+from bcdl_jax.rates import layer_bits, rate, rate_paper, rate_paper_maximum
 from bcdl_jax.settings import make_step_by_setting, with_setting
 from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, expand, shrink
 from bcdl_jax.shrinking_training import Shrinking, SmallTraining, prune_state, shrink_further, shrink_training
@@ -114,6 +114,7 @@ __all__ = [
     "prune_state",
     "rate",
     "rate_paper",
+    "rate_paper_maximum",
     "reduce_precision",
     "reduce_precision_by_round_off",
     "reduce_to_levels",

@@ -35,6 +35,45 @@ def rate_paper(params: PyTree) -> jax.Array:
 
 
 @jax.jit
+def rate_paper_maximum(params: PyTree) -> jax.Array:
+    """The paper's maximum rate: bits of all weights in float32 / those of the kept weights under an ideal entropy code [L17 section 4.2].
+
+    The steps, or levels, of a layer are its clusters. A kept weight takes the entropy of its layer's clusters, in bits; where weights were
+    pruned one by one, the positions take the entropy of kept or not for every weight. As in the paper's estimate, kernels alone are counted, and
+    neither code tables nor steps; the real size is that of the file. Infinite if nothing is kept.
+
+    Args:
+      params: tree with quantised layers.
+
+    Raises:
+      ValueError: there are none.
+    """
+    layers = find_layers(params, QuantizedLayer).values()
+    before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
+    return before / jnp.stack([_entropy_bits(layer) for layer in layers]).sum()
+
+
+def _entropy_bits(layer: QuantizedLayer) -> jax.Array:
+    integers = layer.kernel.astype(jnp.int32)
+    kept = jnp.broadcast_to(layer.kernel_mask, integers.shape)
+    if layer.prunes_weights:
+        kept = kept & (integers != 0)
+    counts = jnp.bincount((integers + 2**15).ravel(), weights=kept.ravel().astype(jnp.float32), length=2**16)
+    bits = _entropy(counts)
+    if layer.prunes_weights:
+        number = jnp.sum(counts)
+        bits += _entropy(jnp.stack([number, integers.size - number]))
+    return bits
+
+
+def _entropy(counts: jax.Array) -> jax.Array:
+    """Of as many symbols, together, in bits."""
+    total = jnp.sum(counts)
+    shares = jnp.where(counts > 0, counts, 1) / jnp.maximum(total, 1)
+    return -jnp.sum(jnp.where(counts > 0, counts * jnp.log2(shares), 0))
+
+
+@jax.jit
 def rate(params: PyTree) -> jax.Array:
     """The rate with everything counted: bits of all parameters in float32 / bits of all that must be stored.
 

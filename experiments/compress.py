@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import devices, files, interruption, startup
+from experiments import devices, files, interruption, startup, uncertainty
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset, Split
 from experiments.errors import UserError
@@ -499,15 +499,30 @@ def score(
             "rate_paper": _finite(float(bcdl_jax.rate_paper(net))),
         }
 
+    probabilities = uncertainty.mean_probabilities(model)
+
+    def qualities(index: int) -> dict[str, dict[str, float]]:
+        images, labels = test
+        found = {
+            "mean": probabilities(run.params["pruned"][index], images),
+            "compressed": probabilities(run.params["reduced"][index], images),
+        }
+        if run.thresholds is not None:
+            net, key = run.params["pruned"][index], jax.random.fold_in(jax.random.key(seeds[index]), 5)
+            found = {"sampled": uncertainty.sampled_probabilities(model, net, images, key)} | found
+        return {
+            way: {name: round(float(value), 5) for name, value in uncertainty.quality(predicted, labels).items()}
+            for way, predicted in found.items()
+        }
+
     twin: Any = model.clone(family=None)  # type: ignore[call-arg]
     measure_twin = jax.jit(functools.partial(error_percent, twin))
     results = []
     for index, seed in enumerate(seeds):
         errors = {} if run.pretrained is None else {PRETRAINED: measure_twin(run.pretrained[index], test)}
         errors |= {stage: measure(run.params[stage][index], test) for stage in STAGES}
-        masks = {
-            name: posterior.group_mask for name, posterior in bcdl_jax.posteriors(run.params["pruned"][index]).items()
-        }
+        pruned_layers = bcdl_jax.posteriors(run.params["pruned"][index])
+        masks = {name: layer.group_mask for name, layer in pruned_layers.items()}
         file_bytes = run.files[index].stat().st_size
         _, _, shrunk = bcdl_jax.shrink(
             lambda params, images: model.apply({"params": params}, images), run.params["reduced"][index], test[0][:2]
@@ -533,7 +548,11 @@ def score(
                     {name: int(bits) for name, bits in bcdl_jax.layer_bits(run.params["reduced"][index]).items()}
                 ),
                 "rate": rates(bcdl_jax.rate, index),
-                "rate_paper": rates(bcdl_jax.rate_paper, index),
+                "rate_paper": rates(bcdl_jax.rate_paper, index)
+                | {"maximum": _finite(float(bcdl_jax.rate_paper_maximum(run.params["reduced"][index])))},
+                "kept_weights": sum(int(layer.kept_weights()) for layer in pruned_layers.values()),
+                "total_weights": sum(math.prod(layer.kernel_shape) for layer in pruned_layers.values()),
+                "uncertainty": qualities(index),
                 "seconds": round(run.seconds / len(seeds), 1),
                 "thresholds": run.thresholds
                 and in_order({name: _finite(value) for name, value in run.thresholds[index].items()}),
@@ -562,7 +581,10 @@ def result(
     runs = [run | {"peak_memory_mb": process_memory()} for run in runs]
     summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
     averaged = [
-        {key: run[key] for key in ("test_error", "rate", "rate_paper", "file_bytes", "ratio_file")}
+        {
+            key: run[key]
+            for key in ("test_error", "rate", "rate_paper", "kept_weights", "uncertainty", "file_bytes", "ratio_file")
+        }
         for run in runs
         if not run["failure"]
     ]
@@ -625,7 +647,16 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
         print(
             f"seed {run['seed']}: {run['float32_bytes']:,} bytes of float32; shrunk to the kept units {shrunk:,} "
             f"({_times(run['float32_bytes'] / shrunk if shrunk else None)}), multiply-adds {multiply_adds[0]:,} -> {multiply_adds[1]:,}; "
-            f"compressed file {run['file_bytes']:,} ({_times(run['ratio_file'])}), decoded from it {run['test_error']['file']:.2f} % error",
+            f"compressed file {run['file_bytes']:,} ({_times(run['ratio_file'])}), decoded from it {run['test_error']['file']:.2f} % error; "
+            f"the paper's maximum rate {_times(run['rate_paper']['maximum'])}",
+            file=file,
+        )
+        print(
+            "  predictions: "
+            + "; ".join(
+                f"{way} {values['error']:.2f} % error, {values['nll']:.4f} nats, calibration error {values['ece']:.2f} %"
+                for way, values in run["uncertainty"].items()
+            ),
             file=file,
         )
     for run in runs:
