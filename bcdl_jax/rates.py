@@ -70,7 +70,7 @@ def _entropy(counts: jax.Array) -> jax.Array:
     """Of as many symbols, together, in bits."""
     total = jnp.sum(counts)
     shares = jnp.where(counts > 0, counts, 1) / jnp.maximum(total, 1)
-    return -jnp.sum(jnp.where(counts > 0, counts * jnp.log2(shares), 0))
+    return jnp.sum(jnp.where(counts > 0, -counts * jnp.log2(shares), 0))
 
 
 @jax.jit

@@ -43,9 +43,12 @@ class Mixture:
         return jnp.concatenate([jnp.log(self.zero_proportion)[None], rest])
 
     def log_joint(self, weights: jax.Array) -> jax.Array:
-        """log of proportion times density, [..., components + 1]."""
-        deviations = jnp.exp(-0.5 * self.log_precisions)
-        return self.log_proportions() + stats.norm.logpdf(weights[..., None], self.all_means(), deviations)
+        """log of proportion times density, [components + 1, ...]: sums over a first axis are the fast ones."""
+
+        def joint(log_proportion: jax.Array, mean: jax.Array, log_precision: jax.Array) -> jax.Array:
+            return log_proportion + stats.norm.logpdf(weights, mean, jnp.exp(-0.5 * log_precision))
+
+        return jax.vmap(joint)(self.log_proportions(), self.all_means(), self.log_precisions)
 
 
 def create_mixture(params: PyTree, components: int = 16, zero_proportion: float = 0.99) -> Mixture:
@@ -88,9 +91,18 @@ def mixture_nll(params: PyTree, mixture: Mixture) -> jax.Array:
       params: of a plain network.
       mixture: of its weights.
     """
-    total = jnp.zeros(())
-    for kernel in kernels(params).values():
-        total -= jnp.sum(special.logsumexp(mixture.log_joint(kernel), axis=-1))
+    weights = _all_weights(params)
+    rows = -(-weights.size // _AT_A_TIME)
+    padded = jnp.zeros(rows * _AT_A_TIME, weights.dtype).at[: weights.size].set(weights).reshape(rows, -1)
+    real = (jnp.arange(rows * _AT_A_TIME) < weights.size).reshape(rows, -1)
+
+    # In pieces that fit the cache, computed again for the gradient: all joint densities at once would be many times as much memory.
+    @jax.checkpoint
+    def add(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        some, there = piece
+        return total - jnp.sum(jnp.where(there, special.logsumexp(mixture.log_joint(some), axis=0), 0)), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(()), (padded, real))
     for (shape, rate), log_precisions in (
         (_ZERO_GAMMA, mixture.log_precisions[:1]),
         (_OTHER_GAMMA, mixture.log_precisions[1:]),
@@ -142,6 +154,9 @@ def collapse(
 
     assignments = {name: responsible(kernel) for name, kernel in kernels(params).items()}
     return assignments, dict.fromkeys(assignments, means[1:].astype(np.float32))
+
+
+_AT_A_TIME = 2048
 
 
 def _all_weights(params: PyTree) -> jax.Array:

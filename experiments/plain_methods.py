@@ -145,8 +145,9 @@ class _Work:
             return fit(params, fixed, key, epochs, bar, report)
 
     def cosine(self, epochs: int) -> optax.GradientTransformation:
-        """Adam with the recipe's learning rate, which falls to 0 over so many epochs."""
-        return optax.adam(optax.cosine_decay_schedule(self.recipe.learning_rate, max(1, epochs * self.steps)))
+        """AdamW with the recipe's learning rate, which falls to 0 over so many epochs."""
+        schedule = optax.cosine_decay_schedule(self.recipe.learning_rate, max(1, epochs * self.steps))
+        return optax.adamw(schedule, weight_decay=self.recipe.weight_decay)
 
     def by_layer(self, values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(self.chain, values, strict=True))
@@ -218,7 +219,7 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
 
     def net(both: Any, _: Any) -> tuple[Any, Any]:
         params, mixture = both
-        kept = [jnp.sum(jnp.argmax(mixture.log_joint(kernel), -1) > 0) for kernel in bcdl_jax.kernels(params).values()]
+        kept = [jnp.sum(jnp.argmax(mixture.log_joint(kernel), 0) > 0) for kernel in bcdl_jax.kernels(params).values()]
         return params, jnp.stack(kept).sum()
 
     optimizer = optax.partition(

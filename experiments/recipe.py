@@ -69,6 +69,7 @@ class PlainRecipe(Training):
     Fine-tuning trains the levels that the weights share, and the biases. Tuples hold a value per layer, in the order of the data flow.
 
     Attributes:
+      weight_decay: of AdamW, relative to the learning rate, while pruning.
       levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
       kept: shares of the weights that Deep Compression keeps.
       rounds: in how many rounds of pruning and retraining it gets there, each by the same factor.
@@ -80,6 +81,7 @@ class PlainRecipe(Training):
       mixture_learning_rate: of Adam for the mixture.
     """
 
+    weight_decay: float = 0.0
     levels: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
     rounds: int = 1

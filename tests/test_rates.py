@@ -2,7 +2,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import scipy.stats
 
 import bcdl_jax
 from bcdl_jax.pruning import set_unit_masks
@@ -68,3 +70,29 @@ def test_rates_are_never_nan_and_work_under_jit_and_vmap(net):
     assert math.isfinite(float(bcdl_jax.rate(empty)))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), set_unit_masks(net[1], MASKS, CHAIN))
     assert jax.vmap(bcdl_jax.rate_paper)(stacked)[1] == bcdl_jax.rate_paper(bcdl_jax.unstack(stacked, 1))
+
+
+def test_the_maximum_rate_is_the_entropy_of_the_kept_weights(net):
+    """Against SciPy's entropy, for groups and for single weights."""
+    pruned = set_unit_masks(net[1], MASKS, CHAIN)
+    reduced = bcdl_jax.reduce_precision(pruned, 2.0)
+    shared = bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(pruned, 4))
+    singly = jax.tree.map(
+        lambda layer: layer.replace(prunes_weights=True),
+        reduced,
+        is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer),
+    )
+    for tree in (reduced, shared, singly):
+        bits = 0.0
+        for name in CHAIN:
+            layer = tree[name]["posterior"]
+            kernel = np.asarray(layer.kernel)
+            kept = kernel[np.broadcast_to(layer.kernel_mask, kernel.shape)]
+            if layer.prunes_weights:
+                kept = kernel[kernel != 0]
+                bits += kernel.size * scipy.stats.entropy([kept.size, kernel.size - kept.size], base=2)
+            if kept.size:
+                bits += kept.size * scipy.stats.entropy(np.unique(kept, return_counts=True)[1], base=2)
+        assert float(bcdl_jax.rate_paper_maximum(tree)) == pytest.approx(32 * WEIGHTS / bits, rel=1e-4)
+    empty = bcdl_jax.reduce_precision(bcdl_jax.prune(net[1], -math.inf, CHAIN), 0.25)
+    assert float(bcdl_jax.rate_paper_maximum(empty)) == math.inf

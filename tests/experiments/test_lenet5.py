@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -24,6 +25,8 @@ def test_the_network_is_lenet5_caffe_with_its_first_layer_clipped():
 def test_recipes():
     full, embedded = lenet5.EXPERIMENT.recipe("mnist"), lenet5.EXPERIMENT.recipe("mnist_5k")
     assert (full.pretrain_epochs, full.log_variance_factor, full.warmup_epochs) == (3, 6.0, 1)
+    without = command_line.parse(lenet5.EXPERIMENT, ["--no-shrinking"])
+    assert command_line.adapt(full, without) == dataclasses.replace(full, max_shrinking_change=None)
     assert full.batch_size == 128 > embedded.batch_size
     assert lenet5.EXPERIMENT.recipe("fashion_mnist") == full
     args = command_line.parse(lenet5.EXPERIMENT, ["--pretrained", "net.npz"])
@@ -70,6 +73,10 @@ def test_the_change_of_the_predictions_is_their_divergence(finished):
     expected = np.mean(scipy.stats.entropy(old, new, axis=-1))
     assert float(compress.measure_change(model, images)(nets[0])(nets[1])) == pytest.approx(expected, rel=1e-3)
     assert float(compress.measure_change(model, images)(nets[0])(nets[0])) == pytest.approx(0, abs=1e-6)
+    # Once some groups are masked, the same without them.
+    further = bcdl_jax.prune(nets[1], float(np.quantile(bcdl_jax.log_dropout_rates(trained)["Dense_0"], 0.3)))
+    whole, shrunk = (compress.measure_change(model, images, masked)(nets[1])(further) for masked in (None, nets[1]))
+    assert 1e-4 < float(whole) == pytest.approx(float(shrunk), rel=1e-3)
 
 
 def test_all_files_are_there(finished):

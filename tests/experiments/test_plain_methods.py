@@ -1,0 +1,113 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import bcdl_jax
+from experiments import command_line, data, lenet5, lenet300, models, score
+
+METHODS = ("dc", "dns", "sws")
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, tmp_path_factory):
+    """A run of LeNet-300-100 on few digits: (method, output directory, data set)."""
+    out = tmp_path_factory.mktemp("runs") / request.param
+    whole = data.load("mnist_5k")
+
+    def few(split, count):
+        return data.Split(split.images[:count], split.labels[:count])
+
+    dataset = data.Dataset("mnist_5k", few(whole.train, 256), few(whole.validation, 64), few(whole.test, 128))
+    arguments = ["--dataset", "mnist_5k", "--method", request.param, "--quick", "--epochs", "3", "--seeds", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_: dataset)
+        assert lenet300.main([*arguments, "--pretrain-epochs", "8", "--out", str(out)]) == 0
+        patch.undo()
+    return request.param, out, dataset
+
+
+def test_the_file_holds_the_network_that_was_scored(finished):
+    """Decoded, and run with NumPy's arithmetic."""
+    _, out, dataset = finished
+    (run,) = json.loads((out / "result.json").read_text())["runs"]
+    like = jax.eval_shape(models.LeNet300().init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+    net = bcdl_jax.load(out / "compressed_seed2.bcdl", like)
+    hidden = (dataset.test.images / 127.5 - 1).reshape(len(dataset.test), -1)
+    for number, name in enumerate(lenet300.CHAIN):
+        layer = net[name]["posterior"]
+        assert layer.prunes_weights
+        kernel, bias = map(np.asarray, layer.mean_weights())
+        assert len(np.unique(kernel[kernel != 0])) <= 32
+        hidden = hidden @ kernel + bias
+        hidden = np.maximum(hidden, 0) if number < 2 else hidden
+    error = 100 * np.mean(np.argmax(hidden, -1) != dataset.test.labels)
+    assert error == pytest.approx(run["test_error"]["reduced"], abs=0.8)  # an image at a tie
+    assert (out / "compressed_seed2.bcdl").stat().st_size == run["file_bytes"]
+
+
+def test_rates_follow_from_the_kept_weights(finished):
+    method, out, _ = finished
+    result = json.loads((out / "result.json").read_text())
+    (run,) = result["runs"]
+    assert (result["method"], run["thresholds"], run["round_off_rule"]) == (method, None, None)
+    with np.load(out / "pruned_seed2.npz") as arrays:
+        kept = sum(
+            int(np.count_nonzero(arrays[f"{name}/weight_mask"] * arrays[f"{name}/output_mask"]))
+            for name in lenet300.CHAIN
+        )
+    assert run["kept_weights"] == kept < run["total_weights"] == 266_200
+    assert run["rate_paper"]["pruned"] == pytest.approx(266_200 / (2 * kept), rel=1e-5)
+    assert run["rate_paper"]["maximum"] > run["rate_paper"]["reduced"] > run["rate_paper"]["pruned"]
+    assert set(run["uncertainty"]) == {"mean", "compressed"}
+    if method == "dc":
+        shares = lenet300.EXPERIMENT.recipe("mnist_5k", method="dc").kept
+        sizes = (784 * 300, 300 * 100, 100 * 10)
+        most = sum(round(share * size) for share, size in zip(shares, sizes, strict=True))
+        assert 0.9 * most <= kept <= most  # the chain takes some more away
+
+
+def test_metrics_tell_what_is_kept(finished):
+    _, out, _ = finished
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["pretrain"] * 8 + ["train"] * 3 + ["fine_tune"]
+    kept = [line["kept_weights"] for line in lines if line["phase"] != "pretrain"]
+    assert kept[-1] < 266_200
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize("experiment", [lenet300.EXPERIMENT, lenet5.EXPERIMENT], ids=lambda experiment: experiment.name)
+def test_recipes_have_a_value_for_every_layer(experiment):
+    assert set(experiment.recipes) == set(command_line.METHODS)
+    for method, values in (("dc", "kept"), ("dns", "spread")):
+        recipe = experiment.recipe("mnist", method=method)
+        assert len(getattr(recipe, values)) == len(recipe.levels) == len(experiment.chain)
+    for method in METHODS:
+        assert experiment.recipe("mnist", method=method).pretrain_epochs > 0
+        quick = experiment.recipe("mnist", quick=True, method=method)
+        assert 1 <= quick.pretrain_epochs <= 1
+        assert dataclasses.replace(quick, epochs=1).epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pretrain-epochs", "0"], "--pretrain-epochs is 0; --method dc compresses a trained network"),
+        (["--thresholds", "1", "2", "3"], "--thresholds is given; --method dc has none"),
+        (["--devices", "2"], "--devices is 2; with --method dc it must be 1"),
+    ],
+)
+def test_what_a_plain_method_cannot_do_is_one_sentence(arguments, message, capsys):
+    assert lenet300.main(["--method", "dc", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scoring_reads_files_of_levels(finished):
+    _, out, dataset = finished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_: dataset)
+        (error,) = score.test_errors([out / "compressed_seed2.bcdl"], "mnist_5k", None)
+    (run,) = json.loads((out / "result.json").read_text())["runs"]
+    assert error == pytest.approx(run["test_error"]["reduced"], abs=1e-4)
