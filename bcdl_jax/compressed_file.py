@@ -67,7 +67,7 @@ class RecordSummary:
       shape: of the kernel or array.
       kept: how many indices are kept along each axis.
       bits: of the widest integer of a layer's kernel; of the type for an array.
-      bytes: of the file that it takes: kernel, bias, steps and kept indices.
+      bytes: of the file that it takes: kernel, bias, steps or levels, and kept indices.
       biases: how many a layer has beside its kernel.
     """
 
@@ -108,7 +108,8 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
         out if the file holds names: then nested dictionaries come back.
 
     Returns:
-      The tree with quantised layers and arrays in full shape, zero where pruned; ready for ``shrink``.
+      The tree with quantised layers and arrays in full shape, zero where pruned; ready for ``shrink`` (where layers have levels, shrink the
+      twin, see ``mean_weights``).
 
     Raises:
       CompressedFileError: the file is damaged or of another kind, does not fit the template, or holds no names and there is none.
@@ -477,7 +478,9 @@ class _FileReader:
         for header in self.headers:
             before = self._coder.bits_read
             value, copied = self._layer(header) if header.kind == _LAYER else self._array(header)
-            steps = sum(step.nbytes for step in header.steps)
+            # Levels stand in place of the kernel's step.
+            steps = sum(step.nbytes for step in header.steps[header.levels is not None :])
+            steps += 0 if header.levels is None else header.levels.nbytes
             found.append((value, (self._coder.bits_read - before) / 8 + copied + steps))
         if self._copied or self._coder.bytes_left > 0:
             raise CompressedFileError("The file is damaged: it holds more than it says.")

@@ -1,11 +1,13 @@
 """Pruning single weights of plain networks by their magnitude: once, as in Deep Compression, or again and again, with splicing.
 
-masks = bcdl_jax.magnitude_masks(params, 0.08)  # [Han et al. 2016], then train on with
-loss = lambda params, batch: plain_loss(bcdl_jax.apply_masks(params, masks), batch)
+    masks = bcdl_jax.magnitude_masks(params, 0.08)  # [Han et al. 2016], then train on with
+    loss = lambda params, batch: plain_loss(bcdl_jax.apply_masks(params, masks), batch)
 
-thresholds = bcdl_jax.surgery_thresholds(params, 2.0)  # [Guo et al. 2016]: at each step
-masks = bcdl_jax.update_masks(params, masks, thresholds)
-loss = lambda params, batch: plain_loss(bcdl_jax.apply_masks(params, masks, splicing=True), batch)
+    thresholds = bcdl_jax.surgery_thresholds(params, 2.0)  # [Guo et al. 2016]: at each step
+    masks = bcdl_jax.update_masks(params, masks, thresholds)
+    loss = lambda params, batch: plain_loss(bcdl_jax.apply_masks(params, masks, splicing=True), batch)
+
+From there to a file as at the top of ``weight_sharing``.
 """
 
 from __future__ import annotations
@@ -68,6 +70,9 @@ def surgery_thresholds(params: PyTree, spread: ByLayer) -> PyTree:
     Args:
       params: of a plain network, trained.
       spread: for all layers or by layer name.
+
+    Raises:
+      ValueError: a layer without a spread, or one for a layer that is not there.
     """
 
     def threshold(kernel: jax.Array, factor: float) -> jax.Array:

@@ -76,8 +76,10 @@ class QuantizedLayer:
         bias = None if self.bias is None or self.bias_step is None else self.bias * self.bias_step
         if self.kernel_levels is None:
             return self.kernel * self.kernel_step, bias
-        place = self.kernel + jnp.sum(self.kernel_levels < 0) - (self.kernel > 0)
-        return jnp.where(self.kernel == 0, 0, self.kernel_levels[place]), bias
+        # A zero more, since a layer of which nothing is left has no level that the places could point to.
+        levels = jnp.append(jnp.asarray(self.kernel_levels), 0)
+        place = self.kernel + jnp.sum(levels < 0) - (self.kernel > 0)
+        return jnp.where(self.kernel == 0, 0, levels[place]), bias
 
 
 def integer_bits(integers: jax.Array) -> jax.Array:

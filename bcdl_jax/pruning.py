@@ -51,11 +51,26 @@ def _prune(params: PyTree, thresholds: dict[str, jax.Array], chain: tuple[str, .
 
 
 def set_unit_masks(params: PyTree, masks: Mapping[str, jax.Array], chain: Sequence[str] | None = None) -> PyTree:
-    """Prunes what is not in the masks, bools of the shape of each layer's ``unit_mask`` by layer name, and lets that spread along the
-    chain, see ``prune``."""
-    layers = {
-        name: layer.prune_units(masks[name]) if name in masks else layer for name, layer in posteriors(params).items()
-    }
+    """Prunes what is not in the masks, and lets that spread along the chain.
+
+    Args:
+      params: tree with variational layers.
+      masks: by layer name, bools of the shape of the layer's ``unit_mask``: one for each group, or for each weight where the family prunes
+        those. A layer without one loses nothing but what the chain takes.
+      chain: as for ``prune``.
+
+    Raises:
+      ValueError: a mask for an unknown layer, or of another shape, or a chain that does not fit.
+    """
+    layers = posteriors(params)
+    for name, mask in masks.items():
+        if name not in layers:
+            raise ValueError(f"masks names layer {name}, which does not exist; the layers are {', '.join(layers)}.")
+        if jnp.shape(mask) != layers[name].unit_mask.shape:
+            raise ValueError(
+                f"The mask of layer {name} has shape {jnp.shape(mask)}; it must have {layers[name].unit_mask.shape}."
+            )
+    layers = {name: layer.prune_units(masks[name]) if name in masks else layer for name, layer in layers.items()}
     inputs = {name: layer.input_mask > 0 for name, layer in layers.items()}
     outputs = {name: layer.output_mask > 0 for name, layer in layers.items()}
 

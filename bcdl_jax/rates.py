@@ -19,7 +19,8 @@ def rate_paper(params: PyTree) -> jax.Array:
     """The paper's rate: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
 
     Counts kernels only. A kept weight takes 32 bits after pruning and its layer's bits after precision reduction; where weights were pruned
-    one by one, 32 bits more for its index, which is how the paper charges methods without groups. Infinite if nothing is kept, never NaN.
+    one by one, as many bits more for its index. So the paper charges methods without groups, as far as its table tells: twice the bits after
+    pruning, and a quarter of that after precision reduction, which indices of 32 bits would not allow. Infinite if nothing is kept, never NaN.
 
     Args:
       params: tree with posteriors or quantised layers.
@@ -77,7 +78,7 @@ def _entropy(counts: jax.Array) -> jax.Array:
 def rate(params: PyTree) -> jax.Array:
     """The rate with everything counted: bits of all parameters in float32 / bits of all that must be stored.
 
-    Stored are the kept weights and biases at their layer's bits (32 after pruning alone), one 32-bit step for each quantised array, one bit
+    Stored are the kept weights and biases at their layer's bits (32 after pruning alone), one 32-bit step, or the levels, for each quantised array, one bit
     per group for the set of kept groups of every layer that lost any, and parameters outside the variational layers at 32 bits. Where
     weights were pruned one by one, their set takes one bit per weight, or 32 bits per kept weight if that is less.
 
@@ -126,7 +127,7 @@ def _index_bits(layer: Layer) -> jax.Array | int:
     if not layer.prunes_weights:
         return 0
     kept = layer.kept_weights()
-    return jnp.where(kept < math.prod(layer.kernel_shape), kept * _FLOAT_BITS, 0)
+    return jnp.where(kept < math.prod(layer.kernel_shape), kept * _bits(layer), 0)
 
 
 def _bias_size(layer: Layer) -> int:
@@ -142,8 +143,11 @@ def _bias_bits(layer: Layer) -> jax.Array | int:
 
 
 def _overhead_bits(layer: Layer) -> jax.Array | int:
-    steps = (1 + (_bias_size(layer) > 0)) * _FLOAT_BITS if isinstance(layer, QuantizedLayer) else 0
+    steps = 0
+    if isinstance(layer, QuantizedLayer):
+        steps = (_bias_size(layer) > 0) + (1 if layer.kernel_levels is None else layer.kernel_levels.size)
+        steps *= _FLOAT_BITS
     if layer.prunes_weights:
-        return jnp.minimum(_index_bits(layer), float(math.prod(layer.kernel_shape))) + steps
+        return jnp.minimum(_FLOAT_BITS * layer.kept_weights(), float(math.prod(layer.kernel_shape))) + steps
     group_mask = layer.group_mask > 0
     return jnp.where(jnp.all(group_mask), 0, group_mask.size) + steps

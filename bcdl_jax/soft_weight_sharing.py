@@ -1,8 +1,10 @@
 """Soft weight-sharing: retraining under a mixture-of-Gaussians prior that draws the weights to a few values [Ullrich et al. 2017].
 
-mixture = bcdl_jax.create_mixture(params, components=16)
-loss = lambda params, mixture, batch: plain_loss(params, batch) + tau * bcdl_jax.mixture_nll(params, mixture) / num_examples
-params, masks, levels = bcdl_jax.collapse(params, mixture)
+    mixture = bcdl_jax.create_mixture(params, components=16)
+    loss = lambda params, mixture, batch: plain_loss(params, batch) + tau * bcdl_jax.mixture_nll(params, mixture) / num_examples
+    places, levels = bcdl_jax.collapse(params, mixture)
+
+From there to a file as at the top of ``weight_sharing``, with masks ``{name: place >= 0 for name, place in places.items()}``.
 """
 
 from __future__ import annotations
@@ -132,7 +134,8 @@ def collapse(
     proportions = np.exp(np.asarray(mixture.log_proportions(), np.float64))
     while len(means) > 2:
         squared = (means[:, None] - means) ** 2
-        divergence = (variances[:, None] + squared) / variances + (variances + squared.T) / variances[:, None] - 2
+        divergence = (variances[:, None] + squared) / variances + (variances + squared.T) / variances[:, None]
+        divergence = divergence / 2 - 1
         divergence[np.diag_indices(len(means))] = np.inf
         first, second = np.unravel_index(np.argmin(divergence), divergence.shape)
         if divergence[first, second] >= closest:

@@ -85,7 +85,8 @@ class SparseVariationalDropoutPosterior(Posterior):
         return jnp.any(self._by_feature_group(read), axis=-1).T.ravel()
 
     def with_masks(self, inputs: jax.Array, outputs: jax.Array) -> Self:
-        return super().with_masks(inputs & self.inputs_read_by(outputs), outputs)
+        masked = super().with_masks(inputs & self.inputs_read_by(outputs), outputs)
+        return masked.replace(weight_mask=masked.kernel_mask.astype(self.weight_mask.dtype))  # type: ignore[attr-defined]
 
     def _by_feature_group(self, connections: jax.Array) -> jax.Array:
         """[in / feature groups, out] as [in / feature groups, feature groups, out / feature groups]."""

@@ -1,4 +1,13 @@
-"""Weights that share a few values: clustering by k-means, and layers of levels for the compressed file [Han et al. 2016, section 3]."""
+"""Weights that share a few values: clustering by k-means, and layers of levels for the compressed file [Han et al. 2016, section 3].
+
+From a plain network that was pruned weight by weight, with ``masks`` for it (see ``magnitude_pruning``), to a file; ``model`` is its
+variational twin, with layers of the family ``SparseVariationalDropout()`` and the same names:
+
+    fresh = model.init(key, inputs)["params"]
+    pruned = bcdl_jax.set_unit_masks(bcdl_jax.from_trained(fresh, params), bcdl_jax.kernels(masks), chain)
+    places, levels = bcdl_jax.share_weights(pruned, 32)
+    bcdl_jax.save("model.bcdl", bcdl_jax.reduce_to_levels(pruned, places, levels))
+"""
 
 from __future__ import annotations
 
@@ -93,11 +102,20 @@ def reduce_to_levels(
       assignments: by layer name, from ``share_weights``.
       levels: by layer name; in any order.
       bias_bits: of the integers of the biases, from 2 to 16.
+
+    Raises:
+      ValueError: ``bias_bits`` is out of range, or a layer has no assignments or levels.
     """
+    if not 2 <= bias_bits <= 16:
+        raise ValueError(f"bias_bits is {bias_bits}; it must be from 2 to 16.")
+    for what, given in (("assignments", assignments), ("levels", levels)):
+        if missing := [name for name in posteriors(params) if name not in given]:
+            raise ValueError(f"{what} has nothing for layer {missing[0]}; it has {', '.join(given) or 'nothing'}.")
 
     def quantize(name: str, layer: Posterior) -> QuantizedLayer:
         places, values = np.asarray(assignments[name]), np.asarray(levels[name])
-        kernel = np.where(places < 0, 0, values[np.maximum(places, 0)])
+        kept = (places >= 0) & np.asarray(layer.kernel_mask)
+        kernel = np.where(kept, values[np.maximum(places, 0)], 0)
         used = np.unique(kernel[kernel != 0])
         # 1 and on for the positive ones, -1 and on downwards for the negative ones.
         numbers = np.searchsorted(used, kernel) - np.sum(used < 0)

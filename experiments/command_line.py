@@ -73,6 +73,8 @@ def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Names
     """Reads and checks the options. Raises UserError for values that are not allowed."""
     parser = _parser(experiment)
     args = parser.parse_args(arguments)
+    if args.out is None:
+        args.out = f"runs/{experiment.name}" + (f"_{args.method}" if args.method != "gnj" else "")
     _check(experiment, args)
     return args
 
@@ -100,19 +102,19 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs",
         type=int,
-        help=f"epochs of training before pruning (default: the recipe's, {full.epochs} on full MNIST)",
+        help=f"epochs of training before pruning, or while pruning (default: the recipe's, {full.epochs} for gnj on full MNIST)",
     )
     parser.add_argument(
         "--fine-tune-epochs",
         type=int,
-        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} on full MNIST)",
+        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} for gnj on full MNIST)",
     )
     parser.add_argument(
         "--pretrain-epochs",
         type=int,
         metavar="N",
         help="epochs of training the plain network, whose weights the variational training starts from; 0 starts it from scratch "
-        f"(default: {full.pretrain_epochs})",
+        f"(default: the recipe's, {full.pretrain_epochs} for gnj)",
     )
     parser.add_argument(
         "--batch-size",
@@ -122,15 +124,15 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help="Adam's step size at the start of training, from where it falls to 0 along a cosine; that of fine-tuning is constant and "
-        f"changes in proportion (default: {full.learning_rate}; {embedded.learning_rate} on the embedded digits)",
+        help="Adam's step size at the start of training, from where it falls to 0 along a cosine; that of fine-tuning "
+        f"changes in proportion (default for gnj: {full.learning_rate}; {embedded.learning_rate} on the embedded digits)",
     )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         metavar="SEED",
-        help="one run for each seed, all trained at once (default: 0 1 2)",
+        help="one run for each seed (default: 0 1 2)",
     )
     parser.add_argument(
         "--thresholds",
@@ -152,7 +154,10 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
             help="train at full size to the end; otherwise training goes on without the units that are safely gone, which is faster",
         )
     out = f"runs/{experiment.name}"
-    parser.add_argument("--out", default=out, help=f"directory for the files of the run (default: {out})")
+    parser.add_argument(
+        "--out",
+        help=f"directory for the files of the run (default: {out}, with _METHOD behind it for a method but gnj)",
+    )
     parser.add_argument(
         "--checkpoint-every",
         type=int,
@@ -161,7 +166,9 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         help="write a checkpoint after every N epochs; 0 for none but on SIGTERM and Ctrl-C (default: 5)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out that was cut short, from its last checkpoint"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out that was cut short, from its last checkpoint (dc, dns, sws: from the last net that was pre-trained)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
     parser.add_argument(
@@ -203,11 +210,17 @@ def _check(experiment: Experiment, args: argparse.Namespace) -> None:
             raise UserError(
                 f"--pretrain-epochs is 0; --method {args.method} compresses a trained network, so it must be at least 1, or --pretrained given."
             )
-        for name, given in (("--thresholds", args.thresholds is not None), ("--profile", args.profile)):
+        unknown = {
+            "--thresholds": args.thresholds is not None,
+            "--profile": args.profile,
+            "--no-shrinking": getattr(args, "no_shrinking", False),
+        }
+        for name, given in unknown.items():
             if given:
                 raise UserError(f"{name} is given; --method {args.method} has none, it must be left out.")
-        if args.devices != 1:
-            raise UserError(f"--devices is {args.devices}; with --method {args.method} it must be 1.")
+        for name, value in (("--devices", args.devices), ("--num-processes", args.num_processes)):
+            if value not in (None, 1):
+                raise UserError(f"{name} is {value}; with --method {args.method} it must be 1.")
     if args.pretrained is not None and args.pretrain_epochs:
         raise UserError(
             "--pretrained and --pretrain-epochs exclude each other: the file takes the place of the pre-training."

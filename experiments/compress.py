@@ -128,7 +128,9 @@ def measure_change(
     Args:
       model: variational.
       images: to predict.
-      masked: params whose masked groups are masked in all that is measured too: those are left out, which is faster.
+      masked: params whose masked groups are masked in all that is measured too: those are left out, which is faster. Nothing is where
+        weights are pruned one by one: a unit that has lost all of its inputs is constant, and would be folded into what reads it, which may
+        be pruned later.
     """
 
     def logits(params: Any, images: jax.Array) -> Any:
@@ -136,7 +138,7 @@ def measure_change(
 
     predict: Callable[..., Any] = logits
     report = None
-    if masked is not None:
+    if masked is not None and not any(layer.prunes_weights for layer in bcdl_jax.posteriors(masked).values()):
         predict, _, report = bcdl_jax.shrink(logits, masked, images[:2])
 
     @jax.jit
@@ -525,7 +527,9 @@ def score(
         masks = {name: layer.group_mask for name, layer in pruned_layers.items()}
         file_bytes = run.files[index].stat().st_size
         _, _, shrunk = bcdl_jax.shrink(
-            lambda params, images: model.apply({"params": params}, images), run.params["reduced"][index], test[0][:2]
+            lambda weights, images: twin.apply({"params": weights}, images),
+            bcdl_jax.mean_weights(run.params["reduced"][index]),
+            test[0][:2],
         )
         float32_bytes = 4 * sum(
             math.prod(layer.kernel_shape) + (0 if layer.bias_mean is None else layer.bias_mean.size)

@@ -222,9 +222,13 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
         kept = [jnp.sum(jnp.argmax(mixture.log_joint(kernel), 0) > 0) for kernel in bcdl_jax.kernels(params).values()]
         return params, jnp.stack(kept).sum()
 
-    optimizer = optax.partition(
-        {"net": work.cosine(recipe.epochs), "mixture": optax.adam(recipe.mixture_learning_rate)}, ("net", "mixture")
-    )
+    transforms = {
+        "net": work.cosine(recipe.epochs),
+        "means": optax.adam(recipe.means_learning_rate),
+        "others": optax.adam(recipe.mixture_learning_rate),
+    }
+    kinds = mixture.replace(means="means", log_precisions="others", logits="others")
+    optimizer = optax.partition(transforms, ("net", kinds))
     (params, mixture), _ = work.fit(loss, optimizer, (params, mixture), None, key, recipe.epochs, net=net)
     places, levels = bcdl_jax.collapse(params, mixture)
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)

@@ -14,7 +14,7 @@ class Training:
       fine_tune_epochs: after it.
       batch_size: examples per step.
       learning_rate: of Adam at the start; falls to 0 along a cosine.
-      fine_tune_learning_rate: of the fine-tuning, constant.
+      fine_tune_learning_rate: of the fine-tuning: constant for variational networks, falling to 0 along a cosine for plain ones.
       pretrain_epochs: of training the plain twin of the network, whose weights the training starts from; 0 starts it from scratch.
       pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
     """
@@ -78,7 +78,8 @@ class PlainRecipe(Training):
       components: of the mixture of soft weight-sharing, beside the one at zero.
       zero_proportion: of the component at zero.
       prior_weight: of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
-      mixture_learning_rate: of Adam for the mixture.
+      means_learning_rate: of Adam for the means of the mixture [after Ullrich et al. 2017, like the next one].
+      mixture_learning_rate: of Adam for its precisions and proportions.
     """
 
     weight_decay: float = 0.0
@@ -90,4 +91,5 @@ class PlainRecipe(Training):
     components: int = 16
     zero_proportion: float = 0.99
     prior_weight: float = 0.005
-    mixture_learning_rate: float = 5e-4
+    means_learning_rate: float = 1e-4
+    mixture_learning_rate: float = 3e-3

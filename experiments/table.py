@@ -35,8 +35,13 @@ _COLUMNS = (
 Key = tuple[str, str]
 
 
-def read_results(directories: Iterable[Path], dataset: str) -> dict[Key, dict[str, Any]]:
+def read_results(directories: Iterable[Path], dataset: str, quick: bool = False) -> dict[Key, dict[str, Any]]:
     """The results of a data set by experiment and method; later directories go before earlier ones.
+
+    Args:
+      directories: that hold result files, or runs.
+      dataset: its name.
+      quick: whether those of ``--quick`` runs count, whose figures mean nothing.
 
     Raises:
       UserError: a directory does not exist, or a file in it is not a result.
@@ -50,7 +55,11 @@ def read_results(directories: Iterable[Path], dataset: str) -> dict[Key, dict[st
                 result = json.loads(path.read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read as a result: {error}.") from error
-            if isinstance(result, dict) and result.get("method") in METHODS and result["dataset"]["name"] == dataset:
+            if not isinstance(result, dict) or result.get("method") not in METHODS or "experiment" not in result:
+                continue  # of a benchmark
+            if result.get("dataset", {}).get("name") == dataset and (
+                quick or "--quick" not in result["command"].split()
+            ):
                 found[result["experiment"], result["method"]] = result
     return found
 
@@ -71,7 +80,7 @@ def paper_row(row: PaperRow) -> list[str]:
 
 def our_row(result: dict[str, Any]) -> list[str]:
     """The cells of a result of ours: means over its seeds."""
-    mean, runs = result["mean"], result["runs"]
+    mean, runs = result["mean"], [run for run in result["runs"] if not run["failure"]]
     title = f"{METHODS[result['method']]}, here"
     if mean is None:
         return [title, "no seed was trained to the end", *["-"] * (len(_COLUMNS) - 2)]
@@ -133,7 +142,7 @@ def as_markdown(table: list[tuple[str, list[list[str]]]]) -> str:
 
 EXPLANATION = (
     "A rate is the size of the float32 weights by that of what is kept, by the paper's accounting, with the test error in percent beside it "
-    "(means over seeds); methods without groups pay a 32-bit index for every kept weight. The file holds everything, and its error is that of "
+    "(means over seeds); methods without groups pay as many bits again for the index of every kept weight. The file holds everything, and its error is that of "
     "the network decoded from it."
 )
 
@@ -254,14 +263,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     try:
+        if args.run_quick and (args.results is not None or args.dataset not in (None, EMBEDDED)):
+            name = "--dataset" if args.results is None else "--results"
+            raise UserError(
+                f"{name} is given with --run-quick, which makes its own results, of {EMBEDDED}; leave one of them out."
+            )
         dataset = args.dataset or (EMBEDDED if args.run_quick else "mnist")
         if dataset not in NAMES:
             raise UserError(f"--dataset is {dataset!r}; allowed are {', '.join(NAMES)}.")
         args.out.mkdir(parents=True, exist_ok=True)
         if args.run_quick:
             print("All methods on the embedded digits, a few epochs each: the figures mean nothing.", flush=True)
-            run_quick(args.out)
-            results = read_results([args.out], dataset)
+            run_quick(args.out.resolve())
+            results = read_results([args.out], dataset, quick=True)
         else:
             local = Path("runs")
             results = read_results(args.results or [COMMITTED, *([local] if local.is_dir() else [])], dataset)

@@ -244,3 +244,10 @@ def test_wrong_names_are_named(net):
         ValueError, match="Dense_0 before Dense_2, but Dense_2 has 4 inputs, not a multiple of Dense_0's 5 outputs"
     ):
         bcdl_jax.prune(params, 0.0, ["Dense_0", "Dense_2"])
+
+
+def test_masks_that_do_not_fit_are_one_sentence(net):
+    with pytest.raises(ValueError, match="masks names layer Dense_9, which does not exist"):
+        set_unit_masks(net[1], {"Dense_9": jnp.ones(6, bool)})
+    with pytest.raises(ValueError, match=r"The mask of layer Dense_0 has shape \(5,\); it must have \(6,\)"):
+        set_unit_masks(net[1], {"Dense_0": jnp.ones(5, bool)})

@@ -96,3 +96,14 @@ def test_the_maximum_rate_is_the_entropy_of_the_kept_weights(net):
         assert float(bcdl_jax.rate_paper_maximum(tree)) == pytest.approx(32 * WEIGHTS / bits, rel=1e-4)
     empty = bcdl_jax.reduce_precision(bcdl_jax.prune(net[1], -math.inf, CHAIN), 0.25)
     assert float(bcdl_jax.rate_paper_maximum(empty)) == math.inf
+
+
+def test_levels_are_counted(net):
+    pruned = set_unit_masks(net[1], MASKS, CHAIN)
+    reduced = bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(pruned, 4))
+    layers = [reduced[name]["posterior"] for name in CHAIN]
+    kept, biases = 12 * sum(int(layer.kernel_bits) for layer in layers), (3, 4, 3)
+    biases = sum(count * int(layer.bias_bits) for count, layer in zip(biases, layers, strict=True))
+    numbers = sum(layer.kernel_levels.size + 1 for layer in layers)
+    everything = kept + biases + 11 + 32 * numbers
+    assert float(bcdl_jax.rate(reduced)) == pytest.approx(32 * (WEIGHTS + BIASES) / everything)

@@ -108,7 +108,57 @@ def test_levels_that_do_not_fit_are_refused(net, levels):
         bcdl_jax.encode(broken)
 
 
+def test_the_twin_of_levels_can_be_shrunk(net):
+    model, pruned = pruned_net(net)
+    reduced = bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(pruned, 7))
+    weights = bcdl_jax.mean_weights(reduced)
+
+    def twin(weights, x):
+        for number, name in enumerate(weights):
+            x = x @ weights[name]["kernel"] + weights[name]["bias"]
+            x = jax.nn.relu(x) if number < len(weights) - 1 else x
+        return x
+
+    small_apply, small, report = bcdl_jax.shrink(twin, weights, net[2])
+    np.testing.assert_allclose(small_apply(small, net[2]), run(model, reduced, net[2]), atol=1e-5)
+    assert report.bytes[1] < report.bytes[0]
+
+
+def test_a_layer_of_which_nothing_is_left_is_zero_and_comes_back(net):
+    model, params, inputs = net
+    empty = bcdl_jax.prune(params, -np.inf)
+    reduced = bcdl_jax.reduce_to_levels(empty, *bcdl_jax.share_weights(empty, 7))
+    again = bcdl_jax.decode(bcdl_jax.encode(reduced), params)
+    for tree in (reduced, again):
+        for layer in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer)):
+            assert layer.kernel_levels.size == 0
+            np.testing.assert_array_equal(layer.mean_weights()[0], 0)
+        assert np.isfinite(run(model, tree, inputs)).all()
+
+
+def test_masks_of_the_params_go_before_the_assignments(net):
+    _, pruned = pruned_net(net)
+    _, params, _ = net
+    reduced = bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(params, 7))
+    bcdl_jax.encode(reduced)  # which refuses weights that the masks say are pruned
+    layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.QuantizedLayer))[0]
+    assert np.all(np.asarray(layer.kernel)[~np.broadcast_to(layer.kernel_mask, layer.kernel_shape)] == 0)
+
+
+def test_the_summary_counts_the_levels(net):
+    _, pruned = pruned_net(net)
+    data = bcdl_jax.encode(bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(pruned, 7)))
+    summaries = bcdl_jax.summarize(data)
+    assert len(data) - 80 < sum(summary.bytes for summary in summaries) < len(data)
+    assert all(summary.bytes > 7 * 4 for summary in summaries)
+
+
 def test_errors_are_one_sentence(net):
+    places, levels = bcdl_jax.share_weights(net[1], 3)
+    with pytest.raises(ValueError, match="bias_bits is 17; it must be from 2 to 16"):
+        bcdl_jax.reduce_to_levels(net[1], places, levels, bias_bits=17)
+    with pytest.raises(ValueError, match="levels has nothing for layer Dense_0; it has nothing"):
+        bcdl_jax.reduce_to_levels(net[1], places, {})
     with pytest.raises(ValueError, match="counts holds 0 for layer"):
         bcdl_jax.share_weights(net[1], 0)
     with pytest.raises(ValueError, match="counts names the layers nowhere; it must name"):

@@ -53,6 +53,7 @@ def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path)
     second = write(tmp_path / "second" / "run", result(seconds=2), "result.json")
     write(second.parent, result(method="gnj", dataset="mnist_5k"))
     write(second.parent, {"results": []}, "benchmark.json")
+    write(second.parent, result(method="dc", command="python -m experiments.lenet5 --quick"), "quick.json")
     found = table.read_results([first, second.parent], "mnist")
     assert set(found) == {("lenet5", "ghs")}
     assert found["lenet5", "ghs"]["seconds"] == 2
@@ -79,6 +80,7 @@ def test_what_was_published_names_known_methods_and_networks():
     ("arguments", "message"),
     [
         (["--results", "nowhere"], "--results nowhere is not a directory"),
+        (["--run-quick", "--dataset", "mnist"], "--dataset is given with --run-quick"),
         (["--dataset", "cats"], "--dataset is 'cats'; allowed are"),
     ],
 )
