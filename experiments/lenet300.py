@@ -27,14 +27,14 @@ _EMBEDDED = dataclasses.replace(
     max_rounding_change=0.002,
 )
 
-_PRETRAINED = {"epochs": 30, "fine_tune_epochs": 5, "pretrain_epochs": 20}
+_PRETRAINED = {"epochs": 60, "fine_tune_epochs": 5, "fine_tune_learning_rate": 5e-4, "pretrain_epochs": 20}
 _LEVELS = (32, 32, 16)
 _PLAIN = {
     "dc": {
-        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, kept=(0.07, 0.08, 0.25), rounds=3),
+        "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, kept=(0.075, 0.1, 0.4), rounds=3),
     },
     "dns": {
-        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, spread=(3.0, 2.5, 1.0)),
+        "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(5.5, 4.3, 1.3)),
     },
     "sws": {
         "mnist": PlainRecipe(**_PRETRAINED),

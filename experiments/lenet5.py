@@ -27,14 +27,14 @@ _EMBEDDED = dataclasses.replace(
     _FULL, batch_size=32, learning_rate=1e-3, max_pruning_change=0.01, max_rounding_change=0.002
 )
 
-_PRETRAINED = {"epochs": 12, "fine_tune_epochs": 3, "pretrain_epochs": 5}
+_PRETRAINED = {"epochs": 14, "fine_tune_epochs": 3, "fine_tune_learning_rate": 5e-4, "pretrain_epochs": 5}
 _LEVELS = (32, 32, 32, 16)
 _PLAIN = {
     "dc": {
-        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, kept=(0.6, 0.12, 0.07, 0.2), rounds=2),
+        "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, kept=(0.6, 0.12, 0.07, 0.2), rounds=2),
     },
     "dns": {
-        "mnist": PlainRecipe(**_PRETRAINED, levels=_LEVELS, spread=(0.0, 2.0, 4.0, 2.0)),
+        "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.4, 3.7, 7.6, 2.8)),
     },
     "sws": {
         "mnist": PlainRecipe(**_PRETRAINED),
