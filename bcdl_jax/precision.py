@@ -77,7 +77,7 @@ class QuantizedLayer:
         if self.kernel_levels is None:
             return self.kernel * self.kernel_step, bias
         # A zero more, since a layer of which nothing is left has no level that the places could point to.
-        levels = jnp.append(jnp.asarray(self.kernel_levels), 0)
+        levels = jnp.append(jnp.asarray(self.kernel_levels), 0.0)
         place = self.kernel + jnp.sum(levels < 0) - (self.kernel > 0)
         return jnp.where(self.kernel == 0, 0, levels[place]), bias
 

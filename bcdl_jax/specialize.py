@@ -499,7 +499,8 @@ def _emit_reshape(machine: Machine, index: int, step: Step) -> None:
     value = machine.get(number, tuple(wanted))
     # First one axis per group, then the elements that are needed of it, then the axes of the output.
     small = _sizes(tuple(wanted), before)
-    value = value.reshape([math.prod(small[axis] for axis in ins) for ins, _ in groups])
+    # Not value.reshape: it may be a literal.
+    value = jnp.reshape(value, [math.prod(small[axis] for axis in ins) for ins, _ in groups])
     found: list[np.ndarray | None] = []
     for place, (ins, outs) in enumerate(groups):
         have = _flat_indices([wanted[axis] for axis in ins], [before[axis] for axis in ins])

@@ -57,8 +57,11 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
     errors = []
     for path in paths:
         model, params = read(path)
+        twin: Any = model.clone(family=None)  # type: ignore[call-arg]
         small_apply, small, _ = bcdl_jax.shrink(
-            lambda params, images, model=model: model.apply({"params": params}, images), params, images[:2]
+            lambda weights, images, twin=twin: twin.apply({"params": weights}, images),
+            bcdl_jax.mean_weights(params),
+            images[:2],
         )
         wrong = jnp.argmax(jax.jit(small_apply)(small, images), axis=-1) != labels
         errors.append(float(100 * jnp.mean(wrong)))

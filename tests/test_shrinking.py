@@ -614,3 +614,12 @@ def test_bad_input_is_refused():
         bcdl_jax.shrink(dense_chain, params, inputs)
     assert "layer0/kernel" in str(report)
     assert "multiply-adds" in str(report)
+
+
+def test_a_literal_may_be_reshaped():
+    def apply(params, x):
+        return x @ jnp.append(params["w"], 0)
+
+    params, x = {"w": jnp.array([1.0, 0.0, 2.0])}, jnp.arange(8.0).reshape(2, 4)
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, x)
+    np.testing.assert_allclose(small_apply(small, x), apply(params, x))

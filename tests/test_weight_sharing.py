@@ -124,6 +124,14 @@ def test_the_twin_of_levels_can_be_shrunk(net):
     assert report.bytes[1] < report.bytes[0]
 
 
+def test_the_network_of_levels_itself_is_shrunk_right(net):
+    """Its gather of the levels is not understood, and so left whole."""
+    model, pruned = pruned_net(net)
+    reduced = bcdl_jax.reduce_to_levels(pruned, *bcdl_jax.share_weights(pruned, 7))
+    small_apply, small, _ = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), reduced, net[2])
+    np.testing.assert_allclose(small_apply(small, net[2]), run(model, reduced, net[2]), atol=1e-5)
+
+
 def test_a_layer_of_which_nothing_is_left_is_zero_and_comes_back(net):
     model, params, inputs = net
     empty = bcdl_jax.prune(params, -np.inf)
