@@ -37,7 +37,7 @@ _PLAIN = {
         "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(5.5, 4.3, 1.3)),
     },
     "sws": {
-        "mnist": PlainRecipe(**_PRETRAINED),
+        "mnist": PlainRecipe(**_PRETRAINED | {"epochs": 50, "fine_tune_learning_rate": 2e-3}, learning_rate=1e-3),
     },
 }
 

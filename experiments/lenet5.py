@@ -37,7 +37,7 @@ _PLAIN = {
         "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.4, 3.7, 7.6, 2.8)),
     },
     "sws": {
-        "mnist": PlainRecipe(**_PRETRAINED),
+        "mnist": PlainRecipe(**_PRETRAINED, learning_rate=1e-3),
     },
 }
 

@@ -78,7 +78,7 @@ class PlainRecipe(Training):
       components: of the mixture of soft weight-sharing, beside the one at zero.
       zero_proportion: of the component at zero.
       prior_weight: of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
-      means_learning_rate: of Adam for the means of the mixture [after Ullrich et al. 2017, like the next one].
+      means_learning_rate: of Adam for the means of the mixture.
       mixture_learning_rate: of Adam for its precisions and proportions.
     """
 
@@ -90,6 +90,6 @@ class PlainRecipe(Training):
     surgery_decay: float = 1e-4
     components: int = 16
     zero_proportion: float = 0.99
-    prior_weight: float = 0.005
+    prior_weight: float = 0.02
     means_learning_rate: float = 1e-4
-    mixture_learning_rate: float = 3e-3
+    mixture_learning_rate: float = 5e-4
