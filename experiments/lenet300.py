@@ -27,6 +27,8 @@ _EMBEDDED = dataclasses.replace(
     max_rounding_change=0.002,
 )
 
+_SPARSE = dataclasses.replace(_FULL, epochs=60, warmup_epochs=20, fine_tune_epochs=15, log_variance_factor=4.0)
+
 _PRETRAINED = {"epochs": 60, "fine_tune_epochs": 5, "fine_tune_learning_rate": 5e-4, "pretrain_epochs": 20}
 _LEVELS = (32, 32, 16)
 _PLAIN = {
@@ -47,7 +49,12 @@ EXPERIMENT = command_line.Experiment(
     model="LeNet300",
     chain=CHAIN,
     pictures=PICTURES,
-    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in ("gnj", "ghs", "sparse_vd")} | _PLAIN,
+    recipes={
+        "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
+        "ghs": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
+        "sparse_vd": {"mnist": _SPARSE, EMBEDDED: _EMBEDDED},
+    }
+    | _PLAIN,
     quick={"epochs": 3, "fine_tune_epochs": 1, "warmup_epochs": 0},
 )
 
