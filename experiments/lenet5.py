@@ -34,7 +34,7 @@ _PLAIN = {
         "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, kept=(0.6, 0.12, 0.07, 0.2), rounds=2),
     },
     "dns": {
-        "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.4, 3.7, 7.6, 2.8)),
+        "mnist": PlainRecipe(**_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.45, 3.9, 7.7, 2.9)),
     },
     "sws": {
         "mnist": PlainRecipe(**_PRETRAINED, learning_rate=1e-3),
