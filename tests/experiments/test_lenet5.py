@@ -171,7 +171,7 @@ def test_the_compressed_file_is_recognised_and_scored(finished, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "dc"], "--method is 'dc'; allowed are gnj, ghs"),
+        (["--method", "bayes"], "--method is 'bayes'; allowed are gnj, ghs"),
         (["--pretrain-epochs", "-1"], "--pretrain-epochs is -1; it must be at least 0"),
         (
             ["--pretrain-epochs", "2", "--pretrained", "net.npz"],

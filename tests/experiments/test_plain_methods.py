@@ -11,9 +11,7 @@ from experiments import command_line, data, lenet5, lenet300, models, score
 METHODS = ("dc", "dns", "sws")
 
 
-@pytest.fixture(
-    scope="module", params=["dns", *(pytest.param(method, marks=pytest.mark.slow) for method in ("dc", "sws"))]
-)
+@pytest.fixture(scope="module", params=["dc", pytest.param("sws", marks=pytest.mark.slow)])
 def finished(request, tmp_path_factory):
     """A run of LeNet-300-100 on few digits: (method, output directory, data set)."""
     out = tmp_path_factory.mktemp("runs") / request.param
@@ -98,7 +96,6 @@ def test_recipes_have_a_value_for_every_layer(experiment):
     [
         (["--pretrain-epochs", "0"], "--pretrain-epochs is 0; --method dc compresses a trained network"),
         (["--thresholds", "1", "2", "3"], "--thresholds is given; --method dc has none"),
-        (["--num-processes", "2"], "--num-processes is 2; with --method dc it must be 1"),
         (["--devices", "2"], "--devices is 2; with --method dc it must be 1"),
     ],
 )
