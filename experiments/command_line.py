@@ -61,12 +61,14 @@ class Experiment:
     def recipe(self, dataset: str, quick: bool = False, method: str = "gnj") -> Training:
         """The recipe for a data set."""
         chosen = self.recipes[method].get(dataset, self.recipes[method]["mnist"])
+        if not quick:
+            return chosen
         names = {field.name for field in dataclasses.fields(chosen)}
         changes = {name: value for name, value in self.quick.items() if name in names}
         # A plain network is compressed only once it has been trained.
         if method in PLAIN_METHODS:
-            changes["pretrain_epochs"] = max(1, changes.get("pretrain_epochs", 1))
-        return dataclasses.replace(chosen, **changes) if quick else chosen
+            changes["pretrain_epochs"] = 1
+        return dataclasses.replace(chosen, **changes)
 
 
 def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Namespace:
