@@ -127,8 +127,11 @@ def shrink_training(shrinking: Shrinking, state: TrainState, batch: PyTree) -> S
       batch: an example batch of the training data.
 
     Returns:
-      The small training, or None if nothing is masked, or nothing is left of a layer.
+      The small training, or None if nothing is masked, or nothing is left of a layer, or the family prunes single weights: a unit that
+      has lost all of its weights still has a bias, which is trained, so that it cannot be folded into what reads it.
     """
+    if any(layer.prunes_weights for layer in _layers(state)):
+        return None
     masks = [mask for layer in _layers(state) for mask in (layer.input_mask, layer.output_mask)]
     if all(bool(jnp.all(mask > 0)) for mask in masks) or not all(bool(jnp.any(mask > 0)) for mask in masks):
         return None
@@ -157,8 +160,10 @@ def shrink_further(
       current: the small training that the state comes from, if any.
 
     Returns:
-      The smaller training, or None if it would not save ``least_saving`` of the multiply-adds.
+      The smaller training, or None if it would not save ``least_saving`` of the multiply-adds, or the family prunes single weights.
     """
+    if any(layer.prunes_weights for layer in _layers(state)):
+        return None
     thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
     masked = prune_state(state, thresholds, shrinking.chain)
     # A first look, since tracing a network takes seconds.

@@ -54,7 +54,16 @@ EXPERIMENT = command_line.Experiment(
     model="LeNet5",
     chain=CHAIN,
     pictures=PICTURES,
-    recipes={method: {"mnist": _FULL, EMBEDDED: _EMBEDDED} for method in ("gnj", "ghs", "sparse_vd")} | _PLAIN,
+    recipes={
+        "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
+        "ghs": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
+        # Not run yet. A network that is pruned weight by weight does not shrink while it is trained.
+        "sparse_vd": {
+            "mnist": dataclasses.replace(_FULL, max_shrinking_change=None),
+            EMBEDDED: dataclasses.replace(_EMBEDDED, max_shrinking_change=None),
+        },
+    }
+    | _PLAIN,
     quick={"epochs": 2, "fine_tune_epochs": 1, "pretrain_epochs": 1, "warmup_epochs": 0},
 )
 

@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -203,3 +205,19 @@ def test_start_from_trained_weights(family, key):
 def test_errors_are_one_sentence():
     with pytest.raises(ValueError, match="clip_var is -1; it must be a positive finite variance"):
         bcdl_jax.SparseVariationalDropout(clip_var=-1)
+
+
+def test_it_does_not_shrink_in_training(small):
+    """Units without weights have biases that are still trained."""
+    model, params, images = small
+
+    def loss(params, batch, key):
+        return jnp.mean(model.apply({"params": params}, batch, deterministic=False, rngs={"noise": key}) ** 2)
+
+    optimizer = optax.adam(1e-3)
+    make_step = functools.partial(bcdl_jax.make_train_step, optimizer=optimizer, num_examples=100)
+    shrinking = bcdl_jax.Shrinking(loss, make_step, -3.0, CHAIN)
+    state = bcdl_jax.create_train_state(bcdl_jax.prune(params, -3.0, CHAIN), optimizer, jax.random.key(0))
+    assert any((layer.input_mask == 0).any() for layer in bcdl_jax.posteriors(state.params).values())
+    assert bcdl_jax.shrink_training(shrinking, state, images) is None
+    assert bcdl_jax.shrink_further(shrinking, state, images) is None
