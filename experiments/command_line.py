@@ -326,10 +326,11 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         ):
             if settings.pretrain_epochs:
                 pretrained = pretrain(model, dataset, settings, seeds=seeds, out=out, logs=log, checkpoints=kept)
-            shared = {"chain": chain, "seeds": seeds, "out": out, "logs": log, "pretrained": pretrained}
+            shared: dict[str, Any] = {"chain": chain, "seeds": seeds, "out": out, "logs": log, "pretrained": pretrained}
             if isinstance(settings, PlainRecipe):
                 compressed = compress_plain(args.method, model, dataset, settings, **shared)
             else:
+                assert isinstance(settings, Recipe)
                 compressed = compress.compress(
                     model,
                     dataset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -83,13 +84,12 @@ def compress_plain(
 
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 4))
             work = _Work(twin, train, recipe, chain, show)
-            params, masks, shared = methods[method](work, params, keys[0])
+            params, masks, levels = methods[method](work, params, keys[0])
             pruned = bcdl_jax.set_unit_masks(bcdl_jax.from_trained(fresh, params), bcdl_jax.kernels(masks), chain)
             nets["pruned"].append(pruned)
-            if shared is None:
-                counts = dict(zip(chain, recipe.levels, strict=True))
-                shared = bcdl_jax.share_weights(pruned, counts)
-            nets["reduced"].append(_tune_levels(work, pruned, *shared, keys[1]))
+            if levels is None:
+                levels = bcdl_jax.share_weights(pruned, dict(zip(chain, recipe.levels, strict=True)))
+            nets["reduced"].append(_tune_levels(work, pruned, levels, keys[1]))
     logs.flush()
     for stage in compress.STAGES:
         compress.write_params(out, stage, nets[stage], seeds)
@@ -227,8 +227,8 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
         "means": optax.adam(recipe.means_learning_rate),
         "others": optax.adam(recipe.mixture_learning_rate),
     }
-    kinds = mixture.replace(means="means", log_precisions="others", logits="others")
-    optimizer = optax.partition(transforms, ("net", kinds))
+    kinds: dict[str, Any] = {"means": "means", "log_precisions": "others", "logits": "others"}
+    optimizer = optax.partition(transforms, ("net", dataclasses.replace(mixture, **kinds)))
     (params, mixture), _ = work.fit(loss, optimizer, (params, mixture), None, key, recipe.epochs, net=net)
     places, levels = bcdl_jax.collapse(params, mixture)
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
@@ -237,11 +237,11 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
     return params, flax.traverse_util.unflatten_dict(flat, "/"), (places, levels)
 
 
-def _tune_levels(work: _Work, pruned: Any, places: dict[str, Any], levels: dict[str, Any], key: jax.Array) -> Any:
+def _tune_levels(work: _Work, pruned: Any, shared: tuple[Any, Any], key: jax.Array) -> Any:
     """Trains the levels and the biases [Han et al. 2016, section 3.3], and makes layers of levels of them."""
     layers = bcdl_jax.posteriors(pruned)
-    places = {name: jnp.where(layers[name].kernel_mask, jnp.asarray(place), -1) for name, place in places.items()}
-    levels = {name: jnp.asarray(values) for name, values in levels.items()}
+    places = {name: jnp.where(layers[name].kernel_mask, jnp.asarray(place), -1) for name, place in shared[0].items()}
+    levels = {name: jnp.asarray(values) for name, values in shared[1].items()}
     biases = {name: moments[0] for name, layer in layers.items() if (moments := layer.bias_moments()) is not None}
 
     def weights(params: Any, places: Any) -> Any:
