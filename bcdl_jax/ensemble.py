@@ -15,7 +15,7 @@ from bcdl_jax.batches import count_examples, steps_per_epoch
 from bcdl_jax.mesh import jit_step, replicated
 from bcdl_jax.posterior import PyTree, posteriors
 from bcdl_jax.pruning import Thresholds, kept_groups
-from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_training
+from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_measure, shrink_training
 from bcdl_jax.training import TrainState, TrainStep, make_train_steps, mean_metrics, part_names, stack, unstack
 
 # What a program runs before its caller is asked whether to stop: long enough that drawing the order of the examples anew, at the start of
@@ -85,7 +85,8 @@ def train_ensemble(
       batch_size: examples per step, see ``make_train_steps``.
       epochs: how many from step 0 to the end, those that ``states`` have behind them included.
       validation_error: (params of one seed, validation_data) -> percent, a pure function.
-      validation_data: what ``validation_error`` is measured on, a tree of arrays.
+      validation_data: what ``validation_error`` is measured on, a tree of arrays. Where there is ``shrinking`` and these are
+        [examples, ...], it is measured without the groups that are left out, see ``shrink_measure``.
       seeds: a name per seed.
       first_epoch: number in the reports of the epoch that starts with step 0.
       thresholds: by which the kept groups of the reports are counted, as for ``kept_groups``.
@@ -184,9 +185,24 @@ def _epochs(
     def measure_one(params: PyTree, held_out: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         return validation_error(params, held_out), kept_groups(params, thresholds)
 
-    measure = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.stacked else measure_one)
+    measure_whole = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.stacked else measure_one)
+    count = jax.jit(lambda params: kept_groups(params, thresholds))
+
+    def measure(part: _Part, epochs: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = part.whole().params
+        if part.small is None or trainer.shrinking is None or not trainer.shrinking.is_settled(epochs):
+            return measure_whole(params, validation_data)
+        if not part.small_error:
+            part.small_error = [shrink_measure(validation_error, params, validation_data)]
+        (error,) = part.small_error
+        if error is None:
+            return measure_whole(params, validation_data)
+        return error(params, validation_data), count(params)
+
     names = part_names(states.params)
-    totals = {name: layer.unit_mask.size // len(seeds) for name, layer in posteriors(states.params).items()}
+    layers = posteriors(states.params)
+    totals = {name: layer.unit_mask.size // len(seeds) for name, layer in layers.items()}
+    units = "weights" if any(layer.prunes_weights for layer in layers.values()) else "groups"
     told: set[tuple[int, str]] = set()
     parts = [_Part(states)] if trainer.stacked else [_Part(unstack(states, index)) for index in range(len(seeds))]
     del states
@@ -205,8 +221,8 @@ def _epochs(
             if epoch + 1 < epochs and (sizes := trainer.shrink(part, epoch + 1)):
                 news.append(f"Seed {seed}, epoch {first_epoch + epoch}: {sizes}")
         states = all_states()
-        measured = [measure(part.whole().params, validation_data) for part in parts]
-        measured = measured[0] if trainer.stacked else stack(measured)
+        each = [measure(part, epoch + 1) for part in parts]
+        measured = each[0] if trainer.stacked else stack(each)
         metrics, (errors, kept), halted, blamed, steps = jax.device_get(
             (mean_metrics(states, trainer.steps), measured, states.halted, states.blamed, states.step)
         )
@@ -229,7 +245,7 @@ def _epochs(
                 tell(seed, "failure", failure)
             else:
                 late = epoch + 1 >= (max(10, (epochs + 1) // 2) if epochs > 10 else epochs)
-                for warning in _pruning_warnings(number, seed, kept_here, totals, late):
+                for warning in _pruning_warnings(number, seed, kept_here, totals, units, late):
                     tell(seed, warning, warning.replace("EPOCH", str(number)))
             reports.append(
                 EpochReport(
@@ -255,9 +271,16 @@ class _Part:
         self.settled = False
         self.program: Callable[..., Any] | None = None
         self.seconds_per_step: float | None = None
+        # The measure of the shrunk network, once it was tried to make it: None where that was not possible.
+        self.small_error: list[Callable[[PyTree, PyTree], jax.Array] | None] = []
 
     def whole(self) -> TrainState:
         return self.state if self.small is None else self.small.expand(self.state)
+
+    def take(self, small: SmallTraining) -> None:
+        """Goes on with a smaller training."""
+        self.state, self.small, self.program, self.seconds_per_step = small.state, small, None, None
+        self.small_error = []
 
 
 class _Trainer:
@@ -308,7 +331,7 @@ class _Trainer:
         small = shrink_further(self.shrinking, part.whole(), self._example(), part.small)
         if small is None:
             return None
-        self._take(part, small)
+        part.take(small)
         return str(small)
 
     def _compile(self, part: _Part) -> Callable[..., Any]:
@@ -329,10 +352,7 @@ class _Trainer:
         part.settled = True
         small = shrink_training(self.shrinking, part.state, self._example())
         if small is not None:
-            self._take(part, small)
-
-    def _take(self, part: _Part, small: SmallTraining) -> None:
-        part.state, part.small, part.program, part.seconds_per_step = small.state, small, None, None
+            part.take(small)
 
     def _example(self) -> PyTree:
         return jax.tree.map(lambda array: array[: self.batch_size], self.data)
@@ -372,16 +392,18 @@ def _failure_sentence(epoch: int, step: int, seed: int, blamed: list[str], names
     )
 
 
-def _pruning_warnings(epoch: int, seed: int, kept: dict[str, int], totals: dict[str, int], late: bool) -> list[str]:
+def _pruning_warnings(
+    epoch: int, seed: int, kept: dict[str, int], totals: dict[str, int], units: str, late: bool
+) -> list[str]:
     found = [
-        f"Seed {seed}, epoch EPOCH: everything would be pruned in layer {name} (none of its {totals[name]} groups "
+        f"Seed {seed}, epoch EPOCH: everything would be pruned in layer {name} (none of its {totals[name]} {units} "
         "is below the threshold), and the network's output would no longer depend on its input; use a KL warm-up, a lower learning rate, or check num_examples."
         for name, count in kept.items()
         if count == 0
     ]
     if late and all(kept[name] == totals[name] for name in kept):
         found.append(
-            f"Seed {seed}, epoch EPOCH: nothing is pruned yet (all {sum(totals.values())} groups are kept); train longer, raise the learning "
+            f"Seed {seed}, epoch EPOCH: nothing is pruned yet (all {sum(totals.values())} {units} are kept); train longer, raise the learning "
             "rate of the log-variances, or check num_examples."
         )
     return found

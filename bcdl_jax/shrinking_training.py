@@ -63,6 +63,13 @@ class Shrinking:
         if not 0 <= self.least_saving < 1:
             raise ValueError(f"least_saving is {self.least_saving}; it must be at least 0 and less than 1.")
 
+    def is_settled(self, epochs: int) -> bool:
+        """Whether the looks are so rare after so many epochs that a program for the size of the time pays, beside that of the step.
+
+        It follows from the epochs alone, so that a run that was cut short goes on the same way.
+        """
+        return epochs > 4 * self.first
+
     def is_due(self, epochs: int) -> bool:
         """Whether to look at the groups after so many epochs."""
         times, rest = divmod(epochs, self.first)
@@ -146,6 +153,29 @@ def shrink_training(shrinking: Shrinking, state: TrainState, batch: PyTree) -> S
         return small_shifted(params, batch, key) - 1
 
     return SmallTraining(shrinking.make_step(small_likelihood), cut(state, report), state, report)
+
+
+def shrink_measure(
+    measure: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree
+) -> Callable[[PyTree, PyTree], jax.Array] | None:
+    """A measure of the params, such as a validation error, without what their masks say is pruned.
+
+    Args:
+      measure: ``measure(params, data)``, a pure function.
+      params: at full size, of one seed.
+      data: tree of arrays [examples, ...]; the first two are the example to trace with.
+
+    Returns:
+      A function of params at full size with the same masks, and of data; or None for a measure that is not one of examples along the
+      leading axes alone, or that differs on the example, as a tie decided the other way makes it do.
+    """
+    try:
+        small, small_params, report = shrink(measure, params, (jax.tree.map(lambda array: array[:2], data),))
+        jax.eval_shape(small, small_params, data)
+    except (ValueError, TypeError, IndexError):
+        return None
+    compiled = jax.jit(small)
+    return lambda params, data: compiled(cut(params, report), data)
 
 
 def shrink_further(

@@ -158,7 +158,9 @@ def make_train_step(
         bad = ~jnp.isfinite(value) | jnp.any(bad_update)
         # A layer whose own KL overflowed is the culprit; gradients are then broken everywhere.
         blamed = jnp.where(jnp.any(bad_kl), bad_kl, bad_update)
-        go_on = ~(bad | state.halted)
+        # By a division, which XLA does not compute again for each of its uses: these are the updates of all parameters, and it comes from all
+        # layers. Programs, and the time to compile them, would grow with the square of the layers.
+        go_on = 1 / (1 + (bad | state.halted).astype(jnp.float32)) > 0.75
         new_state = TrainState(
             step=state.step + 1,
             params=params,

@@ -43,7 +43,7 @@ from experiments.compress import machine, sampled_cross_entropy
 from experiments.errors import UserError
 from experiments.files import write_json
 from experiments.matrix_products import floor_seconds, products_of
-from experiments.models import VGG, VGG_WIDTHS, LeNet5, LeNet300
+from experiments.models import VGG, VGG_WIDTHS, LeNet5, LeNet300, vgg_widths
 
 NETWORKS = ("lenet300", "lenet5", "vgg")
 MEASUREMENTS = ("speed", "ensemble", "memory")
@@ -106,11 +106,10 @@ class Settings:
             return Case("LeNet-300-100", LeNet300(dtype=dtype), sampled_cross_entropy, {})
         if self.network == "lenet5":
             return Case("LeNet-5-Caffe", LeNet5(dtype=dtype), sampled_cross_entropy, {"pool_after": (0, 1)})
-        widths = [[max(1, round(self.width * width)) for width in part] for part in VGG_WIDTHS]
-        ends = np.cumsum([len(part) for part in widths]) - 1
+        ends = np.cumsum([len(part) for part in VGG_WIDTHS]) - 1
         return Case(
             "VGG" if self.width == 1 else f"VGG, {self.width:g} times as wide",
-            VGG(widths=widths, hidden=max(1, round(self.width * 512)), dtype=dtype),
+            VGG(**vgg_widths(self.width), dtype=dtype),
             _batch_norm_cross_entropy,
             {"padding": 1, "pool_after": tuple(ends.tolist()), "batch_norm": True},
         )

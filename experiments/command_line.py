@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from experiments import devices
-from experiments.data import EMBEDDED, NAMES
+from experiments.data import DIGIT_NAMES, EMBEDDED
 from experiments.errors import UserError
 from experiments.recipe import PlainRecipe, Recipe, Training
 
@@ -46,8 +46,11 @@ class Experiment:
       model: the class of the network in ``experiments.models``; a name, so that --help need not wait for JAX.
       chain: layer names in the order of the data flow.
       pictures: names of the files that ``figures.draw`` makes of it.
-      recipes: how to train, by the method's name, then by the data set's; that of "mnist" for names that are not there.
+      recipes: how to train, by the method's name, then by the data set's; that of the first for names that are not there.
       quick: what --quick changes in the recipe.
+      datasets: names of those it is trained on, the default first.
+      image_shape: of the images that the network takes; smaller ones are padded.
+      widths: whether the network is there in other widths, see ``models.vgg_widths``.
     """
 
     name: str
@@ -57,10 +60,13 @@ class Experiment:
     pictures: tuple[str, ...]
     recipes: Mapping[str, Mapping[str, Training]]
     quick: Mapping[str, Any]
+    datasets: tuple[str, ...] = DIGIT_NAMES
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    widths: bool = False
 
     def recipe(self, dataset: str, quick: bool = False, method: str = "gnj") -> Training:
         """The recipe for a data set."""
-        chosen = self.recipes[method].get(dataset, self.recipes[method]["mnist"])
+        chosen = self.recipes[method].get(dataset, self.recipes[method][self.datasets[0]])
         if not quick:
             return chosen
         names = {field.name for field in dataclasses.fields(chosen)}
@@ -82,11 +88,12 @@ def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Names
 
 
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
-    full, embedded = experiment.recipe("mnist"), experiment.recipe(EMBEDDED)
+    first = experiment.datasets[0]
+    full, embedded = experiment.recipe(first), experiment.recipe(EMBEDDED)
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{experiment.name}",
         description=f"Trains a variational {experiment.title}, prunes it, reduces its precision, and writes a result file, parameters and "
-        "pictures. Without the full MNIST and without a network it runs on 5,000 embedded digits.",
+        f"pictures. Without {first} at hand and without a network it runs on 5,000 embedded digits.",
     )
     parser.add_argument(
         "--method",
@@ -95,7 +102,10 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         help="how to compress: " + ", ".join(f"{name}, {title}" for name, title in METHODS.items()) + " (default: gnj)",
     )
     parser.add_argument(
-        "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to train on (default: mnist)"
+        "--dataset",
+        default=first,
+        metavar="|".join(experiment.datasets),
+        help=f"data set to train on (default: {first})",
     )
     parser.add_argument(
         "--data-dir",
@@ -104,12 +114,12 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs",
         type=int,
-        help=f"epochs of training before pruning, or while pruning (default: the recipe's, {full.epochs} for gnj on full MNIST)",
+        help=f"epochs of training before pruning, or while pruning (default: the recipe's, {full.epochs} for gnj on {first})",
     )
     parser.add_argument(
         "--fine-tune-epochs",
         type=int,
-        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} for gnj on full MNIST)",
+        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} for gnj on {first})",
     )
     parser.add_argument(
         "--pretrain-epochs",
@@ -149,6 +159,14 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         help=f"start from trained weights, in place of a pre-training: arrays {experiment.chain[0]}/kernel, {experiment.chain[0]}/bias and so "
         "on, and the name of their data set in trained_on",
     )
+    if experiment.widths:
+        parser.add_argument(
+            "--width",
+            type=float,
+            default=1.0,
+            metavar="W",
+            help="train a network whose layers are so many times as wide, more than 0 and at most 1; 0.25 suits a CPU (default: 1)",
+        )
     if getattr(full, "max_shrinking_change", None) is not None:
         parser.add_argument(
             "--no-shrinking",
@@ -198,8 +216,10 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
 def _check(experiment: Experiment, args: argparse.Namespace) -> None:
     if args.method not in METHODS:
         raise UserError(f"--method is {args.method!r}; allowed are {', '.join(METHODS)}.")
-    if args.dataset not in NAMES:
-        raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
+    if args.dataset not in experiment.datasets:
+        raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(experiment.datasets)}.")
+    if experiment.widths and not 0 < args.width <= 1:
+        raise UserError(f"--width is {args.width:g}; it must be more than 0 and at most 1.")
     for name, smallest in (("epochs", 1), ("fine_tune_epochs", 0), ("pretrain_epochs", 0), ("batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < smallest:
@@ -269,9 +289,10 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         logs.check_tensorboard()
     devices.join(args)
     chosen = devices.choose(args.devices)
-    dataset = data.load(args.dataset, args.data_dir)
-    if dataset.notice:
-        print(dataset.notice, flush=True)
+    dataset = data.load(args.dataset, args.data_dir).padded_to(experiment.image_shape)
+    for sentence in (dataset.notice, dataset.remark):
+        if sentence:
+            print(sentence, flush=True)
     settings = adapt(experiment.recipe(dataset.name, args.quick, args.method), args)
     if settings.batch_size > len(dataset.train):
         raise UserError(
@@ -279,7 +300,8 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         )
     devices.check_batch_size(settings.batch_size, len(chosen))
     dataset, settings = _adapt_to(len(chosen), dataset, settings)
-    model = getattr(models, experiment.model)(models.family(args.method, settings))
+    width = args.width if experiment.widths else None
+    model = models.network(experiment.model, models.family(args.method, settings), width)
     pretrained, arrays = None, None
     if args.pretrained is not None:
         arrays = files.read_pretrained(args.pretrained, dataset.name, (EMBEDDED,))
@@ -306,7 +328,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         thresholds=args.thresholds,
         pretrained=checkpoints.checksum(arrays),
         method=args.method,
-        **{"devices trained on": len(chosen)},
+        **{"devices trained on": len(chosen)} | ({} if width is None else {"width": width}),
     )
     out, kept = checkpoints.begin(
         args.out, run_settings, written, logs.METRICS, args.checkpoint_every, args.resume, args.overwrite
@@ -317,7 +339,8 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     if settings.pretrain_epochs:
         epochs.insert(0, settings.pretrain_epochs)
     length = f"{' + '.join(map(str, epochs))} epochs, seeds {' '.join(map(str, seeds))}"
-    print(f"{experiment.title}, {METHODS[args.method]}, {dataset.name}: {sizes}; {length}", flush=True)
+    title = models.title(experiment.title, width)
+    print(f"{title}, {METHODS[args.method]}, {dataset.name}: {sizes}; {length}", flush=True)
     try:
         with (
             startup.compilation_cache(not args.no_compilation_cache),
@@ -325,7 +348,9 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
             logs.Logs(out, tensorboard=args.tensorboard) as log,
         ):
             if settings.pretrain_epochs:
-                pretrained = pretrain(model, dataset, settings, seeds=seeds, out=out, logs=log, checkpoints=kept)
+                dropout = getattr(settings, "dropout", 0)
+                learner = model.clone(dropout=dropout) if dropout else model  # type: ignore[call-arg]
+                pretrained = pretrain(learner, dataset, settings, seeds=seeds, out=out, logs=log, checkpoints=kept)
             shared: dict[str, Any] = {"chain": chain, "seeds": seeds, "out": out, "logs": log, "pretrained": pretrained}
             if isinstance(settings, PlainRecipe):
                 compressed = compress_plain(args.method, model, dataset, settings, **shared)
@@ -343,14 +368,14 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
                 )
         if not devices.is_writer():
             return
-        file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir)
+        file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir, width)
         runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
         if compressed.thresholds is not None:
             first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
             from experiments import figures  # only now, since it takes a while
 
             images, labels = dataset.test.images, dataset.test.labels
-            figures.draw(out, compressed.snapshots, first_thresholds, images, labels, seeds[0])
+            figures.draw(out, compressed.snapshots, first_thresholds, images, labels, seeds[0], experiment.pictures)
         result = compress.result(
             experiment.name,
             args.method,
@@ -360,6 +385,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
             runs,
             kept.earlier_seconds + time.perf_counter() - start,
             kept.resumed,
+            width,
         )
         files.write_json(out / compress.RESULT, result)
         kept.remove()
@@ -406,10 +432,10 @@ def adapt(settings: Training, args: argparse.Namespace) -> Training:
 def _check_pretrained(experiment: Experiment, model: Any, path: str, arrays: dict[str, Any]) -> None:
     """Raises UserError unless the arrays are just those of the plain network."""
     import jax
+    import numpy as np
 
-    from experiments.models import SAMPLE_IMAGES
-
-    twin = jax.eval_shape(model.clone(family=None).init, jax.random.key(0), SAMPLE_IMAGES)["params"]
+    sample = np.zeros((1, *experiment.image_shape), np.uint8)
+    twin = jax.eval_shape(model.clone(family=None).init, jax.random.key(0), sample)["params"]
     expected = {f"{name}/{part}": twin[name][part].shape for name in experiment.chain for part in ("kernel", "bias")}
     for name, shape in expected.items():
         if name not in arrays:

@@ -26,9 +26,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import bcdl_jax
+from bcdl_jax.noise import example_normal
 from experiments import devices, files, interruption, startup, uncertainty
 from experiments.checkpoints import Checkpoints
-from experiments.data import Dataset, Split
+from experiments.data import Dataset, Split, pieces
 from experiments.errors import UserError
 from experiments.logs import Logs, process_memory, profile
 from experiments.recipe import Recipe, Training
@@ -37,11 +38,13 @@ PRETRAINED, STAGES = "pretrained", ("trained", "pruned", "reduced")
 RESULT, INTERRUPTED = "result.json", "interrupted.npz"
 _MOST_FRAMES = 60
 _SHRINKING_IMAGES = 500
+# Weights of a layer of which pictures are made; every frame of them stays in memory.
+_LARGEST_DRAWN = 500_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """One frame of the pictures: an epoch, the mean kernels and the log dropout rates of one seed's groups, by layer name.
+    """One frame of the pictures: an epoch, and by layer name the mean kernels, but for the largest, and one seed's log dropout rates.
 
     Where weights are pruned one by one, a kernel is zero where they would be at the default threshold, and a group's rate is its lowest.
     """
@@ -116,6 +119,17 @@ def error_percent(model: nn.Module, params: Any, data: tuple[jax.Array, jax.Arra
     return 100 * jnp.mean(wrong)
 
 
+def error_in_pieces(model: nn.Module) -> Callable[[Any, tuple[jax.Array, jax.Array]], float]:
+    """``error_percent`` as a function of params and data that takes the images in pieces; not to be compiled."""
+    measure = jax.jit(functools.partial(error_percent, model))
+
+    def in_pieces(params: Any, data: tuple[jax.Array, jax.Array]) -> float:
+        parts = [tuple(array[piece] for array in data) for piece in pieces(len(data[1]))]
+        return sum(len(part[1]) * float(measure(params, part)) for part in parts) / len(data[1])
+
+    return in_pieces
+
+
 def measure_change(
     model: nn.Module, images: jax.Array, masked: Any = None
 ) -> Callable[[Any], Callable[[Any], jax.Array]]:
@@ -160,11 +174,19 @@ def measure_change(
     return from_before
 
 
+def mirrored(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Images [n, height, width, channels], each mirrored left to right with probability 1/2, which depends on the key and its place alone."""
+    chosen = example_normal(key, (images.shape[0], 1, 1, 1)) > 0
+    return jnp.where(chosen, images[:, :, ::-1], images)
+
+
 def sampled_cross_entropy(
-    model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array
+    model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array, *, mirror: bool = False
 ) -> jax.Array:
-    """Mean cross-entropy of a batch in nats, with weights sampled per example."""
+    """Mean cross-entropy of a batch in nats, with weights sampled per example; with ``mirror`` of images that are mirrored at random."""
     images, labels = batch
+    if mirror:
+        images = mirrored(images, jax.random.fold_in(key, 1))
     logits: Any = model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -322,7 +344,7 @@ def _run_phase(
     averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
     optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind({"log_variance": factor}), averaging)
     kl_weight = recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps)
-    likelihood = functools.partial(sampled_cross_entropy, model)
+    likelihood = functools.partial(sampled_cross_entropy, model, mirror=recipe.mirror)
     make_step = functools.partial(
         bcdl_jax.make_train_step, optimizer=optimizer, num_examples=num_examples, kl_weight=kl_weight
     )
@@ -486,7 +508,7 @@ def score(
 ) -> list[dict[str, Any]]:
     """Reads the test set, once, and collects the figures of every seed; ``file_errors`` are those of the compressed files."""
     test = on_device(dataset.test)
-    measure = jax.jit(functools.partial(error_percent, model))
+    measure = error_in_pieces(model)
 
     def rates(measured: Callable[[Any], jax.Array], index: int) -> dict[str, float | None]:
         return {stage: _finite(float(measured(run.params[stage][index]))) for stage in STAGES[1:]}
@@ -518,7 +540,7 @@ def score(
         }
 
     twin: Any = model.clone(family=None)  # type: ignore[call-arg]
-    measure_twin = jax.jit(functools.partial(error_percent, twin))
+    measure_twin = error_in_pieces(twin)
     results = []
     for index, seed in enumerate(seeds):
         errors = {} if run.pretrained is None else {PRETRAINED: measure_twin(run.pretrained[index], test)}
@@ -576,14 +598,14 @@ def result(
     runs: list[dict[str, Any]],
     seconds: float,
     resumed: int = 0,
+    width: float | None = None,
 ) -> dict[str, Any]:
     """The content of result.json.
 
     Time is that of all starts of the run, up to the checkpoints that were taken up (``resumed`` times); peak memory is that of
-    the last process. Runs share them.
+    the last process. Runs share them. ``width`` is that of a VGG.
     """
     runs = [run | {"peak_memory_mb": process_memory()} for run in runs]
-    summary = dataset.summary() | ({"notice": dataset.notice} if dataset.notice else {})
     averaged = [
         {
             key: run[key]
@@ -595,7 +617,8 @@ def result(
     return {
         "experiment": experiment,
         "method": method,
-        "dataset": summary,
+        **({} if width is None else {"width": width}),
+        "dataset": dataset.summary(),
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "seconds": round(seconds, 1),
@@ -728,7 +751,8 @@ def _snapshot(epoch: int, stacked_params: Any) -> Snapshot:
 def _snapshot_arrays(stacked_params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     params = bcdl_jax.unstack(stacked_params, 0)
     layers = bcdl_jax.posteriors(params).items()
-    kernels = {name: _kernel_to_draw(layer).astype(jnp.float16) for name, layer in layers}
+    small = [(name, layer) for name, layer in layers if math.prod(layer.kernel_shape) <= _LARGEST_DRAWN]
+    kernels = {name: _kernel_to_draw(layer).astype(jnp.float16) for name, layer in small}
     return kernels, {name: layer.group_scores() for name, layer in layers}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +35,29 @@ def draw(
     images: np.ndarray,
     labels: np.ndarray,
     seed: int,
+    only: Collection[str],
 ) -> None:
-    """Draws all pictures of one seed.
+    """Draws the pictures of one seed.
 
     Args:
       out: directory to write to.
       snapshots: in the order of the epochs.
       thresholds: by layer name, in the order of the layers: a group is drawn as pruned where its log dropout rate is not below.
-      images: [n, 28, 28, 1] of uint8, from which the five digits are taken.
+      images: of uint8; [n, 28, 28, 1] where the feature importance is drawn, for which five digits are taken from them.
       labels: [n].
       seed: for the titles.
+      only: names of the GIFs to make; log_dropout_rates.png is made in any case.
     """
     names = list(thresholds)
     for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
         path = out / f"weights_layer{number}.gif"
+        if path.name not in only:
+            continue
         if snapshots[0].kernels[name].ndim == 2:
             weights_gif(path, snapshots, name, following, thresholds, number, seed)
         else:
             kernels_gif(path, snapshots, name, thresholds[name], number, seed)
-    if snapshots[0].kernels[names[0]].ndim == 2:
+    if "feature_importance.gif" in only:
         digits = np.stack(
             [
                 images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0]
@@ -178,10 +182,14 @@ def importance_gif(
 
 def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int) -> None:
     """How the log dropout rates of each layer's groups lie about the chosen threshold."""
+    columns = min(5, len(thresholds))
+    rows = math.ceil(len(thresholds) / columns)
     figure, grid = plt.subplots(
-        1, len(thresholds), figsize=(3.6 * len(thresholds), 3.6), dpi=100, layout="constrained", squeeze=False
+        rows, columns, figsize=(3.6 * columns, 3.6 * rows), dpi=100, layout="constrained", squeeze=False
     )
-    for panel, name in zip(grid[0], thresholds, strict=True):
+    for panel in grid.flat[len(thresholds) :]:
+        panel.set_axis_off()
+    for panel, name in zip(grid.flat, thresholds, strict=False):
         rates, threshold = snapshot.log_dropout_rates[name], thresholds[name]
         kept = rates < threshold
         edges = np.histogram_bin_edges(rates, bins=40)
@@ -194,7 +202,7 @@ def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, floa
         )
         if np.isfinite(threshold):
             panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
-        groups = "input units" if snapshot.kernels[name].ndim == 2 else "output channels"
+        groups = "output channels" if name.startswith("Conv") else "input units"
         panel.set_title(f"{name}: {rates.size} {groups}")
         panel.set_xlabel("log dropout rate")
         panel.set_ylabel(f"number of {groups}")

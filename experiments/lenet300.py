@@ -1,4 +1,15 @@
-"""LeNet-300-100 on MNIST: ``python -m experiments.lenet300``."""
+"""LeNet-300-100 on MNIST: ``python -m experiments.lenet300``.
+
+What the recipes came to on full MNIST: test error after precision reduction, ``rate_paper`` after pruning and after that, minutes for so
+many seeds on so many cores. More is in the README's table.
+
+    gnj        1.92 %   11x   54x  32, three seeds, two cores
+    ghs        not run
+    sparse_vd  1.91 %   24x  130x  15, three seeds, one core
+    dc         1.85 %    6x   41x   2, one seed, one core
+    dns        1.84 %   32x  205x   2, one seed, one core
+    sws        not run; 2.02 % at 5x on the validation data
+"""
 
 from __future__ import annotations
 
@@ -13,8 +24,6 @@ from experiments.recipe import PlainRecipe, Recipe
 CHAIN = ("Dense_0", "Dense_1", "Dense_2")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "feature_importance.gif", "log_dropout_rates.png")
 
-# What they came to on full MNIST, in test error after precision reduction, rates (pruned, reduced) and minutes; more in the README's table.
-# gnj: 1.92 %, 11x, 54x, 32 minutes for three seeds on two cores.
 _FULL = Recipe(epochs=180, fine_tune_epochs=60, warmup_epochs=50)
 _EMBEDDED = dataclasses.replace(
     _FULL,
@@ -28,23 +37,19 @@ _EMBEDDED = dataclasses.replace(
     max_rounding_change=0.002,
 )
 
-# 1.91 %, 24x, 130x, 15 minutes for three seeds on one core.
 _SPARSE = dataclasses.replace(_FULL, epochs=60, warmup_epochs=20, fine_tune_epochs=15, log_variance_factor=4.0)
 
 _PRETRAINED = PlainRecipe(epochs=60, fine_tune_epochs=5, fine_tune_learning_rate=5e-4, pretrain_epochs=20)
 _LEVELS = (32, 32, 16)
 _PLAIN = {
-    # 1.85 %, 6x, 41x, 2 minutes for a seed on one core.
     "dc": {
         "mnist": dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=_LEVELS, kept=(0.075, 0.1, 0.4), rounds=3),
     },
-    # 1.84 % (1.72 % before the weights share levels), 32x, 205x, 2 minutes.
     "dns": {
         "mnist": dataclasses.replace(_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(5.5, 4.3, 1.3)),
         # Gentler, since a few steps cannot make up for much; not tuned.
         EMBEDDED: dataclasses.replace(_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(3.0, 2.5, 1.0)),
     },
-    # Not run on the test images: 2.02 % on the validation data at 5x.
     "sws": {
         "mnist": dataclasses.replace(_PRETRAINED, epochs=50, fine_tune_learning_rate=2e-3, learning_rate=1e-3),
     },

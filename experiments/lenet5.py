@@ -1,4 +1,15 @@
-"""LeNet-5-Caffe on MNIST: ``python -m experiments.lenet5``."""
+"""LeNet-5-Caffe on MNIST: ``python -m experiments.lenet5``.
+
+What the recipes came to on full MNIST: test error after precision reduction, ``rate_paper`` after pruning and after that, minutes for so
+many seeds on so many cores. More is in the README's table.
+
+    gnj        0.91 %  183x  825x  20, two seeds, two cores
+    ghs        1.00 %  161x  809x  49, two seeds, one core
+    sparse_vd  not run
+    dc         0.72 %    7x   45x   6, one seed, one core
+    dns        0.86 %   58x  376x   6, one seed, one core
+    sws        not run
+"""
 
 from __future__ import annotations
 
@@ -13,8 +24,6 @@ from experiments.recipe import PlainRecipe, Recipe
 CHAIN = ("Conv_0", "Conv_1", "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "weights_layer3.gif", "log_dropout_rates.png")
 
-# What they came to on full MNIST, in test error after precision reduction, rates (pruned, reduced) and minutes; more in the README's table.
-# gnj: 0.91 %, 183x, 825x, 34 minutes for two seeds on two cores that had other work too; ghs: 1.00 %, 161x, 809x, 49 minutes on one core.
 _FULL = Recipe(
     epochs=80,
     fine_tune_epochs=40,
@@ -32,19 +41,16 @@ _EMBEDDED = dataclasses.replace(
 _PRETRAINED = PlainRecipe(epochs=14, fine_tune_epochs=3, fine_tune_learning_rate=5e-4, pretrain_epochs=5)
 _LEVELS = (32, 32, 32, 16)
 _PLAIN = {
-    # 0.72 %, 7x, 45x, 6 minutes for a seed on one core.
     "dc": {
         "mnist": dataclasses.replace(
             _PRETRAINED, weight_decay=0.03, levels=_LEVELS, kept=(0.6, 0.12, 0.07, 0.2), rounds=2
         ),
     },
-    # 0.86 %, 58x, 376x, 6 minutes.
     "dns": {
         "mnist": dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.45, 3.9, 7.7, 2.9)),
         # Gentler, since a few steps cannot make up for much; not tuned.
         EMBEDDED: dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.0, 2.0, 4.0, 2.0)),
     },
-    # Not run yet.
     "sws": {
         "mnist": dataclasses.replace(_PRETRAINED, learning_rate=1e-3),
     },
@@ -60,7 +66,7 @@ EXPERIMENT = command_line.Experiment(
         **_PLAIN,
         "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
         "ghs": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
-        # Not run yet. A network that is pruned weight by weight does not shrink while it is trained.
+        # A network that is pruned weight by weight does not shrink while it is trained.
         "sparse_vd": {
             "mnist": dataclasses.replace(_FULL, max_shrinking_change=None),
             EMBEDDED: dataclasses.replace(_EMBEDDED, max_shrinking_change=None),

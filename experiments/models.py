@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,18 @@ def family(method: str, recipe: Training) -> Family:
     return bcdl_jax.SparseVariationalDropout()
 
 
+def network(name: str, family: Family | None, width: float | None = None) -> nn.Module:
+    """The network of an experiment by the name of its class; with ``width`` a VGG that is so many times as wide, without batch norms."""
+    if width is None:
+        return globals()[name](family)
+    return globals()[name](family, **vgg_widths(width), batch_norm=False)
+
+
+def title(name: str, width: float | None) -> str:
+    """A network's name for people, with its width where that is not the paper's."""
+    return name if width in (None, 1) else f"{name} at {width:g} times the width"
+
+
 class LeNet300(nn.Module):
     """LeNet-300-100: 784-300-100-10, 266,610 weights and biases.
 
@@ -44,18 +57,23 @@ class LeNet300(nn.Module):
       family: of all layers; None for plain Flax layers.
       clip_var: largest posterior variance of the first layer's weights, in place of the family's own.
       dtype: of the computation; float32 if None. Parameters and class scores are float32.
+      dropout: share of the hidden units that plain layers leave out, at random, in training.
     """
 
     family: Family | None = _DEFAULT
     clip_var: float | None = FIRST_LAYER_CLIP_VAR
     dtype: Any = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Class scores [examples, 10] of images [examples, 28, 28, 1] of uint8, which are scaled to [-1, 1]."""
         hidden = _scaled(images).reshape(images.shape[0], -1)
+        dropout = 0 if self.family else self.dropout
         hidden = nn.relu(_dense(300, _clipped(self.family, self.clip_var), deterministic, self.dtype)(hidden))
+        hidden = _dropped(hidden, dropout, deterministic)
         hidden = nn.relu(_dense(100, self.family, deterministic, self.dtype)(hidden))
+        hidden = _dropped(hidden, dropout, deterministic)
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
 
 
@@ -67,12 +85,14 @@ class LeNet5(nn.Module):
       widths: of the two convolutions and the hidden dense layer.
       clip_var: largest posterior variance of the first layer's weights, in place of the family's own.
       dtype: of the computation, as for ``LeNet300``.
+      dropout: likewise, of the units of the hidden dense layer.
     """
 
     family: Family | None = _DEFAULT
     widths: tuple[int, int, int] = (20, 50, 500)
     clip_var: float | None = FIRST_CONVOLUTION_CLIP_VAR
     dtype: Any = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -83,11 +103,16 @@ class LeNet5(nn.Module):
             hidden = nn.relu(_pool(convolution(hidden), deterministic))
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(_dense(self.widths[2], self.family, deterministic, self.dtype)(hidden))
+        hidden = _dropped(hidden, 0 if self.family else self.dropout, deterministic)
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
 
 
 # Output channels of the convolutions; a pooling of 2 x 2 follows after each tuple.
 VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+# Largest posterior variances of the weights at each resolution [Louizos et al. 2017, appendix]: standard deviations of 0.1 and 0.2.
+VGG_CLIP_VARS = (0.01, 0.01, 0.04, None, None)
 
 
 class VGG(nn.Module):
@@ -97,13 +122,19 @@ class VGG(nn.Module):
       family: of all layers; None for plain Flax layers.
       widths: of the convolutions, a tuple per resolution.
       hidden: width of the hidden dense layer.
+      clip_vars: largest posterior variances of the convolutions at each resolution, in place of the family's own.
+      batch_norm: False leaves the batch norms out, see ``experiments.batch_norm``.
       dtype: of the computation, as for ``LeNet300``.
+      dropout: likewise, of the units of the hidden dense layer.
     """
 
     family: Family | None = _DEFAULT
     widths: Sequence[Sequence[int]] = VGG_WIDTHS
     hidden: int = 512
+    clip_vars: Sequence[float | None] = VGG_CLIP_VARS
+    batch_norm: bool = True
     dtype: Any = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True, train: bool = False) -> jax.Array:
@@ -112,14 +143,24 @@ class VGG(nn.Module):
         With ``train`` the batch norms use the statistics of the batch and move their averages ("batch_stats").
         """
         hidden = _scaled(images)
-        for widths in self.widths:
+        for widths, clip_var in itertools.zip_longest(self.widths, self.clip_vars[: len(self.widths)]):
+            family = _clipped(self.family, clip_var)
             for width in widths:
-                hidden = _convolution(width, (3, 3), self.family, deterministic, "SAME", self.dtype)(hidden)
-                hidden = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(hidden))
+                hidden = _convolution(width, (3, 3), family, deterministic, "SAME", self.dtype)(hidden)
+                if self.batch_norm:
+                    hidden = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(hidden)
+                hidden = nn.relu(hidden)
             hidden = _pool(hidden, deterministic)
         hidden = hidden.reshape(hidden.shape[0], -1)
         hidden = nn.relu(_dense(self.hidden, self.family, deterministic, self.dtype)(hidden))
+        hidden = _dropped(hidden, 0 if self.family else self.dropout, deterministic)
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
+
+
+def vgg_widths(factor: float) -> dict[str, Any]:
+    """Arguments of a ``VGG`` whose layers are so many times as wide as the paper's; each keeps a channel at least."""
+    widths = tuple(tuple(max(1, round(factor * width)) for width in part) for part in VGG_WIDTHS)
+    return {"widths": widths, "hidden": max(1, round(factor * 512))}
 
 
 def _scaled(images: jax.Array) -> jax.Array:
@@ -131,6 +172,10 @@ def _clipped(family: Any, clip_var: float | None) -> Any:
     if family is None or isinstance(family, bcdl_jax.SparseVariationalDropout):
         return family
     return dataclasses.replace(family, clip_var=clip_var)
+
+
+def _dropped(hidden: jax.Array, rate: float, deterministic: bool) -> jax.Array:
+    return nn.Dropout(rate)(hidden, deterministic=deterministic) if rate else hidden
 
 
 def _pool(images: jax.Array, deterministic: bool) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ class _Work:
             self.show(phase, done + epoch, weights, int(kept), mean_loss, speed)
 
         with compress.bar(epochs * self.steps, phase, "step") as bar:
-            fit = make_fit(loss, optimizer, self.train, self.recipe.batch_size, after_step)
+            fit = make_fit(loss, optimizer, self.train, self.recipe.batch_size, after_step, self.recipe.mirror)
             return fit(params, fixed, key, epochs, bar, report)
 
     def cosine(self, epochs: int) -> optax.GradientTransformation:
@@ -160,12 +161,19 @@ def _kept(masks: Any) -> jax.Array:
 def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
     """Prunes the smallest weights and trains the others on, round after round [Han et al. 2016, section 2]."""
 
-    def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(work.twin, bcdl_jax.apply_masks(params, masks), images, labels)
+    def make_loss(kept: float) -> Callable[..., jax.Array]:
+        rate = work.recipe.dropout * math.sqrt(kept)
+        twin: Any = work.twin.clone(dropout=rate) if rate else work.twin  # type: ignore[call-arg]
+
+        def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+            return cross_entropy(twin, bcdl_jax.apply_masks(params, masks), images, labels, key)
+
+        return loss
 
     def net(params: Any, masks: Any) -> tuple[Any, Any]:
         return bcdl_jax.apply_masks(params, masks), _kept(masks)
 
+    total = sum(kernel.size for kernel in bcdl_jax.kernels(params).values())
     rounds, done, masks = work.recipe.rounds, 0, None
     for number in range(1, rounds + 1):
         shares = {name: share ** (number / rounds) for name, share in work.by_layer(work.recipe.kept).items()}
@@ -174,6 +182,7 @@ def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
         # The last round takes half of the epochs.
         end = work.recipe.epochs if number == rounds else work.recipe.epochs * number // (2 * rounds)
         round_key = jax.random.fold_in(key, number)
+        loss = make_loss(float(_kept(masks)) / total)
         params, masks = work.fit(
             loss, work.cosine(end - done), params, masks, round_key, end - done, net=net, done=done
         )
@@ -187,8 +196,8 @@ def _network_surgery(work: _Work, params: Any, key: jax.Array) -> _Found:
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     chance_key, order_key = jax.random.split(key)
 
-    def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(work.twin, bcdl_jax.apply_masks(params, masks, splicing=True), images, labels)
+    def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        return cross_entropy(work.twin, bcdl_jax.apply_masks(params, masks, splicing=True), images, labels, key)
 
     def after_step(params: Any, masks: Any, step: jax.Array) -> Any:
         chance = 1 / (1 + work.recipe.surgery_decay * step)
@@ -212,10 +221,10 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
     mixture = bcdl_jax.create_mixture(params, recipe.components, recipe.zero_proportion)
     num_examples = len(work.train[1])
 
-    def loss(both: Any, _: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(both: Any, _: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         params, mixture = both
         prior = bcdl_jax.mixture_nll(params, mixture)
-        return cross_entropy(work.twin, params, images, labels) + recipe.prior_weight * prior / num_examples
+        return cross_entropy(work.twin, params, images, labels, key) + recipe.prior_weight * prior / num_examples
 
     def net(both: Any, _: Any) -> tuple[Any, Any]:
         params, mixture = both
@@ -251,8 +260,8 @@ def _tune_levels(work: _Work, pruned: Any, shared: tuple[Any, Any], key: jax.Arr
         flat |= {f"{name}/bias": bias for name, bias in biases.items()}
         return flax.traverse_util.unflatten_dict(flat, "/")
 
-    def loss(params: Any, places: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(work.twin, weights(params, places), images, labels)
+    def loss(params: Any, places: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+        return cross_entropy(work.twin, weights(params, places), images, labels, key)
 
     def net(params: Any, places: Any) -> tuple[Any, Any]:
         kept = jnp.stack([jnp.sum(place >= 0) for place in places.values()]).sum()

@@ -17,6 +17,7 @@ class Training:
       fine_tune_learning_rate: of the fine-tuning: constant for variational networks, falling to 0 along a cosine for plain ones.
       pretrain_epochs: of training the plain twin of the network, whose weights the training starts from; 0 starts it from scratch.
       pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
+      mirror: whether each training image is mirrored, left to right, half of the time.
     """
 
     epochs: int
@@ -26,6 +27,7 @@ class Training:
     fine_tune_learning_rate: float = 2e-3
     pretrain_epochs: int = 0
     pretrain_learning_rate: float = 2e-3
+    mirror: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class PlainRecipe(Training):
 
     Attributes:
       weight_decay: of AdamW, relative to the learning rate, while pruning.
+      dropout: share of the hidden units that is left out at random in pre-training; in the retraining of Deep Compression less, by the root
+        of the share of weights that are kept [Han et al. 2015, section 3.2].
       levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
       kept: shares of the weights that Deep Compression keeps.
       rounds: in how many rounds of pruning and retraining it gets there, each by the same factor.
@@ -83,6 +87,7 @@ class PlainRecipe(Training):
     """
 
     weight_decay: float = 0.0
+    dropout: float = 0.0
     levels: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
     rounds: int = 1

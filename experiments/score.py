@@ -14,8 +14,8 @@ from experiments.data import NAMES
 from experiments.errors import UserError
 
 
-def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None) -> list[float]:
-    """Decodes files of the LeNets, shrinks them, and runs them on the test images.
+def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None, width: float | None) -> list[float]:
+    """Decodes files of the LeNets, shrinks them, and runs them on the test images; with ``width`` files of a VGG that is so many times as wide.
 
     Returns:
       Errors in percent.
@@ -23,9 +23,9 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
     Raises:
       UserError: a file or the data set can't be read; the embedded digits would stand in for full MNIST.
     """
-    import flax.linen as nn
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     import bcdl_jax
     from experiments import data, models
@@ -36,18 +36,22 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
             f"{loaded.notice.split(':')[0]}, on whose test images the files are scored. Give --data-dir or set TFDS_DATA_DIR; for nets "
             f"trained on the embedded digits, --dataset {data.EMBEDDED}."
         )
-    images, labels = jnp.asarray(loaded.test.images), jnp.asarray(loaded.test.labels)
-    networks = {"LeNet-300-100": models.LeNet300(), "LeNet-5-Caffe": models.LeNet5()}
+    networks: dict[str, Any] = {"LeNet-300-100": models.LeNet300(), "LeNet-5-Caffe": models.LeNet5()}
+    shapes = dict.fromkeys(networks, (28, 28, 1))
+    if width is not None:
+        title = models.title("VGG", width)
+        networks = {title: models.network("VGG", bcdl_jax.GroupNormalJeffreys(), width)}
+        shapes = {title: (32, 32, 3)}
     templates = {
-        title: jax.eval_shape(model.init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+        title: jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shapes[title]), np.uint8))["params"]
         for title, model in networks.items()
     }
 
-    def read(path: str | Path) -> tuple[nn.Module, Any]:
+    def read(path: str | Path) -> tuple[str, Any]:
         refused = []
         for title, template in templates.items():
             try:
-                return networks[title], bcdl_jax.load(path, like=template)
+                return title, bcdl_jax.load(path, like=template)
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}.") from error
             except bcdl_jax.CompressedFileError as error:
@@ -56,21 +60,27 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None)
 
     errors = []
     for path in paths:
-        model, params = read(path)
-        twin: Any = model.clone(family=None)  # type: ignore[call-arg]
+        title, params = read(path)
+        twin = networks[title].clone(family=None)
+        test = loaded.padded_to(shapes[title]).test
+        images = jnp.asarray(test.images)
         small_apply, small, _ = bcdl_jax.shrink(
             lambda weights, images, twin=twin: twin.apply({"params": weights}, images),
             bcdl_jax.mean_weights(params),
             images[:2],
         )
-        wrong = jnp.argmax(jax.jit(small_apply)(small, images), axis=-1) != labels
-        errors.append(float(100 * jnp.mean(wrong)))
+        predict = jax.jit(lambda weights, images, apply=small_apply: jnp.argmax(apply(weights, images), axis=-1))
+        found = np.concatenate([predict(small, images[some]) for some in data.pieces(len(images))])
+        errors.append(float(100 * np.mean(found != test.labels)))
     return errors
 
 
-def in_fresh_process(paths: Sequence[Path], dataset: str, data_dir: str | None) -> list[float]:
+def in_fresh_process(
+    paths: Sequence[Path], dataset: str, data_dir: str | None, width: float | None = None
+) -> list[float]:
     """The same from another process, which has nothing but the files."""
     options = ["--dataset", dataset, *(["--data-dir", str(Path(data_dir).absolute())] if data_dir else [])]
+    options += [] if width is None else ["--vgg", str(width)]
     names = [str(path.absolute()) for path in paths]
     command = [sys.executable, "-m", "experiments.score", "--json", *options, "--", *names]
     here = Path(__file__).parents[1]
@@ -84,21 +94,31 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.score",
-        description="Decodes compressed files, as experiments.lenet300 and experiments.lenet5 write them, and prints their test errors.",
+        description="Decodes compressed files, as experiments.lenet300, experiments.lenet5 and experiments.vgg write them, and prints their test errors.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a compressed file")
     parser.add_argument(
-        "--dataset", default="mnist", metavar="|".join(NAMES), help="data set to test on (default: mnist)"
+        "--dataset", metavar="|".join(NAMES), help="data set to test on (default: mnist, cifar10 with --vgg)"
     )
     parser.add_argument(
         "--data-dir", help="directory of tensorflow-datasets data (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)"
     )
+    parser.add_argument(
+        "--vgg",
+        type=float,
+        metavar="WIDTH",
+        help="the files are of experiments.vgg, at this --width (otherwise: of a LeNet)",
+    )
     parser.add_argument("--json", action="store_true", help="print a list of numbers instead of sentences")
     args = parser.parse_args(arguments)
+    if args.dataset is None:
+        args.dataset = "mnist" if args.vgg is None else "cifar10"
     try:
         if args.dataset not in NAMES:
             raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
-        errors = test_errors(args.files, args.dataset, args.data_dir)
+        if args.vgg is not None and not 0 < args.vgg <= 1:
+            raise UserError(f"--vgg is {args.vgg}; it must be more than 0 and at most 1.")
+        errors = test_errors(args.files, args.dataset, args.data_dir, args.vgg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,20 @@ _COLUMNS = (
 Key = tuple[str, str]
 
 
-def read_results(directories: Iterable[Path], dataset: str, quick: bool = False) -> dict[Key, dict[str, Any]]:
-    """The results of a data set by experiment and method; later directories go before earlier ones.
+def network_of(result: dict[str, Any]) -> str:
+    """The experiment that a result is of, with the width of a network that is not as wide as the paper's."""
+    width = result.get("width", 1)
+    return result["experiment"] + ("" if width == 1 else f" at {width:g} times the width")
+
+
+def read_results(
+    directories: Iterable[Path], datasets: Collection[str], quick: bool = False
+) -> dict[Key, dict[str, Any]]:
+    """The results of data sets by network, see ``network_of``, and method; later directories go before earlier ones.
 
     Args:
       directories: that hold result files, or runs.
-      dataset: its name.
+      datasets: their names.
       quick: whether those of ``--quick`` runs count, whose figures mean nothing.
 
     Raises:
@@ -57,10 +65,10 @@ def read_results(directories: Iterable[Path], dataset: str, quick: bool = False)
                 raise UserError(f"{path} cannot be read as a result: {error}.") from error
             if not isinstance(result, dict) or result.get("method") not in METHODS or "experiment" not in result:
                 continue  # of a benchmark
-            if result.get("dataset", {}).get("name") == dataset and (
+            if result.get("dataset", {}).get("name") in datasets and (
                 quick or "--quick" not in result["command"].split()
             ):
-                found[result["experiment"], result["method"]] = result
+                found[network_of(result), result["method"]] = result
     return found
 
 
@@ -81,7 +89,8 @@ def paper_row(row: PaperRow) -> list[str]:
 def our_row(result: dict[str, Any]) -> list[str]:
     """The cells of a result of ours: means over its seeds."""
     mean, runs = result["mean"], [run for run in result["runs"] if not run["failure"]]
-    title = f"{METHODS[result['method']]}, here"
+    _, _, width = network_of(result).partition(" ")
+    title = f"{METHODS[result['method']]}, here" + (f" {width}" if width else "")
     if mean is None:
         return [title, "no seed was trained to the end", *["-"] * (len(_COLUMNS) - 2)]
     errors, rates = mean["test_error"], mean["rate_paper"]
@@ -110,7 +119,13 @@ def make_table(results: dict[Key, dict[str, Any]]) -> list[tuple[str, list[list[
             if (network, method) in results:
                 rows.append(our_row(results[network, method]))
             elif method in published:
-                rows.append([f"{METHODS[method]}, here", "not run here", *["-"] * (len(_COLUMNS) - 2)])
+                command = f"not run here: python -m experiments.{network} --method {method}"
+                rows.append([f"{METHODS[method]}, here", command, *["-"] * (len(_COLUMNS) - 2)])
+            rows += [
+                our_row(results[key])
+                for key in sorted(results)
+                if key[1] == method and key[0].startswith(f"{network} ")
+            ]
         table.append((title, rows))
     return table
 
@@ -151,6 +166,7 @@ def commands(results: dict[Key, dict[str, Any]]) -> list[str]:
     """How each result was made."""
     return [
         f"{result['command']}: {result['seconds'] / 60:.0f} minutes, {result['machine']}, data set {result['dataset']['name']}"
+        + (f". {result['dataset']['remark']}" if "remark" in result["dataset"] else "")
         for _, result in sorted(results.items())
     ]
 
@@ -199,17 +215,19 @@ def draw(path: Path, results: dict[Key, dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    networks = [name for name in TITLES if any(key[0] == name for key in results)]
+    networks = [name for name in TITLES if any(key[0].split(" ")[0] == name for key in results)]
     figure, grid = plt.subplots(
         1, len(networks), figsize=(6.4 * len(networks), 4.6), dpi=110, layout="constrained", squeeze=False
     )
     for panel, network in zip(grid[0], networks, strict=True):
-        for method, title in METHODS.items():
-            result = results.get((network, method))
-            runs = [run for run in result["runs"] if not run["failure"]] if result else []
+        order = list(METHODS)
+        for key in sorted(
+            (key for key in results if key[0].split(" ")[0] == network), key=lambda key: (order.index(key[1]), key)
+        ):
+            runs = [run for run in results[key]["runs"] if not run["failure"]]
             if runs:
                 sizes, errors = [run["file_bytes"] for run in runs], [run["test_error"]["file"] for run in runs]
-                panel.scatter(sizes, errors, s=36, label=f"{title}, here: files")
+                panel.scatter(sizes, errors, s=36, label=f"{our_row(results[key])[0]}: files")
         for number, model in enumerate(model for model in MODELS if model.network == network):
             panel.scatter(
                 model.bytes, model.error, marker="x", color="#555555", label="published" if not number else None
@@ -248,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--dataset",
         default=None,
         metavar="|".join(NAMES),
-        help=f"data set of the results (default: mnist; {EMBEDDED} with --run-quick)",
+        help=f"data set of the results (default: mnist and cifar10; {EMBEDDED} with --run-quick)",
     )
     parser.add_argument(
         "--run-quick",
@@ -268,17 +286,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"{name} is given with --run-quick, which makes its own results, of {EMBEDDED}; leave one of them out."
             )
-        dataset = args.dataset or (EMBEDDED if args.run_quick else "mnist")
-        if dataset not in NAMES:
-            raise UserError(f"--dataset is {dataset!r}; allowed are {', '.join(NAMES)}.")
+        if args.dataset not in (None, *NAMES):
+            raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
+        whole = ("mnist", "cifar10")
+        datasets = (args.dataset,) if args.dataset else (EMBEDDED,) if args.run_quick else whole
         args.out.mkdir(parents=True, exist_ok=True)
         if args.run_quick:
             print("All methods on the embedded digits, a few epochs each: the figures mean nothing.", flush=True)
             run_quick(args.out.resolve())
-            results = read_results([args.out], dataset, quick=True)
+            results = read_results([args.out], datasets, quick=True)
         else:
             local = Path("runs")
-            results = read_results(args.results or [COMMITTED, *([local] if local.is_dir() else [])], dataset)
+            results = read_results(args.results or [COMMITTED, *([local] if local.is_dir() else [])], datasets)
         table = make_table(results)
         print(as_text(table), "", EXPLANATION, *commands(results), sep="\n")
         text = "\n".join([as_markdown(table), EXPLANATION, "", *(f"- {line}" for line in commands(results)), ""])

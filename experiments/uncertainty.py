@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import bcdl_jax
+from experiments.data import pieces
 
 SAMPLES = 30
 _BINS = 15
@@ -42,9 +43,9 @@ def sampled_probabilities(
         start = jnp.zeros(jax.eval_shape(small_logits, params, images, key).shape)
         return jax.lax.fori_loop(0, samples, add, start) / samples
 
-    pieces = range(0, len(images), _AT_A_TIME)
+    starts = range(0, len(images), _AT_A_TIME)
     return jnp.concatenate(
-        [piece(small, images[first : first + _AT_A_TIME], jax.random.fold_in(key, first)) for first in pieces]
+        [piece(small, images[first : first + _AT_A_TIME], jax.random.fold_in(key, first)) for first in starts]
     )
 
 
@@ -52,9 +53,12 @@ def mean_probabilities(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array
     """From params and images to the probabilities at the mean weights, [examples, classes]."""
 
     @jax.jit
-    def probabilities(params: Any, images: jax.Array) -> jax.Array:
+    def piece(params: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, images)
         return jax.nn.softmax(logits)
+
+    def probabilities(params: Any, images: jax.Array) -> jax.Array:
+        return jnp.concatenate([piece(params, images[some]) for some in pieces(len(images))])
 
     return probabilities
 

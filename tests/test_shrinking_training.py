@@ -9,6 +9,7 @@ import pytest
 import bcdl_jax
 from bcdl_jax import ensemble
 from bcdl_jax.posterior import Posterior, map_named_layers
+from bcdl_jax.shrinking_training import shrink_measure
 from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
 from tests.test_ensemble import train
 from tests.test_training import BATCH, EXAMPLES, copy, data, setup
@@ -103,6 +104,36 @@ def test_a_shrunk_step_equals_the_masked_step(multiple_of):
     np.testing.assert_array_equal(gone, state.params["Conv_0"]["posterior"].kernel_mean[..., 0])
 
 
+def test_a_measure_without_what_is_gone_stays_right_while_training_goes_on():
+    def error(params, held_out):
+        logits = SmallConvNet().apply({"params": params}, held_out[0])
+        return 100 * jnp.mean(jnp.argmax(logits, -1) != held_out[1])
+
+    def cross_entropy(params, held_out):
+        logits = SmallConvNet().apply({"params": params}, held_out[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, held_out[1]).mean()
+
+    state, conv_data = conv_state()
+    state = bcdl_jax.prune_state(state, 3.0, CONV_CHAIN)
+    small = {measure: shrink_measure(measure, state.params, conv_data) for measure in (error, cross_entropy)}
+    step = jax.jit(make_step(conv_nll))
+    for start in range(0, 5 * BATCH, BATCH):
+        for measure, shrunk in small.items():
+            expected = float(measure(state.params, conv_data))
+            assert float(shrunk(state.params, conv_data)) == pytest.approx(expected, rel=1e-5)
+        state, _ = step(state, jax.tree.map(lambda array, start=start: array[start : start + BATCH], conv_data))
+    # The first convolution has two of its four channels.
+    program = str(jax.make_jaxpr(lambda held_out: small[error](state.params, held_out))(conv_data))
+    assert "f32[3,3,2,2]" in program
+
+
+def test_a_measure_of_more_than_examples_is_taken_at_full_size():
+    state, conv_data = conv_state()
+    state = bcdl_jax.prune_state(state, 3.0, CONV_CHAIN)
+    weighted = (*conv_data, jnp.float32(2))
+    assert shrink_measure(lambda params, held_out: held_out[2] * 1.0, state.params, weighted) is None
+
+
 def test_it_shrinks_only_where_that_pays():
     state, conv_data = conv_state()
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
@@ -146,14 +177,16 @@ def test_what_is_gone_may_be_found_from_the_params():
         assert one.after == other.after
 
 
-def shrinking_ensemble(data, stop=None, states=None):
+def shrinking_ensemble(data, stop=None, states=None, first=2, epochs=5):
     """Two seeds, of which groups die in the first while it is trained: shrunk after the second and the fourth epoch."""
     _, _, fresh = setup(OPTIMIZER, seeds=(3, 4))
     if states is None:
         params = with_dead_groups(bcdl_jax.unstack(fresh, 0).params, {"Dense_1": [0, 1], "Dense_2": [2, 3]})
         states = fresh.replace(params=bcdl_jax.stack([params, bcdl_jax.unstack(fresh, 1).params]))
-    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, first=2, multiple_of=1)
-    return train(states, data, make_step(dense_nll), (3, 4), epochs=5, in_turn=True, shrinking=shrinking, stop=stop)
+    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, first=first, multiple_of=1)
+    return train(
+        states, data, make_step(dense_nll), (3, 4), epochs=epochs, in_turn=True, shrinking=shrinking, stop=stop
+    )
 
 
 def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypatch):
@@ -173,6 +206,22 @@ def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypat
     assert ends == 2
     assert_trees_close(states, expected, rtol=0)
     assert [report.reports for report in resumed] == [report.reports for report in reports]
+
+
+def test_the_reported_error_is_that_of_the_whole_network(data, monkeypatch):
+    made = []
+
+    def spy(*arguments):
+        made.append(shrink_measure(*arguments))
+        return made[-1]
+
+    reports = []
+    for measure in (spy, lambda *_: None):
+        monkeypatch.setattr(ensemble, "shrink_measure", measure)
+        reports.append([report.reports for report in shrinking_ensemble(data, first=1, epochs=7)[1]])
+    assert len(made) == 1  # of the seed that has lost something, once
+    assert made[0] is not None
+    assert reports[0] == reports[1]
 
 
 def test_bad_arguments(data):

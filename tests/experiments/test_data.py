@@ -2,13 +2,16 @@ import dataclasses
 import functools
 import gzip
 import http.server
+import io
 import os
 import socket
+import tarfile
 import threading
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import data
 from experiments.errors import UserError
@@ -111,8 +114,17 @@ def served(tmp_path, monkeypatch):
         thread.start()
         tfds = pytest.importorskip("tensorflow_datasets")
         monkeypatch.setattr(tfds.builder_cls("mnist"), "URL", f"http://127.0.0.1:{server.server_address[1]}/")
-        for name, value in (("_FULL_TRAIN", TRAIN), ("_FULL_TEST", TEST), ("_FULL_VALIDATION", VALIDATION)):
-            monkeypatch.setattr(data, name, value)
+        cifar = tfds.builder_cls("cifar10")
+        own = cifar._cifar_info.fget
+
+        def info(builder):
+            stock = own(builder)
+            return stock._replace(url=f"http://127.0.0.1:{server.server_address[1]}/cifar-10-binary.tar.gz")
+
+        monkeypatch.setattr(cifar, "_cifar_info", property(info))
+        for name in ("mnist", "cifar10"):
+            changed = dataclasses.replace(data._FULL[name], train=TRAIN, test=TEST, validation=VALIDATION)
+            monkeypatch.setitem(data._FULL, name, changed)
         yield folder
         server.shutdown()
         thread.join()
@@ -158,6 +170,58 @@ def test_a_failed_download_is_said_in_one_sentence(served, tmp_path):
         data.load("mnist", str(tmp_path / "tfds"))
 
 
+@pytest.mark.filterwarnings("default")
+def test_cifar_is_prepared_without_tensorflow(served, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    records = random.integers(0, 256, (TRAIN + TEST, 1 + 3072)).astype(np.uint8)
+    records[:, 0] = random.integers(0, 10, len(records))
+    parts = np.split(records[:TRAIN], 5)
+    content = {f"data_batch_{number}.bin": part.tobytes() for number, part in enumerate(parts, start=1)}
+    content |= {
+        "test_batch.bin": records[TRAIN:].tobytes(),
+        "batches.meta.txt": b"\n".join(b"class%d" % i for i in range(10)),
+    }
+    with tarfile.open(served / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for name, value in content.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(value)
+            archive.addfile(member, io.BytesIO(value))
+    dataset = data.load("cifar10", str(tmp_path / "tfds"))
+    assert dataset.summary() == {"name": "cifar10", "train": TRAIN - VALIDATION, "validation": VALIDATION, "test": TEST}
+    for rows, splits in ((records[:TRAIN], (dataset.train, dataset.validation)), (records[TRAIN:], (dataset.test,))):
+        found = {(image.tobytes(), int(label)) for split in splits for image, label in zip(split.images, split.labels)}
+        planes = rows[:, 1:].reshape(-1, 3, 1024)
+        expected = {(np.stack(list(image), -1).tobytes(), int(row[0])) for image, row in zip(planes, rows)}
+        assert found == expected
+
+    def jpeg(image):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="JPEG")
+        return io.BytesIO(file.getvalue())
+
+    # A copy that somebody stored with loss.
+    monkeypatch.setattr(data, "_png", jpeg)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):  # the second time from the arrays that were kept
+        lossy = data.load("cifar10", str(tmp_path / "lossy"))
+        assert "stored as JPEG" in lossy.remark
+        assert lossy.summary()["remark"] == lossy.remark
+    assert list((tmp_path / "cache" / "bcdl_jax" / "data").glob("cifar10-*.npz"))
+
+
+def test_images_are_padded_to_what_the_network_takes():
+    digits = data.load("mnist_5k")
+    padded = digits.padded_to((32, 32, 3))
+    assert padded.test.images.shape == (len(digits.test), 32, 32, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(padded.test.images[:, 2:-2, 2:-2, channel], digits.test.images[..., 0])
+    assert padded.test.images.sum() == 3 * digits.test.images.sum(dtype=np.int64)
+    assert padded.train.labels is digits.train.labels
+    assert digits.padded_to((28, 28, 1)) is digits
+    with pytest.raises(UserError, match="The images of mnist_5k are 32 x 32 x 3; the network takes 28 x 28 x 1"):
+        padded.padded_to((28, 28, 1))
+
+
 def test_the_lack_of_a_network_is_remembered_for_an_hour(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
@@ -170,7 +234,7 @@ def test_the_lack_of_a_network_is_remembered_for_an_hour(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no network to download it"):
         data.load("mnist", str(tmp_path / "none"))
     assert len(asked) == 2
-    remembered = tmp_path / "cache" / "bcdl_jax" / "network" / "unreachable"
+    remembered = tmp_path / "cache" / "bcdl_jax" / "network" / "unreachable-mnist"
     os.utime(remembered, (time.time() - 3700,) * 2)
     assert "there is no network" in data.load("mnist").notice
     assert len(asked) == 3

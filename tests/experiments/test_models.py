@@ -71,3 +71,18 @@ def test_a_pruned_lenet5_in_training_can_be_shrunk():
     shapes = {name: layer.kernel_mean.shape for name, layer in bcdl_jax.posteriors(small).items()}
     assert shapes == {"Conv_0": (5, 5, 1, 2), "Conv_1": (5, 5, 2, 5), "Dense_0": (80, 8), "Dense_1": (8, 10)}
     assert report.multiply_adds[1] < report.multiply_adds[0]
+
+
+@pytest.mark.parametrize("model", [models.LeNet300, LeNet5])
+def test_plain_layers_drop_hidden_units_in_training_alone(model):
+    images = jax.random.randint(jax.random.key(0), (2, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    plain, dropping = model(family=None), model(family=None, dropout=0.5)
+    params = jax.jit(plain.init)(jax.random.key(1), images)["params"]
+    np.testing.assert_array_equal(dropping.apply({"params": params}, images), plain.apply({"params": params}, images))
+
+    def in_training(key):
+        return dropping.apply({"params": params}, images, deterministic=False, rngs={"dropout": jax.random.key(key)})
+
+    many = jnp.stack([in_training(key) for key in range(3)])
+    assert float(jnp.abs(many[0] - many[1]).max()) > 1e-3
+    np.testing.assert_array_equal(many[2], in_training(2))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import command_line, data, lenet5, lenet300, models, score
+from experiments import command_line, data, lenet5, lenet300, models, score, vgg
 
 METHODS = ("dc", "dns", "sws")
 
@@ -79,15 +79,17 @@ def test_metrics_tell_what_is_kept(finished):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-@pytest.mark.parametrize("experiment", [lenet300.EXPERIMENT, lenet5.EXPERIMENT], ids=lambda experiment: experiment.name)
-def test_recipes_have_a_value_for_every_layer(experiment):
+@pytest.mark.parametrize("module", [lenet300, lenet5, vgg], ids=lambda module: module.__name__)
+def test_recipes_have_a_value_for_every_layer(module):
+    experiment = module.EXPERIMENT
+    dataset = experiment.datasets[0]
     assert set(experiment.recipes) == set(command_line.METHODS)
     for method, values in (("dc", "kept"), ("dns", "spread")):
-        recipe = experiment.recipe("mnist", method=method)
+        recipe = experiment.recipe(dataset, method=method)
         assert len(getattr(recipe, values)) == len(recipe.levels) == len(experiment.chain)
     for method in METHODS:
-        assert experiment.recipe("mnist", method=method).pretrain_epochs > 0
-        quick = experiment.recipe("mnist", quick=True, method=method)
+        assert experiment.recipe(dataset, method=method).pretrain_epochs > 0
+        quick = experiment.recipe(dataset, quick=True, method=method)
         assert (quick.pretrain_epochs, quick.epochs) == (1, experiment.quick["epochs"])
 
 
@@ -108,6 +110,6 @@ def test_scoring_reads_files_of_levels(finished):
     _, out, dataset = finished
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: dataset)
-        (error,) = score.test_errors([out / "compressed_seed2.bcdl"], "mnist_5k", None)
+        (error,) = score.test_errors([out / "compressed_seed2.bcdl"], "mnist_5k", None, None)
     (run,) = json.loads((out / "result.json").read_text())["runs"]
     assert error == pytest.approx(run["test_error"]["reduced"], abs=1e-4)

@@ -54,9 +54,20 @@ def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path)
     write(second.parent, result(method="gnj", dataset="mnist_5k"))
     write(second.parent, {"results": []}, "benchmark.json")
     write(second.parent, result(method="dc", command="python -m experiments.lenet5 --quick"), "quick.json")
-    found = table.read_results([first, second.parent], "mnist")
+    found = table.read_results([first, second.parent], ["mnist"])
     assert set(found) == {("lenet5", "ghs")}
     assert found["lenet5", "ghs"]["seconds"] == 2
+
+
+def test_a_narrower_network_has_a_row_of_its_own(tmp_path, capsys):
+    stored = {"name": "cifar10", "remark": "The images are stored as JPEG."}
+    made = write(tmp_path / "made", result("vgg", "gnj", width=0.25) | {"dataset": stored})
+    assert table.main(["--results", str(made), "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if "14x (8.6)" in line)
+    assert "not run here: python -m experiments.vgg --method gnj" in lines[place + 1]
+    assert "group normal-Jeffreys prior, here at 0.25 times the width (2 seeds)" in lines[place + 2]
+    assert any("data set cifar10. The images are stored as JPEG." in line for line in lines)
 
 
 def test_a_run_without_a_finished_seed_is_said_so():
@@ -64,7 +75,7 @@ def test_a_run_without_a_finished_seed_is_said_so():
 
 
 def test_committed_results_make_a_table():
-    results = table.read_results([table.COMMITTED], "mnist")
+    results = table.read_results([table.COMMITTED], ["mnist"])
     assert ("lenet300", "gnj") in results
     text = table.as_text(table.make_table(results))
     assert all(title in text for title in table.TITLES.values())

@@ -1,0 +1,75 @@
+"""VGG on CIFAR-10: ``python -m experiments.vgg``, on a CPU with ``--width 0.25``.
+
+No recipe was run to its end yet, or tuned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+
+from experiments import command_line
+from experiments.data import EMBEDDED
+from experiments.recipe import PlainRecipe, Recipe, Training
+
+CHAIN = (*(f"Conv_{number}" for number in range(13)), "Dense_0", "Dense_1")
+PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "log_dropout_rates.png")
+
+_FULL = Recipe(
+    epochs=30,
+    fine_tune_epochs=10,
+    learning_rate=1e-3,
+    fine_tune_learning_rate=5e-4,
+    pretrain_epochs=12,
+    pretrain_learning_rate=2e-3,
+    mirror=True,
+    log_variance_factor=6.0,
+    warmup_epochs=5,
+    fine_tune_averaging_epochs=3,
+    max_pruning_change=0.02,
+    max_rounding_change=0.005,
+    in_turn=True,
+    max_shrinking_change=0.005,
+)
+_PRETRAINED = PlainRecipe(
+    epochs=14,
+    fine_tune_epochs=3,
+    learning_rate=1e-3,
+    fine_tune_learning_rate=5e-4,
+    pretrain_epochs=12,
+    mirror=True,
+)
+_DECAYED = dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=(32,) * 14 + (16,))
+_RECIPES: dict[str, Training] = {
+    "gnj": _FULL,
+    "ghs": _FULL,
+    # A network that is pruned weight by weight does not shrink while it is trained.
+    "sparse_vd": dataclasses.replace(_FULL, max_shrinking_change=None),
+    "dc": dataclasses.replace(_DECAYED, kept=(0.5, *[0.2] * 13, 0.5), rounds=2),
+    "dns": dataclasses.replace(_DECAYED, spread=(0.5, *[2.0] * 13, 1.0)),
+    "sws": _PRETRAINED,
+}
+
+EXPERIMENT = command_line.Experiment(
+    name="vgg",
+    title="VGG",
+    model="VGG",
+    chain=CHAIN,
+    pictures=PICTURES,
+    # On few digits to see it work; not tuned.
+    recipes={
+        method: {"cifar10": recipe, EMBEDDED: dataclasses.replace(recipe, batch_size=32, mirror=False)}
+        for method, recipe in _RECIPES.items()
+    },
+    quick={"epochs": 2, "fine_tune_epochs": 1, "pretrain_epochs": 1, "warmup_epochs": 0},
+    datasets=("cifar10", EMBEDDED),
+    image_shape=(32, 32, 3),
+    widths=True,
+)
+
+main = functools.partial(command_line.main, EXPERIMENT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The VGG experiment, on a few padded digits with a narrow network."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from experiments import command_line, compress, data, models, score, vgg
+
+
+def test_recipes_and_widths():
+    assert vgg.EXPERIMENT.recipe("cifar10").mirror
+    for method in command_line.METHODS:
+        assert not vgg.EXPERIMENT.recipe("mnist_5k", method=method).mirror
+    net = models.network("VGG", bcdl_jax.GroupHorseshoe(), 0.25)
+    params = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))["params"]
+    layers = bcdl_jax.posteriors(params)
+    assert set(layers) == set(params) == set(vgg.CHAIN)
+    widths = [layers[name].kernel_shape[-1] for name in vgg.CHAIN]
+    assert widths == [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128, 128, 10]
+    assert [layers[name].clip_var for name in vgg.CHAIN] == [0.01] * 4 + [0.04] * 3 + [None] * 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "0"], "--width is 0; it must be more than 0 and at most 1."),
+        (["--width", "nan"], "--width is nan; it must be more than 0 and at most 1."),
+        (["--dataset", "mnist"], "--dataset is 'mnist'; allowed are cifar10, mnist_5k."),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, capsys):
+    assert vgg.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_are_mirrored_half_of_the_time():
+    images = jax.random.randint(jax.random.key(0), (400, 4, 4, 2), 0, 256).astype(jnp.uint8)
+    found = np.asarray(jax.jit(compress.mirrored)(images, jax.random.key(1)))
+    same = (found == np.asarray(images)).all((1, 2, 3))
+    turned = (found == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
+    assert (same ^ turned).all()
+    assert 150 < same.sum() < 250
+
+
+def test_what_is_mirrored_can_shrink_at_any_batch_size():
+    model = models.VGG(bcdl_jax.GroupNormalJeffreys(), widths=((3, 4),), hidden=5, batch_norm=False)
+    images = jax.random.randint(jax.random.key(0), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
+    batch, key = (images, jnp.arange(6)), jax.random.key(1)
+    params = jax.jit(model.init)(jax.random.key(2), images)["params"]
+    first = params["Conv_0"]["posterior"].replace(output_mask=jnp.array([1.0, 0, 1]))
+    params = params | {"Conv_0": {"posterior": first}}
+
+    def shifted(params, batch, key):
+        return 1 + compress.sampled_cross_entropy(model, params, batch, key, mirror=True)
+
+    small, small_params, report = bcdl_jax.shrink(shifted, params, (batch, key))
+    assert report.multiply_adds[1] < report.multiply_adds[0]
+    for size in (6, 5):
+        some = jax.tree.map(lambda array, size=size: array[:size], batch)
+        expected = float(shifted(params, some, key))
+        assert float(jax.jit(small)(small_params, some, key)) == pytest.approx(expected, rel=1e-5)
+    plain = 1 + compress.sampled_cross_entropy(model, params, batch, key)
+    assert float(plain) != pytest.approx(float(shifted(params, batch, key)), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    whole = data.load("mnist_5k")
+
+    def few(split, count):
+        rows = np.random.default_rng(0).permutation(len(split))[:count]
+        return data.Split(split.images[rows], split.labels[rows])
+
+    dataset = data.Dataset("mnist_5k", few(whole.train, 64), few(whole.validation, 32), few(whole.test, 32))
+    arguments = ["--dataset", "mnist_5k", "--quick", "--width", "0.05", "--seeds", "1", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_: dataset)
+        return vgg.main(arguments), out
+
+
+def test_a_run_writes_its_files_and_its_width(finished):
+    status, out = finished
+    assert status == 0
+    result = json.loads((out / "result.json").read_text())
+    assert (result["experiment"], result["method"], result["width"]) == ("vgg", "gnj", 0.05)
+    (run,) = result["runs"]
+    assert run["failure"] is None
+    assert run["total_units"][:4] == [3, 3, 6, 6]
+    assert {path.name for path in out.iterdir()} >= {"compressed_seed1.bcdl", "pretrained_seed1.npz", *vgg.PICTURES}
+
+
+def test_the_file_is_scored_with_its_width_alone(finished):
+    _, out = finished
+    (error,) = score.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.05)
+    assert 0 <= error <= 100
+    with pytest.raises(score.UserError, match=r"not one of VGG at 0\.5 times the width"):
+        score.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.5)
