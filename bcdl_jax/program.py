@@ -386,16 +386,40 @@ def data_dependent(program: Program, num_params: int) -> set[int]:
 
 def multiply_adds(program: Program) -> int:
     """Multiplications of all matrix products and convolutions of a program, at the batch size it was traced for."""
-    total = 0
+    return sum(_step_multiply_adds(program, step) for step in program.steps)
+
+
+def multiply_adds_by_owner(program: Program, owners: Sequence[int | None]) -> dict[int | None, int]:
+    """The same, by whose arguments a product reads.
+
+    Args:
+      program: traced.
+      owners: of each flattened argument; None for data.
+
+    Returns:
+      By owner the products of data with something that was made of that owner's arguments alone; by None all others.
+    """
+    # What a value was made of: some owners, or data, which is None in the set.
+    made_of = {number: {owner} for number, owner in zip(program.inputs, owners, strict=True)}
+    totals: dict[int | None, int] = dict.fromkeys([None, *owners], 0)
     for step in program.steps:
-        if step.name == "dot_general":
-            ((contracted, _), _) = step.params["dimension_numbers"]
-            sizes = program.shapes[step.inputs[0]].shape
-            total += program.shapes[step.outputs[0]].size * int(
-                np.prod([sizes[axis] for axis in contracted], dtype=int)
-            )
-        elif step.name == "conv_general_dilated":
-            kernel = program.shapes[step.inputs[1]]
-            features = kernel.shape[step.params["dimension_numbers"].rhs_spec[0]]
-            total += program.shapes[step.outputs[0]].size * (kernel.size // max(features, 1))
-    return total
+        sources = [made_of.get(number, set()) for number in step.inputs]
+        if count := _step_multiply_adds(program, step):
+            weights = [source for source in sources if None not in source]
+            (owner,) = weights[0] if len(weights) == 1 and len(weights[0]) == 1 else (None,)
+            totals[owner] += count
+        for number in step.outputs:
+            made_of[number] = set().union(*sources)
+    return totals
+
+
+def _step_multiply_adds(program: Program, step: Step) -> int:
+    if step.name == "dot_general":
+        ((contracted, _), _) = step.params["dimension_numbers"]
+        sizes = program.shapes[step.inputs[0]].shape
+        return program.shapes[step.outputs[0]].size * int(np.prod([sizes[axis] for axis in contracted], dtype=int))
+    if step.name == "conv_general_dilated":
+        kernel = program.shapes[step.inputs[1]]
+        features = kernel.shape[step.params["dimension_numbers"].rhs_spec[0]]
+        return program.shapes[step.outputs[0]].size * (kernel.size // max(features, 1))
+    return 0

@@ -15,6 +15,7 @@ such a state is all that must be saved.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 
 from bcdl_jax.averaging import AverageParamsState
 from bcdl_jax.posterior import Posterior, PyTree, posteriors
+from bcdl_jax.program import multiply_adds_by_owner, trace
 from bcdl_jax.pruning import Thresholds, prune
 from bcdl_jax.shrinking import ShrinkReport, cut, expand, shrink
 from bcdl_jax.training import NegativeLogLikelihood, TrainState, TrainStep, keep_masks
@@ -201,13 +203,38 @@ def shrink_further(
         float(new.kept_weights()) / max(1.0, float(old.kept_weights()))
         for new, old in zip(_layers(masked), _layers(state), strict=True)
     ]
-    if min(shares) > 1 - shrinking.least_saving:
+    if min(shares) > 1 - shrinking.least_saving or not _may_save(shrinking, state, masked, batch):
         return None
     small = shrink_training(shrinking, masked, batch)
     if small is None:
         return None
     before = small.report.multiply_adds[0] if current is None else current.report.multiply_adds[1]
     return small if small.report.multiply_adds[1] <= (1 - shrinking.least_saving) * before else None
+
+
+# Of the saving that is asked for, how much an estimate must promise: folding and rounding up are not in it.
+_PROMISED = 0.8
+
+
+def _may_save(shrinking: Shrinking, state: TrainState, masked: TrainState, batch: PyTree) -> bool:
+    """Whether the masks leave out enough multiply-adds, going by the share of each layer in those at full size: a trace, in place of a shrinking."""
+    nodes = jax.tree.leaves(state.params, is_leaf=lambda node: isinstance(node, Posterior))
+    owners = [
+        number if isinstance(node, Posterior) else None
+        for number, node in enumerate(nodes)
+        for _ in jax.tree.leaves(node)
+    ]
+    program = trace(shrinking.negative_log_likelihood, state.params, batch, state.key)
+    owners += [None] * (len(program.inputs) - len(owners))
+    totals = multiply_adds_by_owner(program, owners)
+    numbers = [number for number, node in enumerate(nodes) if isinstance(node, Posterior)]
+
+    def estimate(layers: list[Posterior]) -> float:
+        kept = [float(layer.kept_weights()) / math.prod(layer.kernel_shape) for layer in layers]
+        return totals[None] + sum(totals[number] * share for number, share in zip(numbers, kept, strict=True))
+
+    promised = 1 - estimate(_layers(masked)) / max(1.0, estimate(_layers(state)))
+    return promised >= _PROMISED * shrinking.least_saving
 
 
 def _layers(state: TrainState) -> list[Posterior]:

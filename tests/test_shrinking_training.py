@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import bcdl_jax
-from bcdl_jax import ensemble
+from bcdl_jax import ensemble, shrinking_training
 from bcdl_jax.posterior import Posterior, map_named_layers
+from bcdl_jax.program import multiply_adds, multiply_adds_by_owner, trace
 from bcdl_jax.shrinking_training import shrink_measure
 from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
 from tests.test_ensemble import train
@@ -149,6 +150,40 @@ def test_it_shrinks_only_where_that_pays():
     assert bcdl_jax.shrink_training(shrinking, state, batch) is None  # nothing is masked
     empty = state.replace(params=bcdl_jax.prune(state.params, -1e9, CONV_CHAIN))
     assert bcdl_jax.shrink_training(shrinking, empty, batch) is None
+
+
+def test_multiply_adds_are_counted_by_layer():
+    state, (images, labels) = conv_state()
+    program = trace(conv_nll, state.params, (images[:BATCH], labels[:BATCH]), state.key)
+    nodes = jax.tree.leaves(state.params, is_leaf=lambda node: isinstance(node, Posterior))
+    owners = [number for number, node in enumerate(nodes) for _ in jax.tree.leaves(node)]
+    owners += [None] * (len(program.inputs) - len(owners))
+    found = multiply_adds_by_owner(program, owners)
+    assert found.pop(None) == 0
+    assert sum(found.values()) == multiply_adds(program)
+    # Of the means and of the variances; SAME convolutions, with a pooling between them or without.
+    for number, layer in enumerate(nodes):
+        weights = np.prod(layer.kernel_shape)
+        assert found[number] % (2 * BATCH * weights) == 0
+        assert found[number] >= 2 * BATCH * weights
+
+
+def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
+    """A layer that takes few of the multiply-adds loses most of its groups."""
+    state, conv_data = conv_state()
+    state = bcdl_jax.prune_state(state, 3.0, CONV_CHAIN)
+    last = list(bcdl_jax.posteriors(state.params))[-1]
+    groups = bcdl_jax.posteriors(state.params)[last].scale_mean.size
+    params = with_dead_groups(state.params, {last: range(groups - groups // 3, groups)})
+    batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
+    shrinking = bcdl_jax.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1)
+    tried = []
+    monkeypatch.setattr(shrinking_training, "shrink_training", lambda *_: tried.append(1))
+    assert bcdl_jax.shrink_further(shrinking, state.replace(params=params), batch) is None
+    assert not tried
+    fresh, _ = conv_state()
+    bcdl_jax.shrink_further(shrinking, fresh, batch)
+    assert tried
 
 
 def test_the_groups_are_looked_at_ever_more_rarely():
