@@ -192,12 +192,9 @@ def _epochs(
         params = part.whole().params
         if part.small is None or trainer.shrinking is None or not trainer.shrinking.is_settled(epochs):
             return measure_whole(params, validation_data)
-        if not part.small_error:
-            part.small_error = [shrink_measure(validation_error, params, validation_data)]
-        (error,) = part.small_error
-        if error is None:
-            return measure_whole(params, validation_data)
-        return error(params, validation_data), count(params)
+        if part.small_error is None:
+            part.small_error = shrink_measure(validation_error, params, validation_data)
+        return part.small_error(params, validation_data), count(params)
 
     names = part_names(states.params)
     layers = posteriors(states.params)
@@ -271,8 +268,7 @@ class _Part:
         self.settled = False
         self.program: Callable[..., Any] | None = None
         self.seconds_per_step: float | None = None
-        # The measure of the shrunk network, once it was tried to make it: None where that was not possible.
-        self.small_error: list[Callable[[PyTree, PyTree], jax.Array] | None] = []
+        self.small_error: Callable[[PyTree, PyTree], jax.Array] | None = None  # made when it is first asked for
 
     def whole(self) -> TrainState:
         return self.state if self.small is None else self.small.expand(self.state)
@@ -280,7 +276,7 @@ class _Part:
     def take(self, small: SmallTraining) -> None:
         """Goes on with a smaller training."""
         self.state, self.small, self.program, self.seconds_per_step = small.state, small, None, None
-        self.small_error = []
+        self.small_error = None
 
 
 class _Trainer:

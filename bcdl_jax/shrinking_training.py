@@ -159,8 +159,8 @@ def shrink_training(shrinking: Shrinking, state: TrainState, batch: PyTree) -> S
 
 def shrink_measure(
     measure: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree
-) -> Callable[[PyTree, PyTree], jax.Array] | None:
-    """A measure of the params, such as a validation error, without what their masks say is pruned.
+) -> Callable[[PyTree, PyTree], jax.Array]:
+    """A measure of the params, such as a validation error, compiled without what their masks say is pruned.
 
     Args:
       measure: ``measure(params, data)``, a pure function.
@@ -168,14 +168,14 @@ def shrink_measure(
       data: tree of arrays [examples, ...]; the first two are the example to trace with.
 
     Returns:
-      A function of params at full size with the same masks, and of data; or None for a measure that is not one of examples along the
-      leading axes alone, or that differs on the example, as a tie decided the other way makes it do.
+      A function of params at full size with the same masks, and of data. It computes all of the network where the measure is not one of
+      examples along the leading axes alone, or differs on the example, as a tie decided the other way makes it do.
     """
     try:
         small, small_params, report = shrink(measure, params, (jax.tree.map(lambda array: array[:2], data),))
         jax.eval_shape(small, small_params, data)
     except (ValueError, TypeError, IndexError):
-        return None
+        return jax.jit(measure)
     compiled = jax.jit(small)
     return lambda params, data: compiled(cut(params, report), data)
 
@@ -217,7 +217,10 @@ _PROMISED = 0.8
 
 
 def _may_save(shrinking: Shrinking, state: TrainState, masked: TrainState, batch: PyTree) -> bool:
-    """Whether the masks leave out enough multiply-adds, going by the share of each layer in those at full size: a trace, in place of a shrinking."""
+    """Whether the masks leave out enough multiply-adds, going by the share of each layer in those at full size: a trace, in place of a shrinking.
+
+    Products that are no layer's do not count: what is promised in vain costs a shrinking, what is refused in error costs all that it saves.
+    """
     nodes = jax.tree.leaves(state.params, is_leaf=lambda node: isinstance(node, Posterior))
     owners = [
         number if isinstance(node, Posterior) else None
@@ -231,7 +234,7 @@ def _may_save(shrinking: Shrinking, state: TrainState, masked: TrainState, batch
 
     def estimate(layers: list[Posterior]) -> float:
         kept = [float(layer.kept_weights()) / math.prod(layer.kernel_shape) for layer in layers]
-        return totals[None] + sum(totals[number] * share for number, share in zip(numbers, kept, strict=True))
+        return sum(totals[number] * share for number, share in zip(numbers, kept, strict=True))
 
     promised = 1 - estimate(_layers(masked)) / max(1.0, estimate(_layers(state)))
     return promised >= _PROMISED * shrinking.least_saving

@@ -77,6 +77,11 @@ class Experiment:
         return dataclasses.replace(chosen, **changes)
 
 
+def at_width(name: str, width: float | None) -> str:
+    """A network's name with its width, where that is not the paper's."""
+    return name if width in (None, 1) else f"{name} at {width:g} times the width"
+
+
 def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Namespace:
     """Reads and checks the options. Raises UserError for values that are not allowed."""
     parser = _parser(experiment)
@@ -301,7 +306,8 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     devices.check_batch_size(settings.batch_size, len(chosen))
     dataset, settings = _adapt_to(len(chosen), dataset, settings)
     width = args.width if experiment.widths else None
-    model = models.network(experiment.model, models.family(args.method, settings), width)
+    family = models.family(args.method, settings)
+    model = getattr(models, experiment.model)(family) if width is None else models.vgg(family, width)
     pretrained, arrays = None, None
     if args.pretrained is not None:
         arrays = files.read_pretrained(args.pretrained, dataset.name, (EMBEDDED,))
@@ -339,7 +345,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     if settings.pretrain_epochs:
         epochs.insert(0, settings.pretrain_epochs)
     length = f"{' + '.join(map(str, epochs))} epochs, seeds {' '.join(map(str, seeds))}"
-    title = models.title(experiment.title, width)
+    title = at_width(experiment.title, width)
     print(f"{title}, {METHODS[args.method]}, {dataset.name}: {sizes}; {length}", flush=True)
     try:
         with (

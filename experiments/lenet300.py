@@ -43,7 +43,9 @@ _PRETRAINED = PlainRecipe(epochs=60, fine_tune_epochs=5, fine_tune_learning_rate
 _LEVELS = (32, 32, 16)
 _PLAIN = {
     "dc": {
-        "mnist": dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=_LEVELS, kept=(0.075, 0.1, 0.4), rounds=3),
+        "mnist": dataclasses.replace(
+            _PRETRAINED, weight_decay=0.03, dropout=0.1, levels=_LEVELS, kept=(0.075, 0.1, 0.4), rounds=3
+        ),
     },
     "dns": {
         "mnist": dataclasses.replace(_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(5.5, 4.3, 1.3)),

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import bcdl_jax
 from bcdl_jax.layers import Family
@@ -21,9 +20,6 @@ from experiments.recipe import Recipe, Training
 # LeNet-300-100, of 0.5 for LeNet-5-Caffe.
 FIRST_LAYER_CLIP_VAR = 0.04
 FIRST_CONVOLUTION_CLIP_VAR = 0.25
-
-# Digits to trace or initialise the LeNets with.
-SAMPLE_IMAGES = np.zeros((1, 28, 28, 1), np.uint8)
 
 Layer = Callable[[jax.Array], jax.Array]
 _DEFAULT = bcdl_jax.GroupNormalJeffreys()
@@ -36,18 +32,6 @@ def family(method: str, recipe: Training) -> Family:
     if method == "ghs" and isinstance(recipe, Recipe):
         return bcdl_jax.GroupHorseshoe(tau0=recipe.tau0)
     return bcdl_jax.SparseVariationalDropout()
-
-
-def network(name: str, family: Family | None, width: float | None = None) -> nn.Module:
-    """The network of an experiment by the name of its class; with ``width`` a VGG that is so many times as wide, without batch norms."""
-    if width is None:
-        return globals()[name](family)
-    return globals()[name](family, **vgg_widths(width), batch_norm=False)
-
-
-def title(name: str, width: float | None) -> str:
-    """A network's name for people, with its width where that is not the paper's."""
-    return name if width in (None, 1) else f"{name} at {width:g} times the width"
 
 
 class LeNet300(nn.Module):
@@ -155,6 +139,11 @@ class VGG(nn.Module):
         hidden = nn.relu(_dense(self.hidden, self.family, deterministic, self.dtype)(hidden))
         hidden = _dropped(hidden, 0 if self.family else self.dropout, deterministic)
         return _dense(10, self.family, deterministic, self.dtype)(hidden).astype(jnp.float32)
+
+
+def vgg(family: Family | None, width: float) -> VGG:
+    """The VGG of the experiment: layers so many times as wide as the paper's, without batch norms."""
+    return VGG(family, **vgg_widths(width), batch_norm=False)
 
 
 def vgg_widths(factor: float) -> dict[str, Any]:

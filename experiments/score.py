@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.command_line import at_width
 from experiments.data import NAMES
 from experiments.errors import UserError
 
@@ -39,8 +40,8 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None,
     networks: dict[str, Any] = {"LeNet-300-100": models.LeNet300(), "LeNet-5-Caffe": models.LeNet5()}
     shapes = dict.fromkeys(networks, (28, 28, 1))
     if width is not None:
-        title = models.title("VGG", width)
-        networks = {title: models.network("VGG", bcdl_jax.GroupNormalJeffreys(), width)}
+        title = at_width("VGG", width)
+        networks = {title: models.vgg(bcdl_jax.GroupNormalJeffreys(), width)}
         shapes = {title: (32, 32, 3)}
     templates = {
         title: jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shapes[title]), np.uint8))["params"]

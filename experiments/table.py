@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import files
-from experiments.command_line import METHODS
+from experiments.command_line import METHODS, at_width
 from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
 from experiments.published import MODELS, PAPER, PAPER_ERRORS, PaperRow
@@ -37,8 +37,7 @@ Key = tuple[str, str]
 
 def network_of(result: dict[str, Any]) -> str:
     """The experiment that a result is of, with the width of a network that is not as wide as the paper's."""
-    width = result.get("width", 1)
-    return result["experiment"] + ("" if width == 1 else f" at {width:g} times the width")
+    return at_width(result["experiment"], result.get("width"))
 
 
 def read_results(

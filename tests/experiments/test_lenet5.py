@@ -10,12 +10,13 @@ from PIL import Image
 
 import bcdl_jax
 from experiments import command_line, compress, data, files, lenet5, models, score
+from tests.experiments.small_data import SAMPLE_IMAGES, few_digits
 
 SHAPES = {"Conv_0": (5, 5, 1, 20), "Conv_1": (5, 5, 20, 50), "Dense_0": (800, 500), "Dense_1": (500, 10)}
 
 
 def test_the_network_is_lenet5_caffe_with_its_first_layer_clipped():
-    params = jax.eval_shape(models.LeNet5().init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+    params = jax.eval_shape(models.LeNet5().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
     layers = bcdl_jax.posteriors(params)
     assert {name: layer.kernel_shape for name, layer in layers.items()} == SHAPES
     assert tuple(layers) == lenet5.CHAIN
@@ -37,13 +38,7 @@ def test_recipes():
 def finished(tmp_path_factory):
     """A run on few digits: (exit status, output directory)."""
     out = tmp_path_factory.mktemp("runs") / "quick"
-    whole = data.load("mnist_5k")
-
-    def few(split, count):
-        rows = np.random.default_rng(0).permutation(len(split))[:count]
-        return data.Split(split.images[rows], split.labels[rows])
-
-    dataset = data.Dataset("mnist_5k", few(whole.train, 96), few(whole.validation, 32), few(whole.test, 64))
+    dataset = few_digits(96, 32, 64)
     arguments = [
         "--dataset",
         "mnist_5k",
@@ -64,7 +59,7 @@ def finished(tmp_path_factory):
 def test_the_change_of_the_predictions_is_their_divergence(finished):
     _, out, dataset = finished
     model, images = models.LeNet5(), dataset.validation.images
-    like = jax.eval_shape(model.init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+    like = jax.eval_shape(model.init, jax.random.key(0), SAMPLE_IMAGES)["params"]
     names = files.named_arrays(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
     with np.load(out / "trained_seed2.npz", allow_pickle=False) as file:
         trained = jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])

@@ -6,6 +6,7 @@ import pytest
 
 import bcdl_jax
 from experiments import command_line, data, lenet5, lenet300, models, score, vgg
+from tests.experiments.small_data import SAMPLE_IMAGES, few_digits
 
 METHODS = ("dc", "dns", "sws")
 
@@ -16,12 +17,7 @@ METHODS = ("dc", "dns", "sws")
 def finished(request, tmp_path_factory):
     """A run of LeNet-300-100 on few digits: (method, output directory, data set)."""
     out = tmp_path_factory.mktemp("runs") / request.param
-    whole = data.load("mnist_5k")
-
-    def few(split, count):
-        return data.Split(split.images[:count], split.labels[:count])
-
-    dataset = data.Dataset("mnist_5k", few(whole.train, 256), few(whole.validation, 64), few(whole.test, 128))
+    dataset = few_digits(256, 64, 128)
     arguments = ["--dataset", "mnist_5k", "--method", request.param, "--quick", "--epochs", "3", "--seeds", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: dataset)
@@ -34,7 +30,7 @@ def test_the_file_holds_the_network_that_was_scored(finished):
     """Decoded, and run with NumPy's arithmetic."""
     _, out, dataset = finished
     (run,) = json.loads((out / "result.json").read_text())["runs"]
-    like = jax.eval_shape(models.LeNet300().init, jax.random.key(0), models.SAMPLE_IMAGES)["params"]
+    like = jax.eval_shape(models.LeNet300().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
     net = bcdl_jax.load(out / "compressed_seed2.bcdl", like)
     hidden = (dataset.test.images / 127.5 - 1).reshape(len(dataset.test), -1)
     for number, name in enumerate(lenet300.CHAIN):

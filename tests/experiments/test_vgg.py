@@ -9,13 +9,14 @@ import pytest
 
 import bcdl_jax
 from experiments import command_line, compress, data, models, score, vgg
+from tests.experiments.small_data import few_digits
 
 
 def test_recipes_and_widths():
     assert vgg.EXPERIMENT.recipe("cifar10").mirror
     for method in command_line.METHODS:
         assert not vgg.EXPERIMENT.recipe("mnist_5k", method=method).mirror
-    net = models.network("VGG", bcdl_jax.GroupHorseshoe(), 0.25)
+    net = models.vgg(bcdl_jax.GroupHorseshoe(), 0.25)
     params = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))["params"]
     layers = bcdl_jax.posteriors(params)
     assert set(layers) == set(params) == set(vgg.CHAIN)
@@ -70,13 +71,7 @@ def test_what_is_mirrored_can_shrink_at_any_batch_size():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "quick"
-    whole = data.load("mnist_5k")
-
-    def few(split, count):
-        rows = np.random.default_rng(0).permutation(len(split))[:count]
-        return data.Split(split.images[rows], split.labels[rows])
-
-    dataset = data.Dataset("mnist_5k", few(whole.train, 64), few(whole.validation, 32), few(whole.test, 32))
+    dataset = few_digits(64, 32, 32)
     arguments = ["--dataset", "mnist_5k", "--quick", "--width", "0.05", "--seeds", "1", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: dataset)
