@@ -6,7 +6,7 @@ many seeds on so many cores. More is in the README's table.
     gnj        1.92 %   11x   54x  32, three seeds, two cores
     ghs        not run
     sparse_vd  1.94 %   30x  160x  16, three seeds, one core
-    dc         1.85 %    6x   41x   2, one seed, one core
+    dc         1.65 %    6x   41x   1, one seed, two cores
     dns        1.84 %   32x  205x   2, one seed, one core
     sws        not run; 2.02 % at 5x on the validation data
 """
