@@ -17,15 +17,15 @@ CHAIN = (*(f"Conv_{number}" for number in range(13)), "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "log_dropout_rates.png")
 
 _FULL = Recipe(
-    epochs=30,
-    fine_tune_epochs=10,
+    epochs=20,
+    fine_tune_epochs=6,
     learning_rate=1e-3,
     fine_tune_learning_rate=5e-4,
-    pretrain_epochs=12,
+    pretrain_epochs=15,
     pretrain_learning_rate=2e-3,
     mirror=True,
     log_variance_factor=6.0,
-    warmup_epochs=5,
+    warmup_epochs=7,
     fine_tune_averaging_epochs=3,
     max_pruning_change=0.02,
     max_rounding_change=0.005,
@@ -37,7 +37,7 @@ _PRETRAINED = PlainRecipe(
     fine_tune_epochs=3,
     learning_rate=1e-3,
     fine_tune_learning_rate=5e-4,
-    pretrain_epochs=12,
+    pretrain_epochs=15,
     mirror=True,
 )
 _DECAYED = dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=(32,) * 14 + (16,))
