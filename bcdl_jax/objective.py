@@ -38,22 +38,27 @@ def check_num_examples(num_examples: int) -> None:
         raise ValueError(f"num_examples is {num_examples}; it must be the number of training examples, at least 1.")
 
 
-def kl_warmup(steps: int, shape: Literal["linear", "cosine"] = "linear", delay: int = 0) -> Schedule:
-    """A KL weight that is 0 for ``delay`` steps, rises to 1 over ``steps`` steps, and stays there.
+def kl_warmup(
+    steps: int, shape: Literal["linear", "cosine"] = "linear", delay: int = 0, *, to: float = 1.0
+) -> Schedule:
+    """A KL weight that is 0 for ``delay`` steps, rises to ``to`` over ``steps`` steps, and stays there.
 
     Args:
       steps: length of the rise; 0 for a jump.
       shape: "linear", or "cosine" for a rise that starts and ends gently.
       delay: steps before the rise.
+      to: the last weight. 1 is that of the evidence lower bound; one below it prunes less and fits better.
 
     Returns:
       A function from the step to the weight, like an optax schedule.
 
     Raises:
-      ValueError: negative steps or delay, or another shape.
+      ValueError: negative steps, delay or last weight, or another shape.
     """
     if steps < 0 or delay < 0:
         raise ValueError(f"steps is {steps} and delay is {delay}; both must be 0 or more.")
+    if not 0 <= to < math.inf:
+        raise ValueError(f"to is {to}; it must be a number of 0 or more.")
     if shape not in ("linear", "cosine"):
         raise ValueError(f"shape is {shape!r}; it must be 'linear' or 'cosine'.")
 
@@ -63,6 +68,6 @@ def kl_warmup(steps: int, shape: Literal["linear", "cosine"] = "linear", delay: 
             if steps
             else jnp.where(jnp.asarray(step) >= delay, 1.0, 0.0)
         )
-        return 0.5 - 0.5 * jnp.cos(jnp.pi * progress) if shape == "cosine" else progress
+        return to * (0.5 - 0.5 * jnp.cos(jnp.pi * progress) if shape == "cosine" else progress)
 
     return weight

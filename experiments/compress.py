@@ -343,7 +343,7 @@ def _run_phase(
     decay = 1 - 1 / max(1, recipe.fine_tune_averaging_epochs * steps)
     averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
     optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind({"log_variance": factor}), averaging)
-    kl_weight = recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps)
+    kl_weight = recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps, to=recipe.kl_weight)
     likelihood = functools.partial(sampled_cross_entropy, model, mirror=recipe.mirror)
     make_step = functools.partial(
         bcdl_jax.make_train_step, optimizer=optimizer, num_examples=num_examples, kl_weight=kl_weight

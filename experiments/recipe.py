@@ -35,13 +35,13 @@ class Recipe(Training):
     """How to train and compress a variational network; every value was chosen on validation data.
 
     Attributes:
+      kl_weight: weight of the KL once it is warmed up; Bayes' theorem gives 1, a weight below it trades some pruning for a better fit.
       fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
-      fine_tune_kl_weight: weight of the KL while fine-tuning. The groups are chosen by then, so a weight below 1 trades
-        some of the pull towards pruning for a better fit.
+      fine_tune_kl_weight: weight of the KL while fine-tuning, when the groups are chosen.
       log_variance_factor: how many times larger the steps of all log-variances are.
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       tau0: scale of the horseshoe prior of a layer, see ``bcdl_jax.GroupHorseshoe``.
-      warmup_epochs: over which the weight of the KL rises from 0 to 1.
+      warmup_epochs: over which the weight of the KL rises from 0 to ``kl_weight``.
       max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
         per example, see ``compress.measure_change``.
       max_rounding_change: likewise for the rounding.
@@ -51,6 +51,7 @@ class Recipe(Training):
       first_shrinking: epochs before the first look at the groups; the next ones follow after 2, 3, 4, 6, 8, 12 times as many and so on.
     """
 
+    kl_weight: float = 1.0
     fine_tune_averaging_epochs: float = 12
     fine_tune_kl_weight: float = 0.6
     log_variance_factor: float = 2.0

@@ -36,6 +36,10 @@ def test_warm_up_schedules():
     np.testing.assert_allclose(cosine, 0.5 - 0.5 * np.cos(np.pi * np.clip(steps / 10, 0, 1)), atol=1e-6)
     assert [float(bcdl_jax.kl_warmup(0, delay=2)(step)) for step in (1, 2)] == [0, 1]
     assert float(jax.jit(bcdl_jax.kl_warmup(10))(jnp.int32(5))) == 0.5
+    for shape in ("linear", "cosine"):
+        tempered = bcdl_jax.kl_warmup(10, shape, to=0.4)
+        assert [round(float(tempered(step)), 6) for step in (0, 5, 10, 99)] == [0, 0.2, 0.4, 0.4]
+    assert float(bcdl_jax.kl_warmup(0, to=0.4)(0)) == pytest.approx(0.4)
 
 
 def test_warm_up_refuses_nonsense():
@@ -43,3 +47,6 @@ def test_warm_up_refuses_nonsense():
         bcdl_jax.kl_warmup(-1)
     with pytest.raises(ValueError, match="must be 'linear' or 'cosine'"):
         bcdl_jax.kl_warmup(1, "square")
+    for weight in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="to is .*; it must be a number of 0 or more"):
+            bcdl_jax.kl_warmup(1, to=weight)
