@@ -1,6 +1,7 @@
 """Bayesian compression for JAX/Flax: train a network with group sparsity priors, prune it, reduce its precision."""
 
 from bcdl_jax.averaging import AverageParamsState, average_params, averaged_params
+from bcdl_jax.balancing import balance_scales
 from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
 from bcdl_jax.cpu import for_cpu
 from bcdl_jax.ensemble import EnsembleReport, EpochReport, compile_ensemble, each_seed, train_ensemble
@@ -64,6 +65,7 @@ __all__ = [
     "apply_masks",
     "average_params",
     "averaged_params",
+    "balance_scales",
     "choose_relative_step",
     "choose_thresholds",
     "clip_variances",

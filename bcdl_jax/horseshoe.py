@@ -83,6 +83,18 @@ class GroupHorseshoePosterior(Posterior):
         group_noise = example_normal(group_key, (num_examples, *mean.shape), mean.dtype)
         return jnp.exp(mean + jnp.sqrt(layer_variance) * layer_noise + jnp.sqrt(group_variance) * group_noise)
 
+    def with_scales_times(self, factor: jax.Array) -> Self:
+        # What the groups have in common is the layer's, whose prior hardly minds.
+        kept = self.group_mask > 0
+        log_factor = jnp.log(factor)
+        shared = jnp.sum(jnp.where(kept, log_factor, 0)) / jnp.maximum(jnp.sum(kept), 1)
+        own = log_factor - shared
+        return self.with_weights_divided_by(factor).replace(  # type: ignore[attr-defined]
+            layer_inverse_log_mean=self.layer_inverse_log_mean + 2 * shared,
+            group_gamma_log_mean=self.group_gamma_log_mean + own,
+            group_inverse_log_mean=self.group_inverse_log_mean + own,
+        )
+
     def clip_variances(self) -> Self:
         return self.with_weight_variances_up_to(self.clip_var)
 

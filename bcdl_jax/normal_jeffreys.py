@@ -52,6 +52,12 @@ class GroupNormalJeffreysPosterior(Posterior):
         noise = example_normal(key, (num_examples, *self.scale_mean.shape), self.scale_mean.dtype)
         return self.scale_mean + jnp.exp(0.5 * self.scale_log_variance) * noise
 
+    def with_scales_times(self, factor: jax.Array) -> Self:
+        return self.with_weights_divided_by(factor).replace(  # type: ignore[attr-defined]
+            scale_mean=self.scale_mean * factor,
+            scale_log_variance=self.scale_log_variance + 2 * jnp.log(factor),
+        )
+
     def clip_variances(self) -> Self:
         return self.with_weight_variances_up_to(self.clip_var)
 

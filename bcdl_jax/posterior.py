@@ -127,6 +127,10 @@ class Posterior(abc.ABC):
         dtype = self.input_mask.dtype
         return self.replace(input_mask=inputs.astype(dtype), output_mask=outputs.astype(dtype))  # type: ignore[attr-defined]
 
+    def with_scales_times(self, factor: jax.Array) -> Self:
+        """The same distribution of the weights in use, with every z ``factor`` [groups] times as large; itself if there are no scales."""
+        return self
+
     # What follows from it for every family.
 
     @property
@@ -183,6 +187,20 @@ class Posterior(abc.ABC):
             scale_mean, scale_variance = jnp.ones((), scale_mean.dtype), jnp.zeros((), scale_mean.dtype)
         return _product_moments(
             self.bias_mean, self.bias_log_variance, scale_mean, scale_variance, self.output_mask > 0
+        )
+
+    def with_weights_divided_by(self, factor: jax.Array) -> Self:
+        """The same posterior with the weights before scaling, and the biases that share their scales, divided by ``factor`` [groups] > 0."""
+        spread, bias_part = self.spread_over_kernel(factor), {}
+        if self.group_axis == "output" and self.bias_mean is not None and self.bias_log_variance is not None:
+            bias_part = {
+                "bias_mean": self.bias_mean / factor,
+                "bias_log_variance": self.bias_log_variance - 2 * jnp.log(factor),
+            }
+        return self.replace(  # type: ignore[attr-defined]
+            kernel_mean=self.kernel_mean / spread,
+            kernel_log_variance=self.kernel_log_variance - 2 * jnp.log(spread),
+            **bias_part,
         )
 
     def with_weight_variances_up_to(self, largest: float | None) -> Self:

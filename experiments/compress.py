@@ -233,7 +233,7 @@ def compress(
     run_phase = functools.partial(
         _run_phase, model, recipe, train, held_out, chain, seeds, out, logs, thresholds, checkpoints, mesh
     )
-    fresh = functools.partial(_fresh_params, model, validation[0][:1])
+    fresh = functools.partial(_fresh_params, model, validation[0][:1], recipe.balanced)
     weights = None if pretrained is None else bcdl_jax.stack(pretrained)
     params, failures, snapshots = run_phase("train", fresh, weights, first_epoch=1, profile_steps=profile_steps)
     jax.clear_caches()  # the compiled phases take most of the memory
@@ -290,10 +290,14 @@ def compress(
     )
 
 
-def _fresh_params(model: nn.Module, images: jax.Array, seed: jax.Array, weights: dict[str, jax.Array] | None) -> Any:
+def _fresh_params(
+    model: nn.Module, images: jax.Array, balanced: bool, seed: jax.Array, weights: dict[str, jax.Array] | None
+) -> Any:
     """Start values of one seed, from trained weights if there are any."""
     params = model.init(jax.random.key(seed), images)["params"]
-    return params if weights is None else bcdl_jax.from_trained(params, weights)
+    if weights is not None:
+        params = bcdl_jax.from_trained(params, weights)
+    return bcdl_jax.balance_scales(params) if balanced else params
 
 
 def _as_they_are(_: jax.Array, params: Any) -> Any:
@@ -342,8 +346,13 @@ def _run_phase(
     factor = recipe.fine_tune_log_variance_factor if fine_tune else recipe.log_variance_factor
     decay = 1 - 1 / max(1, recipe.fine_tune_averaging_epochs * steps)
     averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
-    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind({"log_variance": factor}), averaging)
-    kl_weight = recipe.fine_tune_kl_weight if fine_tune else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps, to=recipe.kl_weight)
+    factors = {"log_variance": factor} | ({} if recipe.scale_factor == 1 else {"scale_mean": recipe.scale_factor})
+    optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors), averaging)
+    kl_weight = (
+        recipe.fine_tune_kl_weight
+        if fine_tune
+        else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps, to=recipe.kl_weight)
+    )
     likelihood = functools.partial(sampled_cross_entropy, model, mirror=recipe.mirror)
     make_step = functools.partial(
         bcdl_jax.make_train_step, optimizer=optimizer, num_examples=num_examples, kl_weight=kl_weight

@@ -24,13 +24,23 @@ from experiments.recipe import PlainRecipe, Recipe
 CHAIN = ("Dense_0", "Dense_1", "Dense_2")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "feature_importance.gif", "log_dropout_rates.png")
 
-_FULL = Recipe(epochs=180, fine_tune_epochs=60, warmup_epochs=50)
+_FULL = Recipe(
+    epochs=180,
+    fine_tune_epochs=60,
+    fine_tune_learning_rate=2e-4,
+    warmup_epochs=50,
+    kl_weight=0.8,
+    fine_tune_kl_weight=0.1,
+)
 _EMBEDDED = dataclasses.replace(
     _FULL,
     epochs=100,
     fine_tune_epochs=30,
     batch_size=32,
     learning_rate=1e-3,
+    fine_tune_learning_rate=2e-3,
+    kl_weight=1.0,
+    fine_tune_kl_weight=0.6,
     log_variance_factor=4.0,
     fine_tune_averaging_epochs=6,
     max_pruning_change=0.01,

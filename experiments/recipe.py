@@ -38,6 +38,8 @@ class Recipe(Training):
       kl_weight: weight of the KL once it is warmed up; Bayes' theorem gives 1, a weight below it trades some pruning for a better fit.
       fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
       fine_tune_kl_weight: weight of the KL while fine-tuning, when the groups are chosen.
+      balanced: whether training starts with scales as large as the weights, see ``bcdl_jax.balance_scales``.
+      scale_factor: how many times larger the steps of the scale means are (group normal-Jeffreys).
       log_variance_factor: how many times larger the steps of all log-variances are.
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       tau0: scale of the horseshoe prior of a layer, see ``bcdl_jax.GroupHorseshoe``.
@@ -54,6 +56,8 @@ class Recipe(Training):
     kl_weight: float = 1.0
     fine_tune_averaging_epochs: float = 12
     fine_tune_kl_weight: float = 0.6
+    balanced: bool = False
+    scale_factor: float = 1.0
     log_variance_factor: float = 2.0
     fine_tune_log_variance_factor: float = 2.0
     tau0: float = 1e-5

@@ -1,0 +1,49 @@
+"""Where the magnitude of the weights lies: in the scales of the groups, or in the weights before scaling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.posterior import Posterior, PyTree, map_layers, posteriors
+
+
+@jax.jit
+def balance_scales(params: PyTree) -> PyTree:
+    """Moves the magnitude of each group's weights into the group's scale, which leaves the weights in use as they are distributed.
+
+    A weight is w = w~ z with the prior w~ ~ N(0, 1), see ``Posterior``. In a trained net, or a fresh one with many inputs, w is far smaller
+    than 1, which costs several nats for every weight as long as z is near 1. Here z becomes as large as the weights of its group, and those
+    get a mean square of 1: of all ways to share the magnitude between the two the one of lowest KL under the normal-Jeffreys prior, to
+    which the magnitude of z makes no difference. Training gets there too, but slowly in networks of wide layers.
+
+    The optimiser then moves weights near 1, and scales far below it: means want steps several times larger, those of
+    ``scale_mean`` several times smaller, see ``scale_by_kind``.
+
+    Args:
+      params: with variational layers. Those whose family has no scales stay as they are, as does what is pruned.
+
+    Returns:
+      params of the same structure.
+
+    Raises:
+      ValueError: the tree holds no variational layer.
+    """
+    posteriors(params)
+    return map_layers(_balanced, params, Posterior)  # type: ignore[type-abstract]
+
+
+def _balanced(layer: Posterior) -> Posterior:
+    own = -2 if layer.group_axis == "input" else -1
+    others = tuple(axis for axis in range(layer.kernel_mean.ndim) if axis != own % layer.kernel_mean.ndim)
+    mask = jnp.broadcast_to(layer.kernel_mask, layer.kernel_shape)
+    total = jnp.sum(jnp.where(mask, _mean_square(layer.kernel_mean, layer.kernel_log_variance), 0), others)
+    count = jnp.sum(mask, others)
+    if layer.group_axis == "output" and layer.bias_mean is not None and layer.bias_log_variance is not None:
+        total += _mean_square(layer.bias_mean, layer.bias_log_variance)
+        count += 1
+    return layer.with_scales_times(jnp.where(layer.group_mask > 0, jnp.sqrt(total / jnp.maximum(count, 1)), 1))
+
+
+def _mean_square(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    return mean**2 + jnp.exp(log_variance)
