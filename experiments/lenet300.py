@@ -47,7 +47,15 @@ _EMBEDDED = dataclasses.replace(
     max_rounding_change=0.002,
 )
 
-_SPARSE = dataclasses.replace(_FULL, epochs=120, warmup_epochs=40, fine_tune_epochs=25, log_variance_factor=4.0)
+_SPARSE = dataclasses.replace(
+    _FULL,
+    epochs=150,
+    fine_tune_epochs=25,
+    log_variance_factor=4.0,
+    kl_weight=0.6,
+    max_pruning_change=0.004,
+    max_rounding_change=0.0005,
+)
 
 _PRETRAINED = PlainRecipe(epochs=60, fine_tune_epochs=5, fine_tune_learning_rate=5e-4, pretrain_epochs=20)
 _LEVELS = (32, 32, 16)
