@@ -17,8 +17,8 @@ def balance_scales(params: PyTree) -> PyTree:
     get a mean square of 1: of all ways to share the magnitude between the two the one of lowest KL under the normal-Jeffreys prior, to
     which the magnitude of z makes no difference. Training gets there too, but slowly in networks of wide layers.
 
-    The optimiser then moves weights near 1, and scales far below it: means want steps several times larger, those of
-    ``scale_mean`` several times smaller, see ``scale_by_kind``.
+    The optimiser then moves weights near 1, and scales far below it: the former want steps several times larger, the latter
+    smaller (``scale_by_kind({"scale": 0.02})``). A limit of variances, ``clip_var``, is one of weights near 1 then.
 
     Args:
       params: with variational layers. Those whose family has no scales stay as they are, as does what is pruned.

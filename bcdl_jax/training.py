@@ -23,7 +23,7 @@ from bcdl_jax.posterior import Posterior, PyTree, layer_name, posteriors
 NegativeLogLikelihood = Callable[[PyTree, Any, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
 
-_LOG_VARIANCE = "log_variance"
+_LOG_VARIANCE, _SCALE = "log_variance", "scale"
 
 
 @flax.struct.dataclass
@@ -88,21 +88,23 @@ def scale_by_kind(factors: dict[str, float]) -> optax.GradientTransformation:
     ``scale_by_kind({"kernel_log_variance": 0, ...})`` fine-tunes the means alone.
 
     Args:
-      factors: by the names of ``parameter_kinds``; "log_variance" stands for all kinds whose names end so and that are not named.
+      factors: by the names of ``parameter_kinds``. For kinds that are not named, "log_variance" stands for all whose names end so, and "scale"
+        for the means of the scales: "scale_mean" and all whose names end in "log_mean".
 
     Raises:
       ValueError: (at the first update) a name that is no kind of parameter.
     """
 
     def factor(kind: str) -> float:
-        shared = factors.get(_LOG_VARIANCE, 1.0) if kind.endswith(_LOG_VARIANCE) else 1.0
-        return factors.get(kind, shared)
+        name = _LOG_VARIANCE if kind.endswith(_LOG_VARIANCE) else kind
+        name = _SCALE if kind == "scale_mean" or kind.endswith("log_mean") else name
+        return factors.get(kind, factors.get(name, 1.0))
 
     def update(updates: PyTree, _: Any = None) -> PyTree:
         layers = [part for part in _parts(updates) if _is_posterior(part)]
         known = {"deterministic"} | {field.name for layer in layers for field in dataclasses.fields(layer)}
         for name in factors:
-            if name not in known and name != _LOG_VARIANCE:
+            if name not in known and name not in (_LOG_VARIANCE, _SCALE):
                 raise ValueError(f"factors names kind {name}; the kinds are {', '.join(sorted(known))}.")
         return jax.tree.map(lambda kind, value: value * factor(kind), parameter_kinds(updates), updates)
 

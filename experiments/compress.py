@@ -346,7 +346,7 @@ def _run_phase(
     factor = recipe.fine_tune_log_variance_factor if fine_tune else recipe.log_variance_factor
     decay = 1 - 1 / max(1, recipe.fine_tune_averaging_epochs * steps)
     averaging = bcdl_jax.average_params(decay) if fine_tune else optax.identity()
-    factors = {"log_variance": factor} | ({} if recipe.scale_factor == 1 else {"scale_mean": recipe.scale_factor})
+    factors = {"log_variance": factor, "scale": recipe.scale_factor}
     optimizer = optax.chain(optax.adam(schedule), bcdl_jax.scale_by_kind(factors), averaging)
     kl_weight = (
         recipe.fine_tune_kl_weight

@@ -39,7 +39,7 @@ class Recipe(Training):
       fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
       fine_tune_kl_weight: weight of the KL while fine-tuning, when the groups are chosen.
       balanced: whether training starts with scales as large as the weights, see ``bcdl_jax.balance_scales``.
-      scale_factor: how many times larger the steps of the scale means are (group normal-Jeffreys).
+      scale_factor: how many times larger the steps of the means of the scales are.
       log_variance_factor: how many times larger the steps of all log-variances are.
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       tau0: scale of the horseshoe prior of a layer, see ``bcdl_jax.GroupHorseshoe``.

@@ -146,6 +146,22 @@ def test_parameter_kinds_and_a_learning_rate_per_kind(data):
     assert (float(layer.bias_log_variance[0]), float(layer.kernel_mean[0, 0])) == (0, 1)
 
 
+@pytest.mark.parametrize("family", [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe()])
+def test_scale_stands_for_the_means_of_the_scales_of_a_family(family):
+    ones = jax.tree.map(jnp.ones_like, family.create(jax.random.key(0), jnp.ones((3, 2)), jnp.ones(2), "input"))
+    scaled, _ = bcdl_jax.scale_by_kind({"scale": 0.5, "log_variance": 3.0}).update(ones, optax.EmptyState())
+    arrays = {name: leaf for name, leaf in vars(scaled).items() if isinstance(leaf, jax.Array)}
+    factors = {name: set(leaf.ravel().tolist()) for name, leaf in arrays.items()}
+    for name in ("kernel_mean", "bias_mean", "input_mask"):
+        assert factors[name] == {1}
+    scales = {name for name in factors if "scale" in name or name.startswith(("layer", "group"))}
+    means, variances = ({name for name in scales if name.endswith(end)} for end in ("mean", "log_variance"))
+    assert means
+    assert means | variances == scales
+    assert all(factors[name] == {0.5} for name in means)
+    assert all(factors[name] == {3} for name in variances | {"kernel_log_variance", "bias_log_variance"})
+
+
 def test_a_kind_that_does_not_exist_is_refused(data):
     _, _, states = setup(optax.sgd(1.0), seeds=(0,))
     with pytest.raises(
