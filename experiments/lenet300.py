@@ -3,9 +3,9 @@
 What the recipes came to on full MNIST: test error after precision reduction, ``rate_paper`` after pruning and after that, minutes for so
 many seeds on so many cores. More is in the README's table.
 
-    gnj        1.92 %   11x   54x  32, three seeds, two cores
-    ghs        not run
-    sparse_vd  1.94 %   30x  160x  16, three seeds, one core
+    gnj        1.83 %   10x   44x  22, three seeds, one core
+    ghs        1.69 %    4x   17x  23, three seeds, one core
+    sparse_vd  1.87 %   23x  109x  19, three seeds, one core
     dc         1.65 %    6x   41x   1, one seed, two cores
     dns        1.84 %   32x  205x   2, one seed, one core
     sws        not run; 2.02 % at 5x on the validation data
