@@ -17,8 +17,9 @@ def balance_scales(params: PyTree) -> PyTree:
     get a mean square of 1: of all ways to share the magnitude between the two the one of lowest KL under the normal-Jeffreys prior, to
     which the magnitude of z makes no difference. Training gets there too, but slowly in networks of wide layers.
 
-    The optimiser then moves weights near 1, and scales far below it: the former want steps several times larger, the latter
-    smaller (``scale_by_kind({"scale": 0.02})``). A limit of variances, ``clip_var``, is one of weights near 1 then.
+    The optimiser then moves weights near 1, and scales far below it: the former want steps several times larger, the latter smaller
+    (``scale_by_kind({"scale_mean": 0.02})``), unless they are learned as logarithms, as those of the horseshoe are. A limit of variances,
+    ``clip_var``, is one of weights near 1 then.
 
     Args:
       params: with variational layers. Those whose family has no scales stay as they are, as does what is pruned.
@@ -34,15 +35,16 @@ def balance_scales(params: PyTree) -> PyTree:
 
 
 def _balanced(layer: Posterior) -> Posterior:
-    own = -2 if layer.group_axis == "input" else -1
-    others = tuple(axis for axis in range(layer.kernel_mean.ndim) if axis != own % layer.kernel_mean.ndim)
+    window = tuple(range(layer.kernel_mean.ndim - 2))
+    others = (*window, -1 if layer.group_axis == "input" else -2)
     mask = jnp.broadcast_to(layer.kernel_mask, layer.kernel_shape)
     total = jnp.sum(jnp.where(mask, _mean_square(layer.kernel_mean, layer.kernel_log_variance), 0), others)
     count = jnp.sum(mask, others)
     if layer.group_axis == "output" and layer.bias_mean is not None and layer.bias_log_variance is not None:
         total += _mean_square(layer.bias_mean, layer.bias_log_variance)
         count += 1
-    return layer.with_scales_times(jnp.where(layer.group_mask > 0, jnp.sqrt(total / jnp.maximum(count, 1)), 1))
+    in_use = (layer.group_mask > 0) & (count > 0)
+    return layer.with_scales_times(jnp.where(in_use, jnp.sqrt(total / jnp.maximum(count, 1)), 1))
 
 
 def _mean_square(mean: jax.Array, log_variance: jax.Array) -> jax.Array:

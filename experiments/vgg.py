@@ -48,7 +48,8 @@ _PRETRAINED = PlainRecipe(
 _DECAYED = dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=(32,) * 14 + (16,))
 _RECIPES: dict[str, Training] = {
     "gnj": _FULL,
-    "ghs": _FULL,
+    # Its scales are learned as logarithms, whatever their size.
+    "ghs": dataclasses.replace(_FULL, scale_factor=0.3),
     # Without scales there is nothing to balance. A network that is pruned weight by weight does not shrink while it is trained.
     "sparse_vd": dataclasses.replace(
         _FULL,

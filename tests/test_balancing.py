@@ -69,13 +69,15 @@ def test_what_is_pruned_and_what_has_no_scales_stays():
     np.testing.assert_array_equal(after.output_mask, before.output_mask)
     np.testing.assert_array_equal(after.scale_mean[2], before.scale_mean[2])
     np.testing.assert_array_equal(after.kernel_mean[..., 2], before.kernel_mean[..., 2])
-    single = layer_of_single_weights()
+    single = bcdl_jax.SparseVariationalDropout().create(jax.random.key(0), jnp.ones((3, 2)), None, "input")
     same = bcdl_jax.balance_scales({"posterior": single, "other": jnp.ones(2)})
     jax.tree.map(np.testing.assert_array_equal, same, {"posterior": single, "other": jnp.ones(2)})
 
 
-def layer_of_single_weights():
-    return bcdl_jax.SparseVariationalDropout().create(jax.random.key(0), jnp.ones((3, 2)), None, "input")
+def test_a_group_that_is_kept_but_reaches_nothing_stays():
+    node = layer(bcdl_jax.GroupNormalJeffreys(), "input")
+    alone = node.with_masks(node.input_mask > 0, jnp.zeros(4, bool))
+    jax.tree.map(np.testing.assert_array_equal, bcdl_jax.balance_scales({"posterior": alone}), {"posterior": alone})
 
 
 def test_under_vmap_it_is_the_same():
