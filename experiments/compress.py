@@ -364,7 +364,13 @@ def _run_phase(
         # A CPU gains by every channel that goes; an accelerator computes eight as fast as seven.
         multiple_of = 1 if jax.default_backend() == "cpu" else 8
         shrinking = bcdl_jax.Shrinking(
-            likelihood, make_step, gone, chain, first=recipe.first_shrinking, multiple_of=multiple_of
+            likelihood,
+            make_step,
+            gone,
+            chain,
+            first=recipe.first_shrinking,
+            least_saving=recipe.least_shrinking_saving,
+            multiple_of=multiple_of,
         )
 
     # It runs once: what the compiler gains from optimising it is far less than what that takes.

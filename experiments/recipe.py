@@ -51,6 +51,7 @@ class Recipe(Training):
       max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
         example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
       first_shrinking: epochs before the first look at the groups; the next ones follow after 2, 3, 4, 6, 8, 12 times as many and so on.
+      least_shrinking_saving: share of the multiply-adds that leaving groups out must save, each time.
     """
 
     kl_weight: float = 1.0
@@ -67,6 +68,7 @@ class Recipe(Training):
     in_turn: bool = False
     max_shrinking_change: float | None = None
     first_shrinking: int = 1
+    least_shrinking_saving: float = 0.25
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,23 +19,26 @@ CHAIN = (*(f"Conv_{number}" for number in range(13)), "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "log_dropout_rates.png")
 
 _FULL = Recipe(
-    epochs=20,
-    fine_tune_epochs=6,
-    learning_rate=1e-2,
-    fine_tune_learning_rate=2e-3,
+    epochs=15,
+    fine_tune_epochs=8,
+    learning_rate=4e-3,
+    fine_tune_learning_rate=4e-4,
     pretrain_epochs=15,
     pretrain_learning_rate=2e-3,
     mirror=True,
     balanced=True,
-    scale_factor=0.02,
-    log_variance_factor=1.5,
+    scale_factor=0.03,
+    log_variance_factor=3.0,
     warmup_epochs=1,
-    kl_weight=0.5,
+    kl_weight=0.2,
     fine_tune_averaging_epochs=3,
-    max_pruning_change=0.05,
+    fine_tune_kl_weight=0.1,
+    max_pruning_change=0.03,
     max_rounding_change=0.005,
     in_turn=True,
-    max_shrinking_change=0.005,
+    # Its channels share what the network knows, so that few are superfluous at any one time: little by little, most can go.
+    max_shrinking_change=0.03,
+    least_shrinking_saving=0.05,
 )
 _PRETRAINED = PlainRecipe(
     epochs=14,
