@@ -49,11 +49,11 @@ _EMBEDDED = dataclasses.replace(
 
 _SPARSE = dataclasses.replace(
     _FULL,
-    epochs=150,
+    epochs=180,
     fine_tune_epochs=25,
     log_variance_factor=4.0,
-    kl_weight=0.6,
-    max_pruning_change=0.004,
+    kl_weight=0.5,
+    max_pruning_change=0.005,
     max_rounding_change=0.0005,
 )
 
