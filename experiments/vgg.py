@@ -19,10 +19,10 @@ CHAIN = (*(f"Conv_{number}" for number in range(13)), "Dense_0", "Dense_1")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "log_dropout_rates.png")
 
 _FULL = Recipe(
-    epochs=15,
+    epochs=12,
     fine_tune_epochs=8,
     learning_rate=4e-3,
-    fine_tune_learning_rate=4e-4,
+    fine_tune_learning_rate=1e-3,
     pretrain_epochs=15,
     pretrain_learning_rate=2e-3,
     mirror=True,
@@ -33,11 +33,11 @@ _FULL = Recipe(
     kl_weight=0.2,
     fine_tune_averaging_epochs=3,
     fine_tune_kl_weight=0.1,
-    max_pruning_change=0.03,
+    max_pruning_change=0.05,
     max_rounding_change=0.005,
     in_turn=True,
     # Its channels share what the network knows, so that few are superfluous at any one time: little by little, most can go.
-    max_shrinking_change=0.03,
+    max_shrinking_change=0.08,
     least_shrinking_saving=0.05,
 )
 _PRETRAINED = PlainRecipe(
