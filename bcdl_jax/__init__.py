@@ -19,7 +19,15 @@ from bcdl_jax.pmap import make_pmap_train_step
 from bcdl_jax.pooling import max_pool
 from bcdl_jax.posterior import Posterior, posteriors
 from bcdl_jax.precision import QuantizedLayer, choose_relative_step, reduce_precision, reduce_precision_by_round_off
-from bcdl_jax.pruning import choose_thresholds, kept_groups, prune, set_unit_masks
+from bcdl_jax.pruning import (
+    Score,
+    choose_thresholds,
+    kept_groups,
+    log_dropout_rate,
+    log_noise_to_signal,
+    prune,
+    set_unit_masks,
+)
 from bcdl_jax.rates import layer_bits, rate, rate_paper, rate_paper_maximum
 from bcdl_jax.settings import make_step_by_setting, with_setting
 from bcdl_jax.shrinking import LeafReport, ShrinkReport, cut, expand, shrink
@@ -56,6 +64,7 @@ __all__ = [
     "Posterior",
     "QuantizedLayer",
     "RecordSummary",
+    "Score",
     "ShrinkReport",
     "Shrinking",
     "SmallTraining",
@@ -94,7 +103,9 @@ __all__ = [
     "layer_bits",
     "load",
     "load_stablehlo",
+    "log_dropout_rate",
     "log_dropout_rates",
+    "log_noise_to_signal",
     "magnitude_masks",
     "make_mesh",
     "make_pmap_train_step",

@@ -17,6 +17,9 @@ def balance_scales(params: PyTree) -> PyTree:
     get a mean square of 1: of all ways to share the magnitude between the two the one of lowest KL under the normal-Jeffreys prior, to
     which the magnitude of z makes no difference. Training gets there too, but slowly in networks of wide layers.
 
+    A horseshoe's log dropout rates grow by minus the logarithm of what its scales grow by: thresholds for scales that start at 1, as the
+    family's own one is, do not fit then.
+
     The optimiser then moves weights near 1, and scales far below it: the former want steps several times larger, the latter smaller
     (``scale_by_kind({"scale_mean": 0.02})``), unless they are learned as logarithms, as those of the horseshoe are. A limit of variances,
     ``clip_var``, is one of weights near 1 then.

@@ -109,6 +109,17 @@ class Posterior(abc.ABC):
         """[groups]: the pruning score of each group, for pictures."""
         return self.log_dropout_rate()
 
+    def log_noise_to_signal(self) -> jax.Array:
+        """log(sum of Var[w] / sum of E[w]^2) over the weights in use of each unit, of the shape of ``unit_mask``; 1e9 without a signal.
+
+        Unlike a log dropout rate it counts the noise of the weights with that of the scale, and does not depend on how the magnitude is
+        shared between the two.
+        """
+        mean, variance = self.kernel_moments()
+        own = mean.ndim - (2 if self.group_axis == "input" else 1)
+        others = tuple(axis for axis in range(mean.ndim) if axis != own)
+        return log_ratio(jnp.sum(variance, others), jnp.sum(mean**2, others))
+
     def sampled_moments(self) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of the kernel without its scales, as it is sampled."""
         return self.kernel_mean, jnp.exp(self.kernel_log_variance)
@@ -226,6 +237,13 @@ class Posterior(abc.ABC):
         if self.bias_mean is None or self.bias_log_variance is None:
             return jnp.zeros(())
         return _sum_standard_normal_kl(self.bias_mean, self.bias_log_variance, self.output_mask > 0)
+
+
+def log_ratio(noise: jax.Array, signal: jax.Array) -> jax.Array:
+    """log(noise / signal), in float32 at least; 1e9 where the signal is 0: such a unit goes first, and does so by a finite threshold."""
+    wide = jnp.promote_types(noise.dtype, jnp.float32)
+    signal = signal.astype(wide)
+    return jnp.where(signal > 0, jnp.log(noise.astype(wide)) - jnp.log(jnp.where(signal > 0, signal, 1)), 1e9)
 
 
 def check_clip_var(clip_var: float | None) -> None:

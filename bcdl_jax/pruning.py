@@ -12,17 +12,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcdl_jax.kl import log_dropout_rates
 from bcdl_jax.posterior import Posterior, PyTree, map_named_layers, posteriors
 
 Thresholds = float | Mapping[str, float]
+# From a layer to the scores of its units, of the shape of its ``unit_mask``; a module-level function, since it is a key of what is compiled.
+Score = Callable[[Posterior], jax.Array]
+
+
+def log_dropout_rate(layer: Posterior) -> jax.Array:
+    """The family's own score, the paper's: that of the scales alone where the family has scales, see ``Posterior.log_dropout_rate``."""
+    return layer.log_dropout_rate()
+
+
+def log_noise_to_signal(layer: Posterior) -> jax.Array:
+    """log(sum of Var[w] / sum of E[w]^2) over the weights of each unit, see ``Posterior.log_noise_to_signal``.
+
+    Better than the scales alone where those of a layer are all alike while its weights are noisy: wide layers that start from trained weights
+    with balanced scales.
+    """
+    return layer.log_noise_to_signal()
+
 
 # More ways to cut a layer are not tried: with so many, of hundreds of thousands of weights, each step takes about a hundredth of them.
 _MOST_CUTS = 1024
 
 
-def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = None) -> PyTree:
-    """Masks every group (every weight, where the family prunes those) whose log dropout rate is not below its layer's threshold.
+def prune(
+    params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = None, score: Score = log_dropout_rate
+) -> PyTree:
+    """Masks every group (every weight, where the family prunes those) whose score is not below its layer's threshold.
 
     A masked group (a row of a dense kernel; the kernels and the bias of an output channel) is exactly zero from then on, sampled or not, and
     no longer counts in the KL. Groups that were pruned before stay so.
@@ -33,6 +51,7 @@ def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = 
       chain: names of layers that feed one another in this order, with nothing but elementwise functions that map 0 to 0 (ReLU, tanh),
         pooling and a flatten (channels last) between them. With it, what the next layer does not read is pruned too, and so is what reads
         only pruned outputs.
+      score: what is compared with the thresholds: ``log_dropout_rate`` or ``log_noise_to_signal``.
 
     Returns:
       A new tree.
@@ -41,12 +60,12 @@ def prune(params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = 
       ValueError: a layer without threshold, a threshold or a chain entry for an unknown layer, or a chain whose widths do not fit.
     """
     by_layer = thresholds_by_layer(thresholds, list(posteriors(params)))
-    return _prune(params, by_layer, chain if isinstance(chain, str) else tuple(chain or ()))
+    return _prune(params, by_layer, chain if isinstance(chain, str) else tuple(chain or ()), score)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _prune(params: PyTree, thresholds: dict[str, jax.Array], chain: tuple[str, ...]) -> PyTree:
-    masks = {name: posterior.log_dropout_rate() < thresholds[name] for name, posterior in posteriors(params).items()}
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _prune(params: PyTree, thresholds: dict[str, jax.Array], chain: tuple[str, ...], score: Score) -> PyTree:
+    masks = {name: score(posterior) < thresholds[name] for name, posterior in posteriors(params).items()}
     return set_unit_masks(params, masks, chain)
 
 
@@ -132,6 +151,7 @@ def choose_thresholds(
     *,
     max_increase: float,
     chain: Sequence[str] | None = None,
+    score: Score = log_dropout_rate,
 ) -> dict[str, float]:
     """Finds thresholds of the smallest network whose error stays within ``max_increase`` of the unpruned one.
 
@@ -145,10 +165,10 @@ def choose_thresholds(
       error: params -> validation error, in the units of ``max_increase`` (percent, say). Called some hundred times,
         always with trees of the same shapes, so jit it. Use validation data, never test data.
       max_increase: how much the error may rise, at least 0.
-      chain: as for ``prune``.
+      chain, score: as for ``prune``.
 
     Returns:
-      A threshold per layer name, for ``prune``: between the scores of the last group kept and the first one pruned, or
+      A threshold per layer name, for ``prune`` with the same score: between the scores of the last group kept and the first one pruned, or
       infinite where all are kept. Groups of equal score stay together, and a layer that had groups keeps at least one. Where weights are
       pruned one by one, the same holds of weights; of very many some thousand cuts are tried.
 
@@ -159,10 +179,11 @@ def choose_thresholds(
         raise ValueError(f"max_increase is {max_increase}; it must be 0 or more.")
     layers = posteriors(params)
     _checked_chain(chain or (), layers)
-    cuts = {name: _cuts(layers[name], rates) for name, rates in jax.device_get(log_dropout_rates(params)).items()}
+    scores = jax.device_get({name: score(layer) for name, layer in layers.items()})
+    cuts = {name: _cuts(layer, scores[name]) for name, layer in layers.items()}
 
     def measure(positions: Mapping[str, int]) -> tuple[float, int]:
-        pruned = prune(params, {name: cuts[name][position][1] for name, position in positions.items()}, chain)
+        pruned = prune(params, {name: cuts[name][position][1] for name, position in positions.items()}, chain, score)
         return float(error(pruned)), int(_kept_weights(pruned))
 
     # The search moves, per layer, along the list of cuts, from the last one (all is kept) towards the first.

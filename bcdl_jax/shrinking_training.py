@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from bcdl_jax.averaging import AverageParamsState
 from bcdl_jax.posterior import Posterior, PyTree, posteriors
 from bcdl_jax.program import multiply_adds_by_owner, trace
-from bcdl_jax.pruning import Thresholds, prune
+from bcdl_jax.pruning import Score, Thresholds, log_dropout_rate, prune
 from bcdl_jax.shrinking import ShrinkReport, cut, expand, shrink
 from bcdl_jax.training import NegativeLogLikelihood, TrainState, TrainStep, keep_masks
 
@@ -38,11 +38,12 @@ class Shrinking:
       negative_log_likelihood: that of the training step.
       make_step: from a negative log-likelihood to the training step, such as
         ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``; called again for every smaller network.
-      thresholds: log dropout rates above which a group is safely gone, as for ``prune``; or a function from params to them, such as
+      thresholds: scores above which a group is safely gone, as for ``prune``; or a function from params to them, such as
         ``choose_thresholds`` with a small ``max_increase``. Be more careful than in pruning: what is masked in training never comes back.
-      chain: as for ``prune``.
+      chain, score: as for ``prune``.
       first: epochs before the first look at the groups. The next ones follow after 2, 3, 4, 6, 8, 12, 16, 24 times as many and so on: a
         net loses its groups ever more slowly.
+      regular: whether they follow after 2, 3, 4, 5, 6 times as many and so on instead: for a net that loses groups as long as they are taken.
       least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
       multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
 
@@ -54,7 +55,9 @@ class Shrinking:
     make_step: Callable[[NegativeLogLikelihood], TrainStep]
     thresholds: Thresholds | Callable[[PyTree], Thresholds]
     chain: Sequence[str] = ()
+    score: Score = log_dropout_rate
     first: int = 1
+    regular: bool = False
     least_saving: float = 0.25
     multiple_of: int = 8
 
@@ -70,14 +73,14 @@ class Shrinking:
 
         It follows from the epochs alone, so that a run that was cut short goes on the same way.
         """
-        return epochs > 4 * self.first
+        return epochs > 4 * self.first and not self.regular
 
     def is_due(self, epochs: int) -> bool:
         """Whether to look at the groups after so many epochs."""
         times, rest = divmod(epochs, self.first)
         while times > 3 and times % 2 == 0:
             times //= 2
-        return rest == 0 and times in (1, 2, 3)
+        return rest == 0 and (times > 0 if self.regular else times in (1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +112,11 @@ class SmallTraining:
         return f"trained on as {sizes}; multiply-adds {before:,} -> {after:,}."
 
 
-def prune_state(state: TrainState, thresholds: Thresholds, chain: Sequence[str] | None = None) -> TrainState:
+def prune_state(
+    state: TrainState, thresholds: Thresholds, chain: Sequence[str] | None = None, score: Score = log_dropout_rate
+) -> TrainState:
     """The state with its params pruned, see ``prune``, and with the same masks in the averages of ``average_params``."""
-    params = prune(state.params, thresholds, chain)
+    params = prune(state.params, thresholds, chain, score)
 
     def with_masks(part: Any) -> Any:
         if not _is_average(part):
@@ -197,7 +202,7 @@ def shrink_further(
     if any(layer.prunes_weights for layer in _layers(state)):
         return None
     thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
-    masked = prune_state(state, thresholds, shrinking.chain)
+    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score)
     # A first look, since tracing a network takes seconds.
     shares = [
         float(new.kept_weights()) / max(1.0, float(old.kept_weights()))

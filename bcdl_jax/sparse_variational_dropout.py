@@ -53,6 +53,9 @@ class SparseVariationalDropoutPosterior(Posterior):
         wide = jnp.promote_types(self.kernel_mean.dtype, jnp.float32)
         return self.kernel_log_variance.astype(wide) - jnp.log(self.kernel_mean.astype(wide) ** 2 + 1e-8)
 
+    def log_noise_to_signal(self) -> jax.Array:
+        return self.log_dropout_rate()
+
     def group_scores(self) -> jax.Array:
         """The lowest log dropout rate within each group, [groups]."""
         rates = jnp.min(self.log_dropout_rate(), axis=tuple(range(self.kernel_mean.ndim - 2)))

@@ -376,12 +376,21 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
             return
         file_errors = score.in_fresh_process(compressed.files, dataset.name, args.data_dir, width)
         runs = compress.score(model, compressed, dataset, seeds, chain, file_errors)
-        if compressed.thresholds is not None:
+        if compressed.thresholds is not None and isinstance(settings, Recipe):
             first_thresholds = {name: compressed.thresholds[0][name] for name in chain}
             from experiments import figures  # only now, since it takes a while
 
             images, labels = dataset.test.images, dataset.test.labels
-            figures.draw(out, compressed.snapshots, first_thresholds, images, labels, seeds[0], experiment.pictures)
+            figures.draw(
+                out,
+                compressed.snapshots,
+                first_thresholds,
+                images,
+                labels,
+                seeds[0],
+                experiment.pictures,
+                settings.score.replace("_", " "),
+            )
         result = compress.result(
             experiment.name,
             args.method,

@@ -44,14 +44,14 @@ _LARGEST_DRAWN = 500_000
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """One frame of the pictures: an epoch, and by layer name the mean kernels, but for the largest, and one seed's log dropout rates.
+    """One frame of the pictures: an epoch, and by layer name the mean kernels, but for the largest, and the scores of the groups, all of one seed.
 
-    Where weights are pruned one by one, a kernel is zero where they would be at the default threshold, and a group's rate is its lowest.
+    Where weights are pruned one by one, a kernel is zero where they would be at the default threshold, and a group's score is its lowest.
     """
 
     epoch: int
     kernels: dict[str, np.ndarray]
-    log_dropout_rates: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +250,13 @@ def compress(
             measure_change(model, validation[0], None if recipe.max_shrinking_change is None else net)(net),
             max_increase=recipe.max_pruning_change,
             chain=chain,
+            score=score_of(recipe),
         )
         for net in tqdm(trained, desc="choose thresholds", unit="seed", disable=not sys.stderr.isatty())
     ]
-    pruned = [bcdl_jax.prune(net, by_layer, chain) for net, by_layer in zip(trained, chosen, strict=True)]
+    pruned = [
+        bcdl_jax.prune(net, by_layer, chain, score_of(recipe)) for net, by_layer in zip(trained, chosen, strict=True)
+    ]
     if recipe.fine_tune_epochs:
         stacked = bcdl_jax.stack(pruned)
         params, later_failures, _ = run_phase("fine_tune", _as_they_are, stacked, first_epoch=recipe.epochs + 1)
@@ -360,7 +363,7 @@ def _run_phase(
     shrinking = None
     if recipe.max_shrinking_change is not None:
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
-        gone = math.inf if fine_tune else _what_is_gone(model, recipe.max_shrinking_change, train[0], chain)
+        gone = math.inf if fine_tune else _what_is_gone(model, recipe, train[0], chain)
         # A CPU gains by every channel that goes; an accelerator computes eight as fast as seven.
         multiple_of = 1 if jax.default_backend() == "cpu" else 8
         shrinking = bcdl_jax.Shrinking(
@@ -368,7 +371,9 @@ def _run_phase(
             make_step,
             gone,
             chain,
+            score=score_of(recipe),
             first=recipe.first_shrinking,
+            regular=recipe.regular_shrinking,
             least_saving=recipe.least_shrinking_saving,
             multiple_of=multiple_of,
         )
@@ -381,6 +386,8 @@ def _run_phase(
         return bcdl_jax.create_train_state(start_params(seed, given), optimizer, key)
 
     given = devices.same_everywhere(given)
+    # A horseshoe's score says how small its scale is, whose usual thresholds are for scales that start at 1. What is masked always counts.
+    for_reports = math.inf if fine_tune or (recipe.balanced and thresholds is None) else thresholds
     step = make_step(likelihood)
     how: dict[str, Any] = {"batch_size": recipe.batch_size, "in_turn": recipe.in_turn, "shards": _shards(mesh)}
     with startup.CompileTime() as compile_time, concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -393,7 +400,7 @@ def _run_phase(
         start = start.replace(params=devices.same_everywhere(start.params))
         if mesh is not None:
             start = bcdl_jax.place_state(start, mesh)
-        snapshots = [_snapshot(0, start.params)]
+        snapshots = [_snapshot(0, start.params, recipe)]
         program = None if compiling is None else compiling.result()
     startup.release_memory()
     every = math.ceil(epochs / (_MOST_FRAMES - 1))
@@ -427,7 +434,7 @@ def _run_phase(
             validation_data=validation,
             seeds=seeds,
             first_epoch=first_epoch,
-            thresholds=math.inf if fine_tune else thresholds,
+            thresholds=for_reports,
             shrinking=shrinking,
             stop=watch,
             program=program,
@@ -448,7 +455,7 @@ def _run_phase(
             failures = [seed_report.failure for seed_report in report.reports]
             done = report.reports[0].epoch - first_epoch + 1
             if done % every == 0 or done == epochs:
-                snapshots.append(_snapshot(report.reports[0].epoch, states.params))
+                snapshots.append(_snapshot(report.reports[0].epoch, states.params, recipe))
             if checkpoints.every and done % checkpoints.every == 0 and done < epochs:
                 save()
             if report.news:
@@ -477,14 +484,26 @@ def _run_phase(
     return states.params, failures, snapshots
 
 
+def score_of(recipe: Recipe) -> bcdl_jax.Score:
+    """What the recipe's thresholds are compared with."""
+    return getattr(bcdl_jax, recipe.score)
+
+
 def _what_is_gone(
-    model: nn.Module, max_change: float, images: jax.Array, chain: Sequence[str]
+    model: nn.Module, recipe: Recipe, images: jax.Array, chain: Sequence[str]
 ) -> Callable[[Any], dict[str, float]]:
     """From params to thresholds of what may be left out in training: the most that hardly changes the predictions on a few images."""
     change_from = measure_change(model, images[:: max(1, len(images) // _SHRINKING_IMAGES)])
 
     def thresholds(params: Any) -> dict[str, float]:
-        return bcdl_jax.choose_thresholds(params, change_from(params), max_increase=max_change, chain=chain)
+        assert recipe.max_shrinking_change is not None
+        return bcdl_jax.choose_thresholds(
+            params,
+            change_from(params),
+            max_increase=recipe.max_shrinking_change,
+            chain=chain,
+            score=score_of(recipe),
+        )
 
     return thresholds
 
@@ -745,7 +764,7 @@ def on_device(split: Split) -> tuple[jax.Array, jax.Array]:
 
 
 def _arrays_of(snapshot: Snapshot) -> dict[str, np.ndarray]:
-    parts = {"kernels": snapshot.kernels, "rates": snapshot.log_dropout_rates}
+    parts = {"kernels": snapshot.kernels, "rates": snapshot.scores}
     return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
 
@@ -757,18 +776,18 @@ def _snapshot_of(epoch: int, arrays: dict[str, np.ndarray]) -> Snapshot:
     return Snapshot(epoch, parts["kernels"], parts["rates"])
 
 
-def _snapshot(epoch: int, stacked_params: Any) -> Snapshot:
-    kernels, rates = jax.device_get(_snapshot_arrays(stacked_params))
-    return Snapshot(epoch, kernels, rates)
+def _snapshot(epoch: int, stacked_params: Any, recipe: Recipe) -> Snapshot:
+    kernels, scores = jax.device_get(_snapshot_arrays(stacked_params, score_of(recipe)))
+    return Snapshot(epoch, kernels, scores)
 
 
-@jax.jit
-def _snapshot_arrays(stacked_params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+@functools.partial(jax.jit, static_argnums=1)
+def _snapshot_arrays(stacked_params: Any, score: bcdl_jax.Score) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     params = bcdl_jax.unstack(stacked_params, 0)
     layers = bcdl_jax.posteriors(params).items()
     small = [(name, layer) for name, layer in layers if math.prod(layer.kernel_shape) <= _LARGEST_DRAWN]
     kernels = {name: _kernel_to_draw(layer).astype(jnp.float16) for name, layer in small}
-    return kernels, {name: layer.group_scores() for name, layer in layers}
+    return kernels, {name: layer.group_scores() if layer.prunes_weights else score(layer) for name, layer in layers}
 
 
 def _kernel_to_draw(layer: bcdl_jax.Posterior) -> jax.Array:

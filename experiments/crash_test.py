@@ -85,7 +85,7 @@ def train(out: Path, size: Size) -> None:
             pretrained=None,
             checkpoints=kept,
         )
-    frames = {str(frame.epoch): frame.kernels | {"rates": frame.log_dropout_rates} for frame in run.snapshots}
+    frames = {str(frame.epoch): frame.kernels | {"rates": frame.scores} for frame in run.snapshots}
     files.write_arrays(out / "frames.npz", frames)
     kept.remove()
 

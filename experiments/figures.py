@@ -26,6 +26,7 @@ _MILLISECONDS_LAST_FRAME = 2500
 _SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c4161c"])
 _BAR_COLORS = ("#c9c9c9", "#1f3fbf", "#c4161c")
 _DIGITS = (0, 3, 4, 7, 8)
+_FAR = 1e8
 
 
 def draw(
@@ -36,17 +37,19 @@ def draw(
     labels: np.ndarray,
     seed: int,
     only: Collection[str],
+    score: str = "log dropout rate",
 ) -> None:
     """Draws the pictures of one seed.
 
     Args:
       out: directory to write to.
       snapshots: in the order of the epochs.
-      thresholds: by layer name, in the order of the layers: a group is drawn as pruned where its log dropout rate is not below.
+      thresholds: by layer name, in the order of the layers: a group is drawn as pruned where its score is not below.
       images: of uint8; [n, 28, 28, 1] where the feature importance is drawn, for which five digits are taken from them.
       labels: [n].
       seed: for the titles.
       only: names of the GIFs to make; log_dropout_rates.png is made in any case.
+      score: what the groups were pruned by, in words.
     """
     names = list(thresholds)
     for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
@@ -64,8 +67,8 @@ def draw(
                 for digit in _DIGITS
             ]
         )
-        importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed)
-    dropout_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed)
+        importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed, score)
+    score_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed, score)
 
 
 def weights_gif(
@@ -81,8 +84,8 @@ def weights_gif(
     inputs, outputs = snapshots[0].kernels[name].shape
     frames = []
     for snapshot in snapshots:
-        kept_inputs = snapshot.log_dropout_rates[name] < thresholds[name]
-        kept_outputs = snapshot.log_dropout_rates[following] < thresholds[following]
+        kept_inputs = snapshot.scores[name] < thresholds[name]
+        kept_outputs = snapshot.scores[following] < thresholds[following]
         weights = np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32)
         kept = f"{kept_inputs.sum()} of {inputs} inputs, {kept_outputs.sum()} of {outputs} outputs kept"
         frames.append((snapshot.epoch, weights, kept))
@@ -103,7 +106,7 @@ def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: flo
     rows = inputs * math.ceil(outputs / columns)
     frames = []
     for snapshot in snapshots:
-        kept = snapshot.log_dropout_rates[name] < threshold
+        kept = snapshot.scores[name] < threshold
         kernels = np.where(kept, snapshot.kernels[name], 0).astype(np.float32)
         tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width)
         # Where there is no kernel, and as a line between them: colour maps leave blank what is not a number.
@@ -144,15 +147,15 @@ def _signed_gif(
 
 
 def importance_gif(
-    path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int
+    path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int, score: str
 ) -> None:
-    """Which pixels the network reads: minus the log dropout rate of each input, the kept inputs, and five digits as the network sees them."""
-    rates = [np.asarray(snapshot.log_dropout_rates[name], np.float32).reshape(28, 28) for snapshot in snapshots]
+    """Which pixels the network reads: minus the score of each input, the kept inputs, and five digits as the network sees them."""
+    rates = [np.asarray(snapshot.scores[name], np.float32).reshape(28, 28) for snapshot in snapshots]
     low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-rates[-1]))
     figure, grid = plt.subplots(2, 4, figsize=(8.4, 4.8), dpi=100, layout="constrained")
     panels = grid.ravel()
     importance = panels[0].imshow(-rates[0], cmap="viridis", vmin=low, vmax=max(high, low + 1e-3))
-    panels[0].set_title("importance\n(-log dropout rate)", fontsize=10)
+    panels[0].set_title(f"importance\n(-{score})", fontsize=10)
     figure.colorbar(importance, ax=panels[0], shrink=0.8, extend="both")
     mask = panels[1].imshow(np.ones((28, 28)), cmap="gray", vmin=0, vmax=1)
     panels[1].set_title("kept pixels (white)", fontsize=10)
@@ -180,8 +183,8 @@ def importance_gif(
     _write_gif(path, figure, show, [(snapshot.epoch, rate) for snapshot, rate in zip(snapshots, rates, strict=True)])
 
 
-def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int) -> None:
-    """How the log dropout rates of each layer's groups lie about the chosen threshold."""
+def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int, score: str) -> None:
+    """How the scores of each layer's groups lie about the chosen threshold."""
     columns = min(5, len(thresholds))
     rows = math.ceil(len(thresholds) / columns)
     figure, grid = plt.subplots(
@@ -190,9 +193,11 @@ def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, floa
     for panel in grid.flat[len(thresholds) :]:
         panel.set_axis_off()
     for panel, name in zip(grid.flat, thresholds, strict=False):
-        rates, threshold = snapshot.log_dropout_rates[name], thresholds[name]
+        rates, threshold = snapshot.scores[name], thresholds[name]
         kept = rates < threshold
-        edges = np.histogram_bin_edges(rates, bins=40)
+        # Groups without a signal are far off: the last bar takes them.
+        edges = np.histogram_bin_edges(rates[rates < _FAR] if np.any(rates < _FAR) else rates, bins=40)
+        rates = np.clip(rates, edges[0], edges[-1])
         panel.hist(
             [rates[kept], rates[~kept]],
             bins=edges,
@@ -204,10 +209,10 @@ def dropout_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, floa
             panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
         groups = "output channels" if name.startswith("Conv") else "input units"
         panel.set_title(f"{name}: {rates.size} {groups}")
-        panel.set_xlabel("log dropout rate")
+        panel.set_xlabel(score)
         panel.set_ylabel(f"number of {groups}")
         panel.legend(fontsize=8)
-    figure.suptitle(f"Log dropout rates after epoch {snapshot.epoch} (seed {seed})")
+    figure.suptitle(f"{score.capitalize()} of the groups after epoch {snapshot.epoch} (seed {seed})")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 

@@ -84,7 +84,8 @@ EXPERIMENT = command_line.Experiment(
     recipes={
         **_PLAIN,
         "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
-        "ghs": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
+        # Its fine-tuning makes up for the loss of half of the groups that are left.
+        "ghs": {"mnist": dataclasses.replace(_FULL, max_pruning_change=0.13), EMBEDDED: _EMBEDDED},
         "sparse_vd": {"mnist": _SPARSE, EMBEDDED: _EMBEDDED},
     },
     quick={"epochs": 3, "fine_tune_epochs": 1, "warmup_epochs": 0},

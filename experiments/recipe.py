@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Recipe(Training):
       fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
       tau0: scale of the horseshoe prior of a layer, see ``bcdl_jax.GroupHorseshoe``.
       warmup_epochs: over which the weight of the KL rises from 0 to ``kl_weight``.
+      score: what groups are pruned by, "log_dropout_rate" (the paper) or "log_noise_to_signal", the functions of ``bcdl_jax``.
       max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
         per example, see ``compress.measure_change``.
       max_rounding_change: likewise for the rounding.
@@ -51,6 +53,7 @@ class Recipe(Training):
       max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
         example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
       first_shrinking: epochs before the first look at the groups; the next ones follow after 2, 3, 4, 6, 8, 12 times as many and so on.
+      regular_shrinking: whether they follow after 2, 3, 4, 5, 6 times as many instead.
       least_shrinking_saving: share of the multiply-adds that leaving groups out must save, each time.
     """
 
@@ -63,11 +66,13 @@ class Recipe(Training):
     fine_tune_log_variance_factor: float = 2.0
     tau0: float = 1e-5
     warmup_epochs: int = 0
+    score: Literal["log_dropout_rate", "log_noise_to_signal"] = "log_dropout_rate"
     max_pruning_change: float = 0.0075
     max_rounding_change: float = 0.001
     in_turn: bool = False
     max_shrinking_change: float | None = None
     first_shrinking: int = 1
+    regular_shrinking: bool = False
     least_shrinking_saving: float = 0.25
 
 

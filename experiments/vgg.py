@@ -38,7 +38,8 @@ _FULL = Recipe(
     in_turn=True,
     # Its channels share what the network knows, so that few are superfluous at any one time: little by little, most can go.
     max_shrinking_change=0.08,
-    least_shrinking_saving=0.05,
+    regular_shrinking=True,
+    least_shrinking_saving=0.01,
 )
 _PRETRAINED = PlainRecipe(
     epochs=14,
@@ -51,8 +52,8 @@ _PRETRAINED = PlainRecipe(
 _DECAYED = dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=(32,) * 14 + (16,))
 _RECIPES: dict[str, Training] = {
     "gnj": _FULL,
-    # Its scales are learned as logarithms, whatever their size.
-    "ghs": dataclasses.replace(_FULL, scale_factor=0.3),
+    # Its scales are learned as logarithms, whatever their size, and say little of which channels matter: those of a layer are all alike.
+    "ghs": dataclasses.replace(_FULL, scale_factor=1.0, score="log_noise_to_signal"),
     # Without scales there is nothing to balance. A network that is pruned weight by weight does not shrink while it is trained.
     "sparse_vd": dataclasses.replace(
         _FULL,

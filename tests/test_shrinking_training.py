@@ -190,6 +190,9 @@ def test_the_groups_are_looked_at_ever_more_rarely():
     for first, expected in ((1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]), (3, [3, 6, 9, 12, 18, 24, 36])):
         shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, first=first)
         assert [epochs for epochs in range(40) if shrinking.is_due(epochs)] == expected
+    often = bcdl_jax.Shrinking(lambda *_: 0.0, lambda _: None, thresholds=3.0, first=3, regular=True)
+    assert [epochs for epochs in range(13) if often.is_due(epochs)] == [3, 6, 9, 12]
+    assert not often.is_settled(1000)
 
 
 def test_what_is_gone_may_be_found_from_the_params():
