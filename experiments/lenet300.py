@@ -4,7 +4,7 @@ What the recipes came to on full MNIST: test error after precision reduction, ``
 many seeds on so many cores. More is in the README's table.
 
     gnj        1.83 %   10x   44x  22, three seeds, one core
-    ghs        1.69 %    4x   17x  23, three seeds, one core
+    ghs        1.79 %    9x   40x  29, three seeds, one core
     sparse_vd  1.81 %   23x  111x  23, three seeds, one core
     dc         1.65 %    6x   41x   1, one seed, two cores
     dns        1.84 %   32x  205x   2, one seed, one core
