@@ -156,7 +156,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="T",
-        help=f"{len(experiment.chain)} log dropout rates, one per layer, above which a unit is pruned (default: chosen on the validation data)",
+        help=f"{len(experiment.chain)} log dropout rates, or what the recipe prunes by, one per layer, above which a unit is pruned (default: chosen on the validation data)",
     )
     parser.add_argument(
         "--pretrained",

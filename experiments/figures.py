@@ -1,4 +1,4 @@
-"""Pictures of a run: weights and feature importance over the epochs as GIFs, log dropout rates as histograms."""
+"""Pictures of a run: weights and feature importance over the epochs as GIFs, scores of the groups as histograms."""
 
 from __future__ import annotations
 
