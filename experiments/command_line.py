@@ -156,7 +156,8 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="T",
-        help=f"{len(experiment.chain)} log dropout rates, or what the recipe prunes by, one per layer, above which a unit is pruned (default: chosen on the validation data)",
+        help=f"{len(experiment.chain)} scores, one per layer, from which a unit is pruned: log dropout rates, if the recipe names no other"
+        " score (default: chosen on the validation data)",
     )
     parser.add_argument(
         "--pretrained",
