@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 from bcdl_jax.batches import count_examples, steps_per_epoch
 from bcdl_jax.mesh import jit_step, replicated
 from bcdl_jax.posterior import PyTree, posteriors
-from bcdl_jax.pruning import Thresholds, kept_groups
+from bcdl_jax.pruning import Score, Thresholds, kept_groups, log_dropout_rate
 from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_measure, shrink_training
 from bcdl_jax.training import TrainState, TrainStep, make_train_steps, mean_metrics, part_names, stack, unstack
 
@@ -69,6 +70,7 @@ def train_ensemble(
     seeds: Sequence[int],
     first_epoch: int = 1,
     thresholds: Thresholds | None = None,
+    score: Score = log_dropout_rate,
     shards: int = 1,
     in_turn: bool = False,
     shrinking: Shrinking | None = None,
@@ -89,7 +91,7 @@ def train_ensemble(
         [examples, ...], it is measured without the groups that are left out, see ``shrink_measure``.
       seeds: a name per seed.
       first_epoch: number in the reports of the epoch that starts with step 0.
-      thresholds: by which the kept groups of the reports are counted, as for ``kept_groups``.
+      thresholds, score: by which the kept groups of the reports are counted, as for ``kept_groups``.
       shards: see ``make_train_steps``.
       in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program, see ``each_seed``.
       shrinking: how the networks shrink while they are trained, see ``Shrinking``; needs ``in_turn``, since each takes its own shape.
@@ -119,7 +121,9 @@ def train_ensemble(
     trainer = _Trainer(
         step, data, batch_size, shards, stacked=not in_turn, shrinking=shrinking, stop=stop, program=program
     )
-    return _epochs(trainer, states, epochs, validation_error, validation_data, tuple(seeds), first_epoch, thresholds)
+    return _epochs(
+        trainer, states, epochs, validation_error, validation_data, tuple(seeds), first_epoch, thresholds, score
+    )
 
 
 def compile_ensemble(
@@ -181,12 +185,13 @@ def _epochs(
     seeds: tuple[int, ...],
     first_epoch: int,
     thresholds: Thresholds | None,
+    score: Score,
 ) -> Iterator[tuple[TrainState, EnsembleReport | None]]:
     def measure_one(params: PyTree, held_out: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return validation_error(params, held_out), kept_groups(params, thresholds)
+        return validation_error(params, held_out), kept_groups(params, thresholds, score)
 
     measure_whole = jax.jit(jax.vmap(measure_one, in_axes=(0, None)) if trainer.stacked else measure_one)
-    count = jax.jit(lambda params: kept_groups(params, thresholds))
+    count = jax.jit(lambda params: kept_groups(params, thresholds, score))
 
     def measure(part: _Part, epochs: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = part.whole().params
@@ -241,7 +246,8 @@ def _epochs(
                 failure = _failure_sentence(halted_in, int(steps[index]) + 1, seed, culprits, names)
                 tell(seed, "failure", failure)
             else:
-                late = epoch + 1 >= (max(10, (epochs + 1) // 2) if epochs > 10 else epochs)
+                # By infinite thresholds nothing is pruned that is not masked.
+                late = thresholds != math.inf and epoch + 1 >= (max(10, (epochs + 1) // 2) if epochs > 10 else epochs)
                 for warning in _pruning_warnings(number, seed, kept_here, totals, units, late):
                     tell(seed, warning, warning.replace("EPOCH", str(number)))
             reports.append(

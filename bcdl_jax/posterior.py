@@ -115,7 +115,9 @@ class Posterior(abc.ABC):
         Unlike a log dropout rate it counts the noise of the weights with that of the scale, and does not depend on how the magnitude is
         shared between the two.
         """
-        mean, variance = self.kernel_moments()
+        # In float32 at least, moments and sums too: ties would be pruned together.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        mean, variance = jax.tree.map(lambda leaf: leaf.astype(wide), self).kernel_moments()
         own = mean.ndim - (2 if self.group_axis == "input" else 1)
         others = tuple(axis for axis in range(mean.ndim) if axis != own)
         return log_ratio(jnp.sum(variance, others), jnp.sum(mean**2, others))
@@ -240,10 +242,8 @@ class Posterior(abc.ABC):
 
 
 def log_ratio(noise: jax.Array, signal: jax.Array) -> jax.Array:
-    """log(noise / signal), in float32 at least; 1e9 where the signal is 0: such a unit goes first, and does so by a finite threshold."""
-    wide = jnp.promote_types(noise.dtype, jnp.float32)
-    signal = signal.astype(wide)
-    return jnp.where(signal > 0, jnp.log(noise.astype(wide)) - jnp.log(jnp.where(signal > 0, signal, 1)), 1e9)
+    """log(noise / signal); 1e9 where the signal is 0: such a unit goes first, and does so by a finite threshold."""
+    return jnp.where(signal > 0, jnp.log(noise) - jnp.log(jnp.where(signal > 0, signal, 1)), 1e9)
 
 
 def check_clip_var(clip_var: float | None) -> None:

@@ -28,7 +28,8 @@ def log_noise_to_signal(layer: Posterior) -> jax.Array:
     """log(sum of Var[w] / sum of E[w]^2) over the weights of each unit, see ``Posterior.log_noise_to_signal``.
 
     Better than the scales alone where those of a layer are all alike while its weights are noisy: wide layers that start from trained weights
-    with balanced scales.
+    with balanced scales. It depends on what is masked: of what is left, pruning by the same thresholds again may take more. Biases do not
+    count. Where single weights are pruned, it is their log dropout rate.
     """
     return layer.log_noise_to_signal()
 
@@ -108,12 +109,15 @@ def set_unit_masks(params: PyTree, masks: Mapping[str, jax.Array], chain: Sequen
     return map_named_layers(masked, params, Posterior)  # type: ignore[type-abstract]
 
 
-def kept_groups(params: PyTree, thresholds: Thresholds | None = None) -> dict[str, jax.Array]:
+def kept_groups(
+    params: PyTree, thresholds: Thresholds | None = None, score: Score = log_dropout_rate
+) -> dict[str, jax.Array]:
     """Number of groups of each layer that would be kept (of weights, where the family prunes those), int32 by layer name.
 
     Args:
       params: tree with variational layers.
-      thresholds: as for ``prune``; the default thresholds of the families if None.
+      thresholds: as for ``prune``; the default thresholds of the families, which are log dropout rates, if None.
+      score: as for ``prune``.
     """
     layers = posteriors(params)
     by_layer = (
@@ -122,7 +126,7 @@ def kept_groups(params: PyTree, thresholds: Thresholds | None = None) -> dict[st
         else thresholds_by_layer(thresholds, list(layers))
     )
     return {
-        name: jnp.sum((posterior.unit_mask > 0) & (posterior.log_dropout_rate() < by_layer[name]))
+        name: jnp.sum((posterior.unit_mask > 0) & (score(posterior) < by_layer[name]))
         for name, posterior in layers.items()
     }
 
@@ -132,7 +136,7 @@ def thresholds_by_layer(thresholds: Thresholds, names: Sequence[str]) -> dict[st
     for value in thresholds.values() if isinstance(thresholds, Mapping) else [thresholds]:
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(
-                "thresholds holds a value that is not a number; it must be a log dropout rate, or infinite."
+                "thresholds holds a value that is not a number; it must be a score, such as a log dropout rate, or infinite."
             )
     if not isinstance(thresholds, Mapping):
         return dict.fromkeys(names, thresholds)

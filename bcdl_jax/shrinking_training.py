@@ -39,7 +39,7 @@ class Shrinking:
       make_step: from a negative log-likelihood to the training step, such as
         ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``; called again for every smaller network.
       thresholds: scores above which a group is safely gone, as for ``prune``; or a function from params to them, such as
-        ``choose_thresholds`` with a small ``max_increase``. Be more careful than in pruning: what is masked in training never comes back.
+        ``choose_thresholds`` with a small ``max_increase`` and the same score. Be more careful than in pruning: what is masked in training never comes back.
       chain, score: as for ``prune``.
       first: epochs before the first look at the groups. The next ones follow after 2, 3, 4, 6, 8, 12, 16, 24 times as many and so on: a
         net loses its groups ever more slowly.
@@ -55,11 +55,11 @@ class Shrinking:
     make_step: Callable[[NegativeLogLikelihood], TrainStep]
     thresholds: Thresholds | Callable[[PyTree], Thresholds]
     chain: Sequence[str] = ()
-    score: Score = log_dropout_rate
     first: int = 1
-    regular: bool = False
     least_saving: float = 0.25
     multiple_of: int = 8
+    score: Score = log_dropout_rate
+    regular: bool = False
 
     def __post_init__(self):
         for name in ("first", "multiple_of"):

@@ -373,7 +373,7 @@ def _run_phase(
             chain,
             score=score_of(recipe),
             first=recipe.first_shrinking,
-            regular=recipe.regular_shrinking,
+            regular=recipe.regular_shrinking and not fine_tune,
             least_saving=recipe.least_shrinking_saving,
             multiple_of=multiple_of,
         )
@@ -386,8 +386,8 @@ def _run_phase(
         return bcdl_jax.create_train_state(start_params(seed, given), optimizer, key)
 
     given = devices.same_everywhere(given)
-    # A horseshoe's score says how small its scale is, whose usual thresholds are for scales that start at 1. What is masked always counts.
-    for_reports = math.inf if fine_tune or (recipe.balanced and thresholds is None) else thresholds
+    # The families' own thresholds are log dropout rates. What is masked counts in any case.
+    for_reports = math.inf if fine_tune or (thresholds is None and recipe.score != "log_dropout_rate") else thresholds
     step = make_step(likelihood)
     how: dict[str, Any] = {"batch_size": recipe.batch_size, "in_turn": recipe.in_turn, "shards": _shards(mesh)}
     with startup.CompileTime() as compile_time, concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -435,6 +435,7 @@ def _run_phase(
             seeds=seeds,
             first_epoch=first_epoch,
             thresholds=for_reports,
+            score=score_of(recipe),
             shrinking=shrinking,
             stop=watch,
             program=program,

@@ -194,7 +194,7 @@ def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float]
         panel.set_axis_off()
     for panel, name in zip(grid.flat, thresholds, strict=False):
         rates, threshold = snapshot.scores[name], thresholds[name]
-        kept = rates < threshold
+        kept = rates < min(threshold, _FAR)
         # Groups without a signal are far off: the last bar takes them.
         edges = np.histogram_bin_edges(rates[rates < _FAR] if np.any(rates < _FAR) else rates, bins=40)
         rates = np.clip(rates, edges[0], edges[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bcdl_jax
@@ -71,6 +72,12 @@ def test_prune_and_choose_thresholds_go_by_the_score_given():
     assert by_scales.input_mask.tolist() == [0, 0, 0, 1, 1, 1]
     by_weights = bcdl_jax.prune(params, -0.5, score=bcdl_jax.log_noise_to_signal)["posterior"]
     assert by_weights.input_mask.tolist() == [1, 1, 1, 0, 0, 0]
+
+    (count,) = bcdl_jax.kept_groups(params, -0.5, bcdl_jax.log_noise_to_signal).values()
+    assert int(count) == 3
+    state = bcdl_jax.create_train_state(params, optax.sgd(0.1), jax.random.key(3))
+    masked = bcdl_jax.prune_state(state, -0.5, score=bcdl_jax.log_noise_to_signal)
+    assert masked.params["posterior"].input_mask.tolist() == [1, 1, 1, 0, 0, 0]
 
     def error(params):
         return jnp.sum(params["posterior"].input_mask < 1)
