@@ -83,10 +83,7 @@ EXPERIMENT = command_line.Experiment(
     pictures=PICTURES,
     recipes={
         **_PLAIN,
-        "gnj": {
-            "mnist": dataclasses.replace(_FULL, kl_weight=0.6, max_pruning_change=0.012),
-            EMBEDDED: _EMBEDDED,
-        },
+        "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
         # Its fine-tuning makes up for the loss of half of the groups that are left.
         "ghs": {"mnist": dataclasses.replace(_FULL, max_pruning_change=0.13), EMBEDDED: _EMBEDDED},
         "sparse_vd": {"mnist": _SPARSE, EMBEDDED: _EMBEDDED},
