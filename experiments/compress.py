@@ -363,7 +363,11 @@ def _run_phase(
     shrinking = None
     if recipe.max_shrinking_change is not None:
         # The groups are chosen by the time of fine-tuning: then what pruning masked is left out, and no more.
-        gone = math.inf if fine_tune else _what_is_gone(model, recipe, train[0], chain)
+        gone = (
+            math.inf
+            if fine_tune
+            else _what_is_gone(model, recipe.max_shrinking_change, train[0], chain, score_of(recipe))
+        )
         # A CPU gains by every channel that goes; an accelerator computes eight as fast as seven.
         multiple_of = 1 if jax.default_backend() == "cpu" else 8
         shrinking = bcdl_jax.Shrinking(
@@ -491,19 +495,14 @@ def score_of(recipe: Recipe) -> bcdl_jax.Score:
 
 
 def _what_is_gone(
-    model: nn.Module, recipe: Recipe, images: jax.Array, chain: Sequence[str]
+    model: nn.Module, max_change: float, images: jax.Array, chain: Sequence[str], score: bcdl_jax.Score
 ) -> Callable[[Any], dict[str, float]]:
     """From params to thresholds of what may be left out in training: the most that hardly changes the predictions on a few images."""
     change_from = measure_change(model, images[:: max(1, len(images) // _SHRINKING_IMAGES)])
 
     def thresholds(params: Any) -> dict[str, float]:
-        assert recipe.max_shrinking_change is not None
         return bcdl_jax.choose_thresholds(
-            params,
-            change_from(params),
-            max_increase=recipe.max_shrinking_change,
-            chain=chain,
-            score=score_of(recipe),
+            params, change_from(params), max_increase=max_change, chain=chain, score=score
         )
 
     return thresholds

@@ -26,6 +26,7 @@ _MILLISECONDS_LAST_FRAME = 2500
 _SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c4161c"])
 _BAR_COLORS = ("#c9c9c9", "#1f3fbf", "#c4161c")
 _DIGITS = (0, 3, 4, 7, 8)
+# Scores beyond are of groups without a signal, which ``bcdl_jax.log_noise_to_signal`` sets to 1e9.
 _FAR = 1e8
 
 
@@ -195,7 +196,7 @@ def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float]
     for panel, name in zip(grid.flat, thresholds, strict=False):
         rates, threshold = snapshot.scores[name], thresholds[name]
         kept = rates < min(threshold, _FAR)
-        # Groups without a signal are far off: the last bar takes them.
+        # The last bar takes those that are far off.
         edges = np.histogram_bin_edges(rates[rates < _FAR] if np.any(rates < _FAR) else rates, bins=40)
         rates = np.clip(rates, edges[0], edges[-1])
         panel.hist(

@@ -1,6 +1,6 @@
 """VGG on CIFAR-10: ``python -m experiments.vgg``, on a CPU with ``--width 0.25``.
 
-No recipe was run to its end yet. What is known of a quarter of the width, of one seed and the validation data: pre-training ends at 17.8 % error.
+No recipe was run to its end yet. What trials at a quarter of the width showed, one seed and the validation data: pre-training ends at 17.8 % error.
 From there, with the normal-Jeffreys prior and a fifth of the KL's weight, 12 epochs with looks at the groups ever more rarely ended at 17.6 % and
 2.1x, and 6 more with a look after each, as the recipe below has them from the start, at 18.2 % and 3.4x, before any fine-tuning. Taking as much at
 one stroke costs several percent: 20.4 % at 2.5x.

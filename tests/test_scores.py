@@ -97,9 +97,8 @@ def test_scores_under_jit_vmap_and_grad(net):
         np.testing.assert_allclose(jax.jit(bcdl_jax.log_noise_to_signal)(node), scores, rtol=1e-5)
         two = jax.vmap(bcdl_jax.log_noise_to_signal)(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), node))
         np.testing.assert_allclose(two, jnp.stack([scores, scores]), rtol=1e-5)
-        masked = node.with_masks(
-            node.input_mask > 1, node.output_mask > 1
-        )  # nothing is left: no value that is not finite
+        # Nothing is left: no value may be other than finite.
+        masked = node.with_masks(node.input_mask > 1, node.output_mask > 1)
         slope = jax.grad(lambda node: jnp.sum(bcdl_jax.log_noise_to_signal(node)), allow_int=True)(masked)
         assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(slope))
     pruned = jax.jit(lambda params: bcdl_jax.prune(params, 0.0, CHAIN, bcdl_jax.log_noise_to_signal))(params)

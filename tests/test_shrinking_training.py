@@ -190,7 +190,7 @@ def test_the_groups_are_looked_at_ever_more_rarely():
     for first, expected in ((1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]), (3, [3, 6, 9, 12, 18, 24, 36])):
         shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, first=first)
         assert [epochs for epochs in range(40) if shrinking.is_due(epochs)] == expected
-    often = bcdl_jax.Shrinking(lambda *_: 0.0, lambda _: None, thresholds=3.0, first=3, regular=True)
+    often = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, first=3, regular=True)
     assert [epochs for epochs in range(13) if often.is_due(epochs)] == [3, 6, 9, 12]
     assert not often.is_settled(1000)
 
@@ -213,6 +213,23 @@ def test_what_is_gone_may_be_found_from_the_params():
     assert asked == [state.params]
     for one, other in zip(*(report.leaves for report in found), strict=True):
         assert one.after == other.after
+
+
+def test_what_is_gone_may_go_by_another_score():
+    state, conv_data = conv_state()
+    layer = state.params["Conv_1"]["posterior"]
+    noisy = layer.replace(kernel_log_variance=layer.kernel_log_variance.at[..., 4].set(9.0))
+    state = state.replace(params=state.params | {"Conv_1": {"posterior": noisy}})
+    batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
+    shrunk = [
+        bcdl_jax.shrink_further(
+            bcdl_jax.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, score=score), state, batch
+        )
+        for score in (bcdl_jax.log_dropout_rate, bcdl_jax.log_noise_to_signal)
+    ]
+    masks = [small.whole.params["Conv_1"]["posterior"].output_mask for small in shrunk]
+    assert masks[0][4] == 1
+    assert masks[1][4] == 0
 
 
 def shrinking_ensemble(data, stop=None, states=None, first=2, epochs=5):
