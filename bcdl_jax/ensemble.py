@@ -16,7 +16,14 @@ from bcdl_jax.batches import count_examples, steps_per_epoch
 from bcdl_jax.mesh import jit_step, replicated
 from bcdl_jax.posterior import PyTree, posteriors
 from bcdl_jax.pruning import Score, Thresholds, kept_groups, log_dropout_rate
-from bcdl_jax.shrinking_training import Shrinking, SmallTraining, shrink_further, shrink_measure, shrink_training
+from bcdl_jax.shrinking_training import (
+    Shrinking,
+    SmallTraining,
+    mask_further,
+    shrink_further,
+    shrink_measure,
+    shrink_training,
+)
 from bcdl_jax.training import TrainState, TrainStep, make_train_steps, mean_metrics, part_names, stack, unstack
 
 # What a program runs before its caller is asked whether to stop: long enough that drawing the order of the examples anew, at the start of
@@ -325,9 +332,12 @@ class _Trainer:
         return True
 
     def shrink(self, part: _Part, epochs: int) -> str | None:
-        """Masks what is safely gone and shrinks the part, where it is due and pays; says what became of it."""
+        """Masks what is safely gone and shrinks the part, where it is due and pays; says what became of its size."""
         assert self.shrinking is not None
         if not self.shrinking.is_due(epochs) or bool(part.state.halted):
+            return None
+        if not self.shrinking.leave_out:
+            part.state = mask_further(self.shrinking, part.state)
             return None
         self._settle(part)
         small = shrink_further(self.shrinking, part.whole(), self._example(), part.small)
@@ -349,7 +359,7 @@ class _Trainer:
 
     def _settle(self, part: _Part) -> None:
         """Shrinks, at the start, what an earlier call masked."""
-        if self.shrinking is None or part.settled:
+        if self.shrinking is None or not self.shrinking.leave_out or part.settled:
             return
         part.settled = True
         small = shrink_training(self.shrinking, part.state, self._example())

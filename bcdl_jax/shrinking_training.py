@@ -44,6 +44,8 @@ class Shrinking:
       first: epochs before the first look at the groups. The next ones follow after 2, 3, 4, 6, 8, 12, 16, 24 times as many and so on: a
         net loses its groups ever more slowly.
       regular: whether they follow after 2, 3, 4, 5, 6 times as many and so on instead: for a net that loses groups as long as they are taken.
+      leave_out: whether what is gone is left out of the training; otherwise it is only masked, whatever it would save, and all goes on at
+        full size: where a step is so fast that compiling smaller ones takes longer than they save, as on a GPU.
       least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
       multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
 
@@ -60,6 +62,7 @@ class Shrinking:
     multiple_of: int = 8
     score: Score = log_dropout_rate
     regular: bool = False
+    leave_out: bool = True
 
     def __post_init__(self):
         for name in ("first", "multiple_of"):
@@ -185,6 +188,13 @@ def shrink_measure(
     return lambda params, data: compiled(cut(params, report), data)
 
 
+def mask_further(shrinking: Shrinking, state: TrainState) -> TrainState:
+    """The state of one seed, at full size, with the groups masked that are safely gone; as it was if nothing would be left of a layer."""
+    thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
+    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score)
+    return masked if all(float(layer.kept_weights()) > 0 for layer in _layers(masked)) else state
+
+
 def shrink_further(
     shrinking: Shrinking, state: TrainState, batch: PyTree, current: SmallTraining | None = None
 ) -> SmallTraining | None:
@@ -201,8 +211,7 @@ def shrink_further(
     """
     if any(layer.prunes_weights for layer in _layers(state)):
         return None
-    thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
-    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score)
+    masked = mask_further(shrinking, state)
     # A first look, since tracing a network takes seconds.
     shares = [
         float(new.kept_weights()) / max(1.0, float(old.kept_weights()))

@@ -10,7 +10,7 @@ import bcdl_jax
 from bcdl_jax import ensemble, shrinking_training
 from bcdl_jax.posterior import Posterior, map_named_layers
 from bcdl_jax.program import multiply_adds, multiply_adds_by_owner, trace
-from bcdl_jax.shrinking_training import shrink_measure
+from bcdl_jax.shrinking_training import mask_further, shrink_measure
 from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
 from tests.test_ensemble import train
 from tests.test_training import BATCH, EXAMPLES, copy, data, setup
@@ -232,13 +232,13 @@ def test_what_is_gone_may_go_by_another_score():
     assert masks[1][4] == 0
 
 
-def shrinking_ensemble(data, stop=None, states=None, first=2, epochs=5):
+def shrinking_ensemble(data, stop=None, states=None, first=2, epochs=5, **options):
     """Two seeds, of which groups die in the first while it is trained: shrunk after the second and the fourth epoch."""
     _, _, fresh = setup(OPTIMIZER, seeds=(3, 4))
     if states is None:
         params = with_dead_groups(bcdl_jax.unstack(fresh, 0).params, {"Dense_1": [0, 1], "Dense_2": [2, 3]})
         states = fresh.replace(params=bcdl_jax.stack([params, bcdl_jax.unstack(fresh, 1).params]))
-    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, first=first, multiple_of=1)
+    shrinking = bcdl_jax.Shrinking(dense_nll, make_step, 3.0, CHAIN, first=first, multiple_of=1, **options)
     return train(
         states, data, make_step(dense_nll), (3, 4), epochs=epochs, in_turn=True, shrinking=shrinking, stop=stop
     )
@@ -261,6 +261,33 @@ def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypat
     assert ends == 2
     assert_trees_close(states, expected, rtol=0)
     assert [report.reports for report in resumed] == [report.reports for report in reports]
+
+
+def test_what_is_gone_can_be_masked_alone(data, monkeypatch):
+    smaller, small_reports, _ = shrinking_ensemble(data)
+    expected, reports, _ = shrinking_ensemble(data, leave_out=False)
+    assert not any(report.news for report in reports)
+    assert expected.params["Dense_1"]["posterior"].input_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert [report.reports[0].kept for report in reports] == [report.reports[0].kept for report in small_reports]
+    kernels, small_kernels = (
+        {name: layer.kernel_moments()[0] for name, layer in bcdl_jax.posteriors(bcdl_jax.unstack(params, 0)).items()}
+        for params in (expected.params, smaller.params)
+    )
+    assert_trees_close(kernels, small_kernels, rtol=1e-5)  # what is masked counts as zero
+
+    monkeypatch.setattr(ensemble, "_CHUNK_SECONDS", 0.0)
+    stop = functools.partial(next, iter([False] * 29), True)
+    states, _, ended = shrinking_ensemble(data, stop, leave_out=False)
+    assert ended
+    resumed, _, _ = shrinking_ensemble(data, None, copy(states), leave_out=False)
+    assert_trees_close(resumed, expected, rtol=0)
+
+
+def test_nothing_is_masked_that_would_leave_a_layer_empty(data):
+    states, _, _ = shrinking_ensemble(data, leave_out=False, epochs=1)
+    state = bcdl_jax.unstack(states, 0)
+    everything = bcdl_jax.Shrinking(dense_nll, make_step, -100.0, CHAIN, leave_out=False)
+    assert mask_further(everything, state) is state
 
 
 def test_the_reported_error_is_that_of_the_whole_network(data, monkeypatch):
