@@ -44,7 +44,7 @@ class Shrinking:
       first: epochs before the first look at the groups. The next ones follow after 2, 3, 4, 6, 8, 12, 16, 24 times as many and so on: a
         net loses its groups ever more slowly.
       regular: whether they follow after 2, 3, 4, 5, 6 times as many and so on instead: for a net that loses groups as long as they are taken.
-      leave_out: whether what is gone is left out of the training; otherwise it is only masked, whatever it would save, and all goes on at
+      leave_out: whether ``train_ensemble`` leaves out what is gone; otherwise it is only masked, whatever it would save, and all goes on at
         full size: where a step is so fast that compiling smaller ones takes longer than they save, as on a GPU.
       least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
       multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
