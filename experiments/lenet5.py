@@ -65,10 +65,18 @@ EXPERIMENT = command_line.Experiment(
     recipes={
         **_PLAIN,
         "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
-        "ghs": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
+        "ghs": {"mnist": dataclasses.replace(_FULL, max_rounding_change=0.0004), EMBEDDED: _EMBEDDED},
         # A network that is pruned weight by weight does not shrink while it is trained.
         "sparse_vd": {
-            "mnist": dataclasses.replace(_FULL, max_shrinking_change=None),
+            "mnist": dataclasses.replace(
+                _FULL,
+                epochs=50,
+                fine_tune_epochs=15,
+                kl_weight=0.7,
+                max_pruning_change=0.005,
+                max_rounding_change=0.0005,
+                max_shrinking_change=None,
+            ),
             EMBEDDED: dataclasses.replace(_EMBEDDED, max_shrinking_change=None),
         },
     },
