@@ -53,28 +53,33 @@ class Mixture:
         return jax.vmap(joint)(self.log_proportions(), self.all_means(), self.log_precisions)
 
 
-def create_mixture(params: PyTree, components: int = 16, zero_proportion: float = 0.99) -> Mixture:
-    """The mixture that retraining starts from: means at equal distances over the range of the weights, and a spread of a quarter of it, shared
-    by the components [U17 section 4.1].
+def create_mixture(
+    params: PyTree, components: int = 16, zero_proportion: float = 0.99, deviation: float | None = None
+) -> Mixture:
+    """The mixture that retraining starts from: means at equal distances over the range of the weights [U17 section 4.1].
 
     Args:
       params: of a plain network, trained.
       components: beside the one at zero.
       zero_proportion: of the component at zero, above 0 and below 1.
+      deviation: standard deviation of every component, above 0; a quarter of the range, shared by the components, where it is not given. The
+        greater it is, the more weights belong to the component at zero.
 
     Raises:
-      ValueError: fewer than two components, or a proportion out of range.
+      ValueError: fewer than two components, or a proportion or deviation out of range.
     """
     if components < 2:
         raise ValueError(f"components is {components}; it must be at least 2.")
     if not 0 < zero_proportion < 1:
         raise ValueError(f"zero_proportion is {zero_proportion}; it must be above 0 and below 1.")
+    if deviation is not None and not deviation > 0:
+        raise ValueError(f"deviation is {deviation}; it must be above 0.")
     weights = _all_weights(params)
     low, high = jnp.min(weights), jnp.max(weights)
-    deviation = (high - low) / (4 * components)
+    spread = (high - low) / (4 * components) if deviation is None else jnp.asarray(deviation, weights.dtype)
     return Mixture(
         means=jnp.linspace(low, high, components),
-        log_precisions=jnp.full((components + 1,), -2 * jnp.log(deviation)),
+        log_precisions=jnp.full((components + 1,), -2 * jnp.log(spread)),
         logits=jnp.zeros((components,)),
         zero_proportion=zero_proportion,
     )

@@ -71,7 +71,17 @@ _PLAIN = {
         EMBEDDED: dataclasses.replace(_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(3.0, 2.5, 1.0)),
     },
     "sws": {
-        "mnist": dataclasses.replace(_PRETRAINED, epochs=50, fine_tune_learning_rate=2e-3, learning_rate=1e-3),
+        "mnist": dataclasses.replace(
+            _PRETRAINED,
+            epochs=90,
+            learning_rate=1e-3,
+            weight_decay=0.05,
+            dropout=0.1,
+            zero_proportion=0.99999,
+            deviations=(0.024, 0.036, 0.013),
+            prior_weights=(0.03, 0.03, 0.002),
+            mixture_learning_rate=1e-4,
+        ),
     },
 }
 

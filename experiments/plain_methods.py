@@ -145,6 +145,16 @@ class _Work:
             fit = make_fit(loss, optimizer, self.train, self.recipe.batch_size, after_step, self.recipe.mirror)
             return fit(params, fixed, key, epochs, bar, report)
 
+    def rounds(self, number: int) -> list[tuple[int, int]]:
+        """The epochs before and at the end of each round; the last round takes half of them and more."""
+        starts = [self.recipe.epochs * before // (2 * number) for before in range(number)]
+        return list(zip(starts, [*starts[1:], self.recipe.epochs], strict=True))
+
+    def twin_with_dropout(self, kept: float) -> Any:
+        """The plain network, which leaves out fewer units in training as fewer weights are kept [Han et al. 2015, section 3.2]."""
+        rate = self.recipe.dropout * math.sqrt(kept)
+        return self.twin.clone(dropout=rate) if rate else self.twin  # type: ignore[call-arg]
+
     def cosine(self, epochs: int) -> optax.GradientTransformation:
         """AdamW with the recipe's learning rate, which falls to 0 over so many epochs."""
         schedule = optax.cosine_decay_schedule(self.recipe.learning_rate, max(1, epochs * self.steps))
@@ -158,12 +168,15 @@ def _kept(masks: Any) -> jax.Array:
     return jnp.stack([jnp.sum(mask) for mask in bcdl_jax.kernels(masks).values()]).sum()
 
 
+def _count(masks: Any) -> int:
+    return int(_kept(masks))
+
+
 def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
     """Prunes the smallest weights and trains the others on, round after round [Han et al. 2016, section 2]."""
 
     def make_loss(kept: float) -> Callable[..., jax.Array]:
-        rate = work.recipe.dropout * math.sqrt(kept)
-        twin: Any = work.twin.clone(dropout=rate) if rate else work.twin  # type: ignore[call-arg]
+        twin = work.twin_with_dropout(kept)
 
         def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
             return cross_entropy(twin, bcdl_jax.apply_masks(params, masks), images, labels, key)
@@ -174,19 +187,16 @@ def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
         return bcdl_jax.apply_masks(params, masks), _kept(masks)
 
     total = sum(kernel.size for kernel in bcdl_jax.kernels(params).values())
-    rounds, done, masks = work.recipe.rounds, 0, None
-    for number in range(1, rounds + 1):
+    rounds, masks = work.recipe.rounds, None
+    for number, (begin, end) in enumerate(work.rounds(rounds), start=1):
         shares = {name: share ** (number / rounds) for name, share in work.by_layer(work.recipe.kept).items()}
         masks = bcdl_jax.magnitude_masks(params, shares)
         params = bcdl_jax.apply_masks(params, masks)
-        # The last round takes half of the epochs.
-        end = work.recipe.epochs if number == rounds else work.recipe.epochs * number // (2 * rounds)
         round_key = jax.random.fold_in(key, number)
-        loss = make_loss(float(_kept(masks)) / total)
+        loss = make_loss(_count(masks) / total)
         params, masks = work.fit(
-            loss, work.cosine(end - done), params, masks, round_key, end - done, net=net, done=done
+            loss, work.cosine(end - begin), params, masks, round_key, end - begin, net=net, done=begin
         )
-        done = end
     return params, masks, None
 
 
@@ -216,34 +226,52 @@ def _network_surgery(work: _Work, params: Any, key: jax.Array) -> _Found:
 
 
 def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
-    """Trains the network and a mixture prior of its weights together, and sets each weight to its component's mean [Ullrich et al. 2017]."""
+    """Trains the network and a mixture prior of its weights together [Ullrich et al. 2017], round after round.
+
+    After each round the weights of the component at zero are set to zero, and the next one trains the others under a new mixture; after the
+    last one each weight is set to the mean of its component.
+    """
     recipe = work.recipe
-    mixture = bcdl_jax.create_mixture(params, recipe.components, recipe.zero_proportion)
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    total = _count(masks)
     num_examples = len(work.train[1])
 
-    def loss(both: Any, _: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-        params, mixture = both
-        prior = bcdl_jax.mixture_nll(params, mixture)
-        return cross_entropy(work.twin, params, images, labels, key) + recipe.prior_weight * prior / num_examples
+    def make_loss(kept: float, prior_weight: float) -> Callable[..., jax.Array]:
+        twin = work.twin_with_dropout(kept)
 
-    def net(both: Any, _: Any) -> tuple[Any, Any]:
-        params, mixture = both
+        def loss(both: Any, masks: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
+            params = bcdl_jax.apply_masks(both[0], masks)
+            prior = bcdl_jax.mixture_nll(params, both[1])
+            return cross_entropy(twin, params, images, labels, key) + prior_weight * prior / num_examples
+
+        return loss
+
+    def net(both: Any, masks: Any) -> tuple[Any, Any]:
+        params, mixture = bcdl_jax.apply_masks(both[0], masks), both[1]
         kept = [jnp.sum(jnp.argmax(mixture.log_joint(kernel), 0) > 0) for kernel in bcdl_jax.kernels(params).values()]
         return params, jnp.stack(kept).sum()
 
-    transforms = {
-        "net": work.cosine(recipe.epochs),
-        "means": optax.adam(recipe.means_learning_rate),
-        "others": optax.adam(recipe.mixture_learning_rate),
-    }
-    kinds: dict[str, Any] = {"means": "means", "log_precisions": "others", "logits": "others"}
-    optimizer = optax.partition(transforms, ("net", dataclasses.replace(mixture, **kinds)))
-    (params, mixture), _ = work.fit(loss, optimizer, (params, mixture), None, key, recipe.epochs, net=net)
-    places, levels = bcdl_jax.collapse(params, mixture)
-    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-    flat = flax.traverse_util.flatten_dict(masks, sep="/")
-    flat |= {f"{name}/kernel": jnp.asarray(place >= 0) for name, place in places.items()}
-    return params, flax.traverse_util.unflatten_dict(flat, "/"), (places, levels)
+    settings = zip(recipe.deviations, recipe.prior_weights, work.rounds(len(recipe.deviations)), strict=True)
+    for number, (deviation, prior_weight, (begin, end)) in enumerate(settings):
+        mixture = bcdl_jax.create_mixture(params, recipe.components, recipe.zero_proportion, deviation)
+        transforms = {
+            "net": work.cosine(end - begin),
+            "means": optax.adam(recipe.means_learning_rate),
+            "others": optax.adam(recipe.mixture_learning_rate),
+        }
+        kinds: dict[str, Any] = {"means": "means", "log_precisions": "others", "logits": "others"}
+        optimizer = optax.partition(transforms, ("net", dataclasses.replace(mixture, **kinds)))
+        loss = make_loss(_count(masks) / total, prior_weight)
+        round_key = jax.random.fold_in(key, number)
+        (params, mixture), _ = work.fit(
+            loss, optimizer, (params, mixture), masks, round_key, end - begin, net=net, done=begin
+        )
+        places, levels = bcdl_jax.collapse(bcdl_jax.apply_masks(params, masks), mixture)
+        flat = flax.traverse_util.flatten_dict(masks, sep="/")
+        flat |= {f"{name}/kernel": jnp.asarray(place >= 0) for name, place in places.items()}
+        masks = flax.traverse_util.unflatten_dict(flat, "/")
+        params = bcdl_jax.apply_masks(params, masks)
+    return params, masks, (places, levels)
 
 
 def _tune_levels(work: _Work, pruned: Any, shared: tuple[Any, Any], key: jax.Array) -> Any:

@@ -85,15 +85,17 @@ class PlainRecipe(Training):
     Attributes:
       weight_decay: of AdamW, relative to the learning rate, while pruning.
       dropout: share of the hidden units that is left out at random in pre-training; in the retraining of Deep Compression less, by the root
-        of the share of weights that are kept [Han et al. 2015, section 3.2].
+        of the share of weights that are kept [Han et al. 2015, section 3.2], and likewise in soft weight-sharing.
       levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
       kept: shares of the weights that Deep Compression keeps.
-      rounds: in how many rounds of pruning and retraining it gets there, each by the same factor.
+      rounds: in how many rounds of pruning and retraining it gets there, each by the same factor; the last one takes half of the epochs and
+        more.
       spread: of the thresholds of Dynamic Network Surgery, see ``bcdl_jax.surgery_thresholds``.
       surgery_decay: the masks are updated at a step t with probability 1 / (1 + surgery_decay * t).
       components: of the mixture of soft weight-sharing, beside the one at zero.
+      deviations: one for each round of soft weight-sharing, see ``bcdl_jax.create_mixture``; rounds last as long as those of Deep Compression.
       zero_proportion: of the component at zero.
-      prior_weight: of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
+      prior_weights: likewise, of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
       means_learning_rate: of Adam for the means of the mixture.
       mixture_learning_rate: of Adam for its precisions and proportions.
     """
@@ -106,7 +108,8 @@ class PlainRecipe(Training):
     spread: tuple[float, ...] = ()
     surgery_decay: float = 1e-4
     components: int = 16
+    deviations: tuple[float | None, ...] = (None,)
     zero_proportion: float = 0.99
-    prior_weight: float = 0.02
+    prior_weights: tuple[float, ...] = (0.02,)
     means_learning_rate: float = 1e-4
     mixture_learning_rate: float = 5e-4

@@ -88,3 +88,17 @@ def test_errors_are_one_sentence(key):
         bcdl_jax.create_mixture(plain(key), components=1)
     with pytest.raises(ValueError, match="zero_proportion is 1; it must be above 0 and below 1"):
         bcdl_jax.create_mixture(plain(key), zero_proportion=1)
+    with pytest.raises(ValueError, match="deviation is -1; it must be above 0"):
+        bcdl_jax.create_mixture(plain(key), deviation=-1)
+
+
+def test_wide_components_set_more_weights_to_zero(key):
+    params = plain(key)
+    weights = np.asarray(params["Dense_0"]["kernel"])
+    pruned = []
+    for deviation in (0.01, 0.02, None):
+        mixture = bcdl_jax.create_mixture(params, components=4, zero_proportion=0.999, deviation=deviation)
+        expected = deviation or (weights.max() - weights.min()) / 16
+        np.testing.assert_allclose(np.exp(-0.5 * np.asarray(mixture.log_precisions)), expected, rtol=1e-5)
+        pruned.append((bcdl_jax.collapse(params, mixture)[0]["Dense_0"] < 0).sum())
+    assert 0 < pruned[0] < pruned[1] < pruned[2] < weights.size
