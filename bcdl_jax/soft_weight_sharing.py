@@ -5,6 +5,9 @@
     places, levels = bcdl_jax.collapse(params, mixture)
 
 From there to a file as at the top of ``weight_sharing``, with masks ``{name: place >= 0 for name, place in places.items()}``.
+
+Many weights go in rounds: set those of the masks to zero, train the others on under a new mixture, and collapse again, each time with a wider
+``deviation`` at the start. A lighter prior in the last round lets what is left make up for them.
 """
 
 from __future__ import annotations

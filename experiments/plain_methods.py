@@ -120,6 +120,9 @@ class _Work:
         self.twin, self.train, self.recipe, self.chain, self.show = twin, train, recipe, chain, show
         self.steps = len(train[1]) // recipe.batch_size
 
+    def with_dropout(self, rate: float) -> Any:
+        return self.twin.clone(dropout=rate) if rate else self.twin  # type: ignore[call-arg]
+
     def fit(
         self,
         loss: Callable[..., jax.Array],
@@ -150,11 +153,6 @@ class _Work:
         starts = [self.recipe.epochs * before // (2 * number) for before in range(number)]
         return list(zip(starts, [*starts[1:], self.recipe.epochs], strict=True))
 
-    def twin_with_dropout(self, kept: float) -> Any:
-        """The plain network, which leaves out fewer units in training as fewer weights are kept [Han et al. 2015, section 3.2]."""
-        rate = self.recipe.dropout * math.sqrt(kept)
-        return self.twin.clone(dropout=rate) if rate else self.twin  # type: ignore[call-arg]
-
     def cosine(self, epochs: int) -> optax.GradientTransformation:
         """AdamW with the recipe's learning rate, which falls to 0 over so many epochs."""
         schedule = optax.cosine_decay_schedule(self.recipe.learning_rate, max(1, epochs * self.steps))
@@ -168,15 +166,11 @@ def _kept(masks: Any) -> jax.Array:
     return jnp.stack([jnp.sum(mask) for mask in bcdl_jax.kernels(masks).values()]).sum()
 
 
-def _count(masks: Any) -> int:
-    return int(_kept(masks))
-
-
 def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
     """Prunes the smallest weights and trains the others on, round after round [Han et al. 2016, section 2]."""
 
     def make_loss(kept: float) -> Callable[..., jax.Array]:
-        twin = work.twin_with_dropout(kept)
+        twin = work.with_dropout(work.recipe.dropout * math.sqrt(kept))
 
         def loss(params: Any, masks: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
             return cross_entropy(twin, bcdl_jax.apply_masks(params, masks), images, labels, key)
@@ -193,7 +187,7 @@ def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
         masks = bcdl_jax.magnitude_masks(params, shares)
         params = bcdl_jax.apply_masks(params, masks)
         round_key = jax.random.fold_in(key, number)
-        loss = make_loss(_count(masks) / total)
+        loss = make_loss(float(_kept(masks)) / total)
         params, masks = work.fit(
             loss, work.cosine(end - begin), params, masks, round_key, end - begin, net=net, done=begin
         )
@@ -233,12 +227,10 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
     """
     recipe = work.recipe
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-    total = _count(masks)
     num_examples = len(work.train[1])
+    twin = work.with_dropout(recipe.dropout)
 
-    def make_loss(kept: float, prior_weight: float) -> Callable[..., jax.Array]:
-        twin = work.twin_with_dropout(kept)
-
+    def make_loss(prior_weight: float) -> Callable[..., jax.Array]:
         def loss(both: Any, masks: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
             params = bcdl_jax.apply_masks(both[0], masks)
             prior = bcdl_jax.mixture_nll(params, both[1])
@@ -261,10 +253,9 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
         }
         kinds: dict[str, Any] = {"means": "means", "log_precisions": "others", "logits": "others"}
         optimizer = optax.partition(transforms, ("net", dataclasses.replace(mixture, **kinds)))
-        loss = make_loss(_count(masks) / total, prior_weight)
         round_key = jax.random.fold_in(key, number)
         (params, mixture), _ = work.fit(
-            loss, optimizer, (params, mixture), masks, round_key, end - begin, net=net, done=begin
+            make_loss(prior_weight), optimizer, (params, mixture), masks, round_key, end - begin, net=net, done=begin
         )
         places, levels = bcdl_jax.collapse(bcdl_jax.apply_masks(params, masks), mixture)
         flat = flax.traverse_util.flatten_dict(masks, sep="/")

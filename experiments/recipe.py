@@ -84,8 +84,8 @@ class PlainRecipe(Training):
 
     Attributes:
       weight_decay: of AdamW, relative to the learning rate, while pruning.
-      dropout: share of the hidden units that is left out at random in pre-training; in the retraining of Deep Compression less, by the root
-        of the share of weights that are kept [Han et al. 2015, section 3.2], and likewise in soft weight-sharing.
+      dropout: share of the hidden units that is left out at random in pre-training, and in soft weight-sharing; in the retraining of Deep
+        Compression less, by the root of the share of weights that are kept [Han et al. 2015, section 3.2].
       levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
       kept: shares of the weights that Deep Compression keeps.
       rounds: in how many rounds of pruning and retraining it gets there, each by the same factor; the last one takes half of the epochs and
