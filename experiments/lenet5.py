@@ -52,7 +52,19 @@ _PLAIN = {
         EMBEDDED: dataclasses.replace(_PRETRAINED, weight_decay=0.03, levels=_LEVELS, spread=(0.0, 2.0, 4.0, 2.0)),
     },
     "sws": {
-        "mnist": dataclasses.replace(_PRETRAINED, learning_rate=1e-3),
+        "mnist": dataclasses.replace(
+            _PRETRAINED,
+            epochs=50,
+            learning_rate=1e-3,
+            weight_decay=0.03,
+            dropout=0.1,
+            zero_proportion=0.99999,
+            deviations=(0.012, 0.018, 0.025, 0.032, 0.039, 0.01),
+            prior_weights=(0.03, 0.03, 0.03, 0.03, 0.03, 0.002),
+            mixture_learning_rate=1e-4,
+        ),
+        # One round, likewise.
+        EMBEDDED: dataclasses.replace(_PRETRAINED, learning_rate=1e-3),
     },
 }
 
