@@ -6,8 +6,9 @@
 
 From there to a file as at the top of ``weight_sharing``, with masks ``{name: place >= 0 for name, place in places.items()}``.
 
-Many weights go in rounds: set those of the masks to zero, train the others on under a new mixture, and collapse again, each time with a wider
-``deviation`` at the start. A lighter prior in the last round lets what is left make up for them.
+To prune more, go on in rounds: set the weights whose place is -1 to zero and keep them there (``apply_masks``), train the others under a new
+mixture that starts with a greater ``deviation``, and collapse again. In a last round a small deviation and a lighter prior let the weights that
+are left make up for the others.
 """
 
 from __future__ import annotations
@@ -59,24 +60,24 @@ class Mixture:
 def create_mixture(
     params: PyTree, components: int = 16, zero_proportion: float = 0.99, deviation: float | None = None
 ) -> Mixture:
-    """The mixture that retraining starts from: means at equal distances over the range of the weights [U17 section 4.1].
+    """The mixture that retraining starts from, with means at equal distances over the range of the weights [U17 section 4.1].
 
     Args:
       params: of a plain network, trained.
       components: beside the one at zero.
       zero_proportion: of the component at zero, above 0 and below 1.
-      deviation: standard deviation of every component, above 0; a quarter of the range, shared by the components, where it is not given. The
-        greater it is, the more weights belong to the component at zero.
+      deviation: standard deviation of every component, above 0 and finite; where it is not given, the range of the weights by four times the
+        number of components. The greater it is, the more weights belong to a component at zero of a large proportion.
 
     Raises:
       ValueError: fewer than two components, or a proportion or deviation out of range.
     """
     if components < 2:
         raise ValueError(f"components is {components}; it must be at least 2.")
-    if not 0 < zero_proportion < 1:
-        raise ValueError(f"zero_proportion is {zero_proportion}; it must be above 0 and below 1.")
-    if deviation is not None and not deviation > 0:
-        raise ValueError(f"deviation is {deviation}; it must be above 0.")
+    if not 0 < np.float32(zero_proportion) < 1:
+        raise ValueError(f"zero_proportion is {zero_proportion}; it must be above 0 and below 1, in float32.")
+    if deviation is not None and not 0 < deviation < np.inf:
+        raise ValueError(f"deviation is {deviation}; it must be above 0 and finite.")
     weights = _all_weights(params)
     low, high = jnp.min(weights), jnp.max(weights)
     spread = (high - low) / (4 * components) if deviation is None else jnp.asarray(deviation, weights.dtype)

@@ -148,7 +148,7 @@ class _Work:
             fit = make_fit(loss, optimizer, self.train, self.recipe.batch_size, after_step, self.recipe.mirror)
             return fit(params, fixed, key, epochs, bar, report)
 
-    def rounds(self, number: int) -> list[tuple[int, int]]:
+    def round_limits(self, number: int) -> list[tuple[int, int]]:
         """The epochs before and at the end of each round; the last round takes half of them and more."""
         starts = [self.recipe.epochs * before // (2 * number) for before in range(number)]
         return list(zip(starts, [*starts[1:], self.recipe.epochs], strict=True))
@@ -182,7 +182,7 @@ def _deep_compression(work: _Work, params: Any, key: jax.Array) -> _Found:
 
     total = sum(kernel.size for kernel in bcdl_jax.kernels(params).values())
     rounds, masks = work.recipe.rounds, None
-    for number, (begin, end) in enumerate(work.rounds(rounds), start=1):
+    for number, (begin, end) in enumerate(work.round_limits(rounds), start=1):
         shares = {name: share ** (number / rounds) for name, share in work.by_layer(work.recipe.kept).items()}
         masks = bcdl_jax.magnitude_masks(params, shares)
         params = bcdl_jax.apply_masks(params, masks)
@@ -222,8 +222,8 @@ def _network_surgery(work: _Work, params: Any, key: jax.Array) -> _Found:
 def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
     """Trains the network and a mixture prior of its weights together [Ullrich et al. 2017], round after round.
 
-    After each round the weights of the component at zero are set to zero, and the next one trains the others under a new mixture; after the
-    last one each weight is set to the mean of its component.
+    After each round the weights of the component at zero are set to zero, and the next one trains the others under a new mixture, of which
+    those zeros make the component at zero narrow. The levels are the means of the components after the last round.
     """
     recipe = work.recipe
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
@@ -240,11 +240,15 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
 
     def net(both: Any, masks: Any) -> tuple[Any, Any]:
         params, mixture = bcdl_jax.apply_masks(both[0], masks), both[1]
+        # What the end of the round will keep; until then the others are in use, too.
         kept = [jnp.sum(jnp.argmax(mixture.log_joint(kernel), 0) > 0) for kernel in bcdl_jax.kernels(params).values()]
         return params, jnp.stack(kept).sum()
 
-    settings = zip(recipe.deviations, recipe.prior_weights, work.rounds(len(recipe.deviations)), strict=True)
-    for number, (deviation, prior_weight, (begin, end)) in enumerate(settings):
+    number_of_rounds = len(recipe.deviations)
+    rounds = zip(recipe.deviations, recipe.prior_weights, work.round_limits(number_of_rounds), strict=True)
+    for number, (deviation, prior_weight, (begin, end)) in enumerate(rounds, start=1):
+        if begin == end and number < number_of_rounds:
+            continue  # so few epochs are too few for so many rounds: a round without any would prune what nothing makes up for
         mixture = bcdl_jax.create_mixture(params, recipe.components, recipe.zero_proportion, deviation)
         transforms = {
             "net": work.cosine(end - begin),
@@ -253,13 +257,13 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
         }
         kinds: dict[str, Any] = {"means": "means", "log_precisions": "others", "logits": "others"}
         optimizer = optax.partition(transforms, ("net", dataclasses.replace(mixture, **kinds)))
-        round_key = jax.random.fold_in(key, number)
+        round_key = jax.random.fold_in(key, number - 1)
         (params, mixture), _ = work.fit(
             make_loss(prior_weight), optimizer, (params, mixture), masks, round_key, end - begin, net=net, done=begin
         )
         places, levels = bcdl_jax.collapse(bcdl_jax.apply_masks(params, masks), mixture)
         flat = flax.traverse_util.flatten_dict(masks, sep="/")
-        flat |= {f"{name}/kernel": jnp.asarray(place >= 0) for name, place in places.items()}
+        flat |= {f"{name}/kernel": flat[f"{name}/kernel"] & jnp.asarray(place >= 0) for name, place in places.items()}
         masks = flax.traverse_util.unflatten_dict(flat, "/")
         params = bcdl_jax.apply_masks(params, masks)
     return params, masks, (places, levels)

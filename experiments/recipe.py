@@ -78,9 +78,10 @@ class Recipe(Training):
 
 @dataclasses.dataclass(frozen=True)
 class PlainRecipe(Training):
-    """How to compress a plain network, weight by weight; every value was chosen on validation data.
+    """How to compress a plain network, weight by weight; values were chosen on validation data where a comment does not say otherwise.
 
-    Fine-tuning trains the levels that the weights share, and the biases. Tuples hold a value per layer, in the order of the data flow.
+    Fine-tuning trains the levels that the weights share, and the biases. Tuples hold a value per layer, in the order of the data flow, or one
+    per round of soft weight-sharing.
 
     Attributes:
       weight_decay: of AdamW, relative to the learning rate, while pruning.
@@ -88,14 +89,15 @@ class PlainRecipe(Training):
         Compression less, by the root of the share of weights that are kept [Han et al. 2015, section 3.2].
       levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
       kept: shares of the weights that Deep Compression keeps.
-      rounds: in how many rounds of pruning and retraining it gets there, each by the same factor; the last one takes half of the epochs and
-        more.
+      rounds: in how many rounds of pruning and retraining Deep Compression gets there, each by the same factor; the last one takes half of
+        the epochs and more.
       spread: of the thresholds of Dynamic Network Surgery, see ``bcdl_jax.surgery_thresholds``.
       surgery_decay: the masks are updated at a step t with probability 1 / (1 + surgery_decay * t).
-      components: of the mixture of soft weight-sharing, beside the one at zero.
-      deviations: one for each round of soft weight-sharing, see ``bcdl_jax.create_mixture``; rounds last as long as those of Deep Compression.
+      deviations: of the mixture of soft weight-sharing at the start of each round, see ``bcdl_jax.create_mixture``; the rounds last as long
+        as those of Deep Compression.
+      prior_weights: for each round, the weight of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
+      components: of the mixture, beside the one at zero.
       zero_proportion: of the component at zero.
-      prior_weights: likewise, of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
       means_learning_rate: of Adam for the means of the mixture.
       mixture_learning_rate: of Adam for its precisions and proportions.
     """
@@ -107,9 +109,16 @@ class PlainRecipe(Training):
     rounds: int = 1
     spread: tuple[float, ...] = ()
     surgery_decay: float = 1e-4
-    components: int = 16
     deviations: tuple[float | None, ...] = (None,)
-    zero_proportion: float = 0.99
     prior_weights: tuple[float, ...] = (0.02,)
+    components: int = 16
+    zero_proportion: float = 0.99
     means_learning_rate: float = 1e-4
     mixture_learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not self.deviations or len(self.deviations) != len(self.prior_weights):
+            raise ValueError(
+                f"deviations has {len(self.deviations)} values and prior_weights {len(self.prior_weights)}; "
+                "each must have one for every round, and there must be a round."
+            )

@@ -88,7 +88,9 @@ def test_errors_are_one_sentence(key):
         bcdl_jax.create_mixture(plain(key), components=1)
     with pytest.raises(ValueError, match="zero_proportion is 1; it must be above 0 and below 1"):
         bcdl_jax.create_mixture(plain(key), zero_proportion=1)
-    with pytest.raises(ValueError, match="deviation is -1; it must be above 0"):
+    with pytest.raises(ValueError, match="it must be above 0 and below 1, in float32"):
+        bcdl_jax.create_mixture(plain(key), zero_proportion=1 - 1e-9)
+    with pytest.raises(ValueError, match="deviation is -1; it must be above 0 and finite"):
         bcdl_jax.create_mixture(plain(key), deviation=-1)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import command_line, data, lenet5, lenet300, models, score, vgg
+from experiments import command_line, compress, data, lenet5, lenet300, models, plain_methods, score, vgg
+from experiments.recipe import PlainRecipe
 from tests.experiments.small_data import SAMPLE_IMAGES, few_digits
 
 METHODS = ("dc", "dns", "sws")
@@ -73,6 +75,64 @@ def test_metrics_tell_what_is_kept(finished):
     kept = [line["kept_weights"] for line in lines if line["phase"] != "pretrain"]
     assert kept[-1] < 266_200
     assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+ROUNDS = PlainRecipe(
+    epochs=12,
+    fine_tune_epochs=0,
+    batch_size=32,
+    deviations=(0.01, 0.02, 0.005),
+    prior_weights=(0.001, 0.001, 0.0001),
+    zero_proportion=0.999,
+)
+
+
+def test_soft_weight_sharing_goes_in_rounds(key):
+    """What a round sets to zero stays zero: of a wider mixture fewer weights are left, and the last round takes none back."""
+    dataset = few_digits(256, 64, 128)
+    twin = models.LeNet300(family=None)
+    params = twin.init(key, SAMPLE_IMAGES)["params"]
+    seen = []
+
+    def show(phase, epoch, weights, kept, loss, speed):
+        seen.append((epoch, sum(int(np.count_nonzero(kernel)) for kernel in bcdl_jax.kernels(weights).values())))
+
+    work = plain_methods._Work(twin, compress.on_device(dataset.train), ROUNDS, lenet300.CHAIN, show)
+    assert work.round_limits(3) == [(0, 2), (2, 4), (4, 12)]
+    assert work.round_limits(1) == [(0, 12)]
+    trained, masks, (places, levels) = plain_methods._soft_weight_sharing(work, params, key)
+    assert [epoch for epoch, _ in seen] == list(range(1, 13))
+    in_use = [number for _, number in seen]
+    left = {name: np.asarray(mask) for name, mask in bcdl_jax.kernels(masks).items()}
+    assert in_use[0] == in_use[1] == 266_200  # nothing was set to zero yet
+    assert in_use[1] > in_use[2] == in_use[3] > in_use[4] == in_use[11] >= sum(mask.sum() for mask in left.values()) > 0
+    for name, kernel in bcdl_jax.kernels(trained).items():
+        np.testing.assert_array_equal(np.asarray(kernel) != 0, left[name])
+        assert (places[name][left[name]] >= 0).all()
+        assert levels[name].size <= ROUNDS.components
+
+
+def test_too_few_epochs_for_all_rounds_leave_some_out(key):
+    """One epoch, of three rounds: only the last one is there, and its narrow mixture prunes less than a wide one."""
+    dataset = few_digits(64, 64, 128)
+    twin = models.LeNet300(family=None)
+    params = twin.init(key, SAMPLE_IMAGES)["params"]
+    kept = []
+    for recipe in (
+        dataclasses.replace(ROUNDS, epochs=1),
+        dataclasses.replace(ROUNDS, epochs=1, deviations=ROUNDS.deviations[-1:], prior_weights=(0.0001,)),
+    ):
+        work = plain_methods._Work(twin, compress.on_device(dataset.train), recipe, lenet300.CHAIN, lambda *_: None)
+        _, masks, _ = plain_methods._soft_weight_sharing(work, params, key)
+        kept.append(sum(int(np.sum(mask)) for mask in bcdl_jax.kernels(masks).values()))
+    assert kept[0] == pytest.approx(kept[1], rel=0.05)  # with another order of the examples
+
+
+def test_rounds_need_as_many_weights_as_deviations():
+    with pytest.raises(
+        ValueError, match="deviations has 2 values and prior_weights 1; each must have one for every round"
+    ):
+        PlainRecipe(epochs=1, fine_tune_epochs=0, deviations=(0.1, 0.2))
 
 
 @pytest.mark.parametrize("module", [lenet300, lenet5, vgg], ids=lambda module: module.__name__)
