@@ -54,14 +54,14 @@ _PLAIN = {
     "sws": {
         "mnist": dataclasses.replace(
             _PRETRAINED,
-            epochs=72,
+            epochs=70,
             learning_rate=1e-3,
             weight_decay=0.03,
             dropout=0.1,
-            components=12,
             zero_proportion=0.99999,
-            deviations=(0.012, 0.018, 0.024, 0.03, 0.036, 0.01),
-            prior_weights=(0.03, 0.03, 0.03, 0.03, 0.03, 0.002),
+            deviations=(0.012, 0.018, 0.024, 0.028, 0.032, 0.036, 0.01),
+            prior_weights=(0.03, 0.03, 0.03, 0.03, 0.03, 0.03, 0.002),
+            last_round=0.2,
             mixture_learning_rate=1e-4,
         ),
         # One round, since a few steps cannot make up for much; not tuned.

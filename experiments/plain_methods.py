@@ -149,8 +149,10 @@ class _Work:
             return fit(params, fixed, key, epochs, bar, report)
 
     def round_limits(self, number: int) -> list[tuple[int, int]]:
-        """The epochs before and at the end of each round; the last round takes half of them and more."""
-        starts = [self.recipe.epochs * before // (2 * number) for before in range(number)]
+        """The epochs before and at the end of each round: all but the last one are as long, but for rounding."""
+        last = (number + 1) / (2 * number) if self.recipe.last_round is None else self.recipe.last_round
+        each = self.recipe.epochs * (1 - last) / max(1, number - 1)
+        starts = [math.floor(before * each + 1e-6) for before in range(number)]
         return list(zip(starts, [*starts[1:], self.recipe.epochs], strict=True))
 
     def cosine(self, epochs: int) -> optax.GradientTransformation:

@@ -89,12 +89,11 @@ class PlainRecipe(Training):
         Compression less, by the root of the share of weights that are kept [Han et al. 2015, section 3.2].
       levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
       kept: shares of the weights that Deep Compression keeps.
-      rounds: in how many rounds of pruning and retraining Deep Compression gets there, each by the same factor; the last one takes half of
-        the epochs and more.
+      rounds: in how many rounds of pruning and retraining Deep Compression gets there, each by the same factor.
+      last_round: share of the epochs that the last round takes, of Deep Compression and of soft weight-sharing; None for (rounds + 1) / (2 * rounds).
       spread: of the thresholds of Dynamic Network Surgery, see ``bcdl_jax.surgery_thresholds``.
       surgery_decay: the masks are updated at a step t with probability 1 / (1 + surgery_decay * t).
-      deviations: of the mixture of soft weight-sharing at the start of each round, see ``bcdl_jax.create_mixture``; the rounds last as long
-        as those of Deep Compression.
+      deviations: of the mixture of soft weight-sharing at the start of each round, see ``bcdl_jax.create_mixture``.
       prior_weights: for each round, the weight of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
       components: of the mixture, beside the one at zero.
       zero_proportion: of the component at zero.
@@ -107,6 +106,7 @@ class PlainRecipe(Training):
     levels: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
     rounds: int = 1
+    last_round: float | None = None
     spread: tuple[float, ...] = ()
     surgery_decay: float = 1e-4
     deviations: tuple[float | None, ...] = (None,)

@@ -100,6 +100,12 @@ def test_soft_weight_sharing_goes_in_rounds(key):
     work = plain_methods._Work(twin, compress.on_device(dataset.train), ROUNDS, lenet300.CHAIN, show)
     assert work.round_limits(3) == [(0, 2), (2, 4), (4, 12)]
     assert work.round_limits(1) == [(0, 12)]
+    work.recipe = dataclasses.replace(ROUNDS, epochs=10, last_round=0.1)
+    assert work.round_limits(4) == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    for epochs, rounds, starts in ((60, 3, [0, 10, 20]), (14, 2, [0, 3]), (90, 3, [0, 15, 30])):
+        work.recipe = dataclasses.replace(ROUNDS, epochs=epochs)
+        assert [start for start, _ in work.round_limits(rounds)] == starts
+    work.recipe = ROUNDS
     trained, masks, (places, levels) = plain_methods._soft_weight_sharing(work, params, key)
     assert [epoch for epoch, _ in seen] == list(range(1, 13))
     in_use = [number for _, number in seen]
