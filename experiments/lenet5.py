@@ -54,12 +54,12 @@ _PLAIN = {
     "sws": {
         "mnist": dataclasses.replace(
             _PRETRAINED,
-            epochs=70,
+            epochs=60,
             learning_rate=1e-3,
             weight_decay=0.03,
             dropout=0.1,
             zero_proportion=0.99999,
-            deviations=(0.012, 0.018, 0.024, 0.028, 0.032, 0.036, 0.01),
+            deviations=(0.012, 0.018, 0.024, 0.03, 0.036, 0.042, 0.01),
             prior_weights=(0.03, 0.03, 0.03, 0.03, 0.03, 0.03, 0.002),
             last_round=0.2,
             mixture_learning_rate=1e-4,
