@@ -8,7 +8,7 @@ many seeds on so many cores. More is in the README's table.
     sparse_vd  0.80 %  101x  585x  43, one seed, one core
     dc         0.72 %    7x   45x   6, one seed, one core
     dns        0.86 %   58x  376x   6, one seed, one core
-    sws        0.91 %  103x  828x  16, one seed, one core
+    sws        0.91 %  103x  827x  16, one seed, one core
 """
 
 from __future__ import annotations
