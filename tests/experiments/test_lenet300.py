@@ -248,9 +248,9 @@ def test_a_failed_seed_is_shown_and_left_out_of_the_mean(finished, capsys):
 
 
 def test_epochs_on_the_command_line_take_the_warm_up_along():
-    args = command_line.parse(lenet300.EXPERIMENT, ["--epochs", "18", "--learning-rate", "0.01"])
+    args = command_line.parse(lenet300.EXPERIMENT, ["--epochs", "26", "--learning-rate", "0.01"])
     adapted = command_line.adapt(lenet300.EXPERIMENT.recipe("mnist"), args)
-    assert (adapted.epochs, adapted.warmup_epochs) == (18, 5)
+    assert (adapted.epochs, adapted.warmup_epochs) == (26, 5)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.001)  # of 2e-3 and 2e-4
     adapted = command_line.adapt(lenet300.EXPERIMENT.recipe("mnist_5k"), args)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
