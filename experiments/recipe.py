@@ -122,3 +122,5 @@ class PlainRecipe(Training):
                 f"deviations has {len(self.deviations)} values and prior_weights {len(self.prior_weights)}; "
                 "each must have one for every round, and there must be a round."
             )
+        if self.last_round is not None and not 0 < self.last_round <= 1:
+            raise ValueError(f"last_round is {self.last_round}; it must be above 0 and at most 1.")

@@ -139,6 +139,8 @@ def test_rounds_need_as_many_weights_as_deviations():
         ValueError, match="deviations has 2 values and prior_weights 1; each must have one for every round"
     ):
         PlainRecipe(epochs=1, fine_tune_epochs=0, deviations=(0.1, 0.2))
+    with pytest.raises(ValueError, match="last_round is 0; it must be above 0 and at most 1"):
+        PlainRecipe(epochs=1, fine_tune_epochs=0, last_round=0)
 
 
 @pytest.mark.parametrize("module", [lenet300, lenet5, vgg], ids=lambda module: module.__name__)
