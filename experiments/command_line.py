@@ -51,6 +51,7 @@ class Experiment:
       datasets: names of those it is trained on, the default first.
       image_shape: of the images that the network takes; smaller ones are padded.
       widths: whether the network is there in other widths, see ``models.vgg_widths``.
+      full_width: recipes for the paper's width, where they differ, by method and data set.
     """
 
     name: str
@@ -63,10 +64,13 @@ class Experiment:
     datasets: tuple[str, ...] = DIGIT_NAMES
     image_shape: tuple[int, int, int] = (28, 28, 1)
     widths: bool = False
+    full_width: Mapping[str, Mapping[str, Training]] = dataclasses.field(default_factory=dict)
 
-    def recipe(self, dataset: str, quick: bool = False, method: str = "gnj") -> Training:
+    def recipe(self, dataset: str, quick: bool = False, method: str = "gnj", width: float = 1) -> Training:
         """The recipe for a data set."""
         chosen = self.recipes[method].get(dataset, self.recipes[method][self.datasets[0]])
+        if width == 1:
+            chosen = self.full_width.get(method, {}).get(dataset, chosen)
         if not quick:
             return chosen
         names = {field.name for field in dataclasses.fields(chosen)}
@@ -299,7 +303,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     for sentence in (dataset.notice, dataset.remark):
         if sentence:
             print(sentence, flush=True)
-    settings = adapt(experiment.recipe(dataset.name, args.quick, args.method), args)
+    settings = adapt(experiment.recipe(dataset.name, args.quick, args.method, getattr(args, "width", 1)), args)
     if settings.batch_size > len(dataset.train):
         raise UserError(
             f"--batch-size is {settings.batch_size}; it must be at most the number of training examples, {len(dataset.train)}."

@@ -26,8 +26,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import bcdl_jax
-from bcdl_jax.noise import example_normal
 from experiments import devices, files, interruption, startup, uncertainty
+from experiments.augmentation import augmented
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset, Split, pieces
 from experiments.errors import UserError
@@ -174,19 +174,18 @@ def measure_change(
     return from_before
 
 
-def mirrored(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Images [n, height, width, channels], each mirrored left to right with probability 1/2, which depends on the key and its place alone."""
-    chosen = example_normal(key, (images.shape[0], 1, 1, 1)) > 0
-    return jnp.where(chosen, images[:, :, ::-1], images)
-
-
 def sampled_cross_entropy(
-    model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array, *, mirror: bool = False
+    model: nn.Module,
+    params: Any,
+    batch: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+    *,
+    mirror: bool = False,
+    shift: int = 0,
 ) -> jax.Array:
-    """Mean cross-entropy of a batch in nats, with weights sampled per example; with ``mirror`` of images that are mirrored at random."""
+    """Mean cross-entropy of a batch in nats, with weights sampled per example, of images changed at random, see ``augmented``."""
     images, labels = batch
-    if mirror:
-        images = mirrored(images, jax.random.fold_in(key, 1))
+    images = augmented(images, key, mirror=mirror, shift=shift)
     logits: Any = model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -356,7 +355,7 @@ def _run_phase(
         if fine_tune
         else bcdl_jax.kl_warmup(recipe.warmup_epochs * steps, to=recipe.kl_weight)
     )
-    likelihood = functools.partial(sampled_cross_entropy, model, mirror=recipe.mirror)
+    likelihood = functools.partial(sampled_cross_entropy, model, mirror=recipe.mirror, shift=recipe.shift)
     make_step = functools.partial(
         bcdl_jax.make_train_step, optimizer=optimizer, num_examples=num_examples, kl_weight=kl_weight
     )

@@ -78,7 +78,7 @@ EXPERIMENT = command_line.Experiment(
     recipes={
         **_PLAIN,
         "gnj": {"mnist": _FULL, EMBEDDED: _EMBEDDED},
-        "ghs": {"mnist": dataclasses.replace(_FULL, max_rounding_change=0.0004), EMBEDDED: _EMBEDDED},
+        "ghs": {"mnist": dataclasses.replace(_FULL, max_rounding_change=0.0008), EMBEDDED: _EMBEDDED},
         # A network that is pruned weight by weight does not shrink while it is trained.
         "sparse_vd": {
             "mnist": dataclasses.replace(

@@ -145,7 +145,15 @@ class _Work:
             self.show(phase, done + epoch, weights, int(kept), mean_loss, speed)
 
         with compress.bar(epochs * self.steps, phase, "step") as bar:
-            fit = make_fit(loss, optimizer, self.train, self.recipe.batch_size, after_step, self.recipe.mirror)
+            fit = make_fit(
+                loss,
+                optimizer,
+                self.train,
+                self.recipe.batch_size,
+                after_step,
+                mirror=self.recipe.mirror,
+                shift=self.recipe.shift,
+            )
             return fit(params, fixed, key, epochs, bar, report)
 
     def round_limits(self, number: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import bcdl_jax
 from experiments import batch_norm, compress, files
+from experiments.augmentation import augmented
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset
 from experiments.logs import Logs
@@ -40,6 +41,7 @@ def make_fit(
     batch_size: int,
     after_step: Callable[[Any, Any, jax.Array], Any] = lambda params, fixed, step: fixed,
     mirror: bool = False,
+    shift: int = 0,
 ) -> Callable[..., tuple[Any, Any]]:
     """Minimises a loss over plain params, step by step in compiled loops.
 
@@ -49,11 +51,11 @@ def make_fit(
       data: images and labels.
       batch_size: examples per step; those left over in an epoch are not seen in it.
       after_step: ``after_step(params, fixed, step)``, the new fixed part.
-      mirror: whether each image is mirrored, left to right, half of the time.
+      mirror, shift: how images are changed at random, see ``augmented``.
 
     Returns:
       ``fit(params, fixed, key, epochs, progress, report)``, which gives the trained params and the last fixed part. ``key`` orders the
-      examples, mirrors them and makes the keys of the loss; ``progress`` is a bar that counts steps; after each epoch
+      examples, changes them and makes the keys of the loss; ``progress`` is a bar that counts steps; after each epoch
       ``report(epoch, params, fixed, mean_loss, images_per_second)`` is called.
     """
     steps = len(data[1]) // batch_size
@@ -67,8 +69,7 @@ def make_fit(
             rows = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
             images, labels = (array[rows] for array in data)
             step_key = jax.random.fold_in(key, before + number)
-            if mirror:
-                images = compress.mirrored(images, jax.random.fold_in(step_key, 1))
+            images = augmented(images, step_key, mirror=mirror, shift=shift)
             value, gradients = jax.value_and_grad(loss)(params, fixed, images, labels, step_key)
             updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
             params = optax.apply_updates(params, updates)
@@ -145,7 +146,7 @@ def pretrain(
         return net.init(key, train[0][:1])["params"]
 
     fresh = jax.jit(functools.partial(start, twin if learner is None else learner))
-    fit = make_fit(loss, optimizer, train, recipe.batch_size, mirror=recipe.mirror)
+    fit = make_fit(loss, optimizer, train, recipe.batch_size, mirror=recipe.mirror, shift=recipe.shift)
     # Those of seeds that are yet to come hold zeros.
     shapes = jax.eval_shape(functools.partial(start, twin), jax.random.key(0))
     nets = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), shapes)

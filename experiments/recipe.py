@@ -19,6 +19,7 @@ class Training:
       pretrain_epochs: of training the plain twin of the network, whose weights the training starts from; 0 starts it from scratch.
       pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
       mirror: whether each training image is mirrored, left to right, half of the time.
+      shift: by how many pixels each training image is moved at random, at most, along either axis.
     """
 
     epochs: int
@@ -29,6 +30,7 @@ class Training:
     pretrain_epochs: int = 0
     pretrain_learning_rate: float = 2e-3
     mirror: bool = False
+    shift: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The VGG experiment, on a few padded digits with a narrow network."""
 
+import functools
 import json
 
 import jax
@@ -9,12 +10,15 @@ import pytest
 
 import bcdl_jax
 from experiments import command_line, compress, data, models, score, vgg
+from experiments.augmentation import augmented
 from tests.experiments.small_data import few_digits
 
 
 def test_recipes_and_widths():
-    assert vgg.EXPERIMENT.recipe("cifar10").mirror
+    assert vgg.EXPERIMENT.recipe("cifar10").shift
     for method in command_line.METHODS:
+        narrow = vgg.EXPERIMENT.recipe("cifar10", method=method, width=0.25)
+        assert (narrow.mirror, narrow.shift) == (True, 0)
         assert not vgg.EXPERIMENT.recipe("mnist_5k", method=method).mirror
     net = models.vgg(bcdl_jax.GroupHorseshoe(), 0.25)
     params = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))["params"]
@@ -40,14 +44,27 @@ def test_errors_are_one_sentence(arguments, message, capsys):
 
 def test_images_are_mirrored_half_of_the_time():
     images = jax.random.randint(jax.random.key(0), (400, 4, 4, 2), 0, 256).astype(jnp.uint8)
-    found = np.asarray(jax.jit(compress.mirrored)(images, jax.random.key(1)))
+    found = np.asarray(jax.jit(functools.partial(augmented, mirror=True))(images, jax.random.key(1)))
     same = (found == np.asarray(images)).all((1, 2, 3))
     turned = (found == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
     assert (same ^ turned).all()
     assert 150 < same.sum() < 250
 
 
-def test_what_is_mirrored_can_shrink_at_any_batch_size():
+def test_images_are_moved_by_all_distances_alike_and_reflected_at_the_edges():
+    images = jax.random.randint(jax.random.key(0), (900, 5, 6, 2), 0, 256).astype(jnp.uint8)
+    found = np.asarray(jax.jit(functools.partial(augmented, shift=1))(images, jax.random.key(1)))
+    padded = np.pad(np.asarray(images), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    moved = [
+        (found == padded[:, down : down + 5, right : right + 6]).all((1, 2, 3)) for down, right in np.ndindex(3, 3)
+    ]
+    assert (np.sum(moved, axis=0) == 1).all()
+    assert all(70 < count < 130 for count in np.sum(moved, axis=1))
+    half = np.asarray(augmented(images[:450], jax.random.key(1), shift=1))
+    np.testing.assert_array_equal(half, found[:450])
+
+
+def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
     model = models.VGG(bcdl_jax.GroupNormalJeffreys(), widths=((3, 4),), hidden=5, batch_norm=False)
     images = jax.random.randint(jax.random.key(0), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
     batch, key = (images, jnp.arange(6)), jax.random.key(1)
@@ -56,7 +73,7 @@ def test_what_is_mirrored_can_shrink_at_any_batch_size():
     params = params | {"Conv_0": {"posterior": first}}
 
     def shifted(params, batch, key):
-        return 1 + compress.sampled_cross_entropy(model, params, batch, key, mirror=True)
+        return 1 + compress.sampled_cross_entropy(model, params, batch, key, mirror=True, shift=2)
 
     small, small_params, report = bcdl_jax.shrink(shifted, params, (batch, key))
     assert report.multiply_adds[1] < report.multiply_adds[0]
