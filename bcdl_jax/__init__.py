@@ -38,6 +38,7 @@ from bcdl_jax.trained import from_trained, mean_weights
 from bcdl_jax.training import (
     TrainState,
     create_train_state,
+    keep_masks,
     make_train_epoch,
     make_train_step,
     make_train_steps,
@@ -95,6 +96,7 @@ __all__ = [
     "for_cpu",
     "from_trained",
     "jit_step",
+    "keep_masks",
     "kept_groups",
     "kernels",
     "kl_divergence",

@@ -19,7 +19,7 @@ import numpy as np
 
 from bcdl_jax.atomic_file import write_atomically
 from bcdl_jax.integer_coding import decode_integers, encode_integers, layout_of
-from bcdl_jax.posterior import Posterior, PyTree, layer_name
+from bcdl_jax.posterior import Posterior, PyTree, array_path, layer_name
 from bcdl_jax.precision import QuantizedLayer, integer_bits
 from bcdl_jax.range_coder import Decoder, Encoder
 
@@ -86,7 +86,7 @@ def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -
       path: the file. It is written under a temporary name and then renamed.
       params: tree of quantised layers (see ``reduce_precision``) and arrays of integers, floats or bools. Integers are entropy-coded;
         slices of zeros take next to nothing; floats are stored as they are.
-      names: whether to store the paths of the tree. Without them ``load`` needs a template.
+      names: whether to store the paths of the tree. Without them ``load`` needs a template, whose layers it takes in their order.
 
     Returns:
       The number of bytes of the file.
@@ -130,7 +130,7 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
             writer.layer(where, node)
         else:
             writer.array(where, np.asarray(node))
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat] if names else None
+    paths = [array_path(path) for path, _ in flat] if names else None
     if paths and any("\n" in path for path in paths):
         raise ValueError("A name in params holds a line feed; such names can't be stored.")
     return writer.finish(len(flat), paths)
@@ -141,13 +141,22 @@ def decode(data: bytes, like: PyTree | None = None) -> PyTree:
     reader = _FileReader(data)
     if like is None:
         if reader.names is None:
-            raise CompressedFileError("The file holds no names; give load a template with like=params.")
+            raise CompressedFileError(
+                "The file holds no names; give load a template with like=params, or save it with names=True."
+            )
         return _nested(reader.names, [value for value, _ in reader.records()])
     flat, structure = jax.tree.flatten(like, is_leaf=_is_layer)
     if len(flat) != len(reader.headers):
+        plain = any(header.kind == _LAYER for header in reader.headers) and not any(map(_is_layer, flat))
         raise CompressedFileError(
             f"The file holds {len(reader.headers)} layers and arrays; the template has {len(flat)}."
+            + " It must be params of the variational network; mean_weights makes the plain one's of what is loaded."
+            * plain
         )
+    paths = [array_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_layer)]
+    if reader.names is not None and reader.names != paths:
+        held, wanted = (", ".join(name.removesuffix("/posterior") for name in names) for names in (reader.names, paths))
+        raise CompressedFileError(f"The file holds {held}; the template has {wanted}.")
     for number, (header, node) in enumerate(zip(reader.headers, flat, strict=True)):
         wants_layer = _is_layer(node)
         shape = node.kernel_shape if wants_layer else np.shape(node)

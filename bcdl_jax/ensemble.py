@@ -117,13 +117,17 @@ def train_ensemble(
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
+    if states.step.ndim != 1:
+        raise ValueError(
+            f"states.step has shape {states.step.shape}; states must be stacked, of one seed: stack([state])."
+        )
     if len(set(seeds)) != len(seeds) or len(seeds) != states.step.shape[0]:
         raise ValueError(
             f"seeds is {list(seeds)}; it must name each of the {states.step.shape[0]} stacked states, each once."
         )
     if shrinking is not None and not in_turn:
         raise ValueError(
-            "in_turn is False; it must be True where there is shrinking, since each seed takes its own shape."
+            "in_turn is False; it must be True where there is shrinking, since each seed is pruned by itself."
         )
     trainer = _Trainer(
         step, data, batch_size, shards, stacked=not in_turn, shrinking=shrinking, stop=stop, program=program

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import PyTree
+from bcdl_jax.posterior import PyTree, array_path
 
 ByLayer = float | Mapping[str, float]
 
@@ -27,7 +27,7 @@ def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
     """Which weights are the largest of their layer [H16 section 2].
 
     Args:
-      params: of a plain network: a tree with ``{"kernel": ..., "bias": ...}`` for each layer.
+      params: of a plain network: a tree with ``{"kernel": ..., "bias": ...}`` for each layer, of Linen or NNX.
       kept: share of the weights of each kernel to keep, above 0 and at most 1, for all layers or by layer name.
 
     Returns:
@@ -102,9 +102,19 @@ def update_masks(params: PyTree, masks: PyTree, thresholds: PyTree, margin: floa
 
 
 def kernels(params: PyTree) -> dict[str, jax.Array]:
-    """The kernels of a plain network by layer name."""
+    """The kernels of a plain network by layer name: the arrays called "kernel" that have two axes or more.
+
+    Raises:
+      ValueError: there is none.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {name: leaf for path, leaf in leaves if (name := _layer_of(path, leaf)) is not None}
+    found = {name: leaf for path, leaf in leaves if (name := _layer_of(path, leaf)) is not None}
+    if not found:
+        names = ", ".join(array_path(path) for path, _ in leaves)
+        raise ValueError(
+            f"params holds no array called kernel with two axes or more, as Flax names its weights; it holds: {names or 'nothing'}."
+        )
+    return found
 
 
 def _map_kernels(
@@ -129,5 +139,5 @@ def _map_kernels(
 
 def _layer_of(path: tuple[Any, ...], leaf: jax.Array) -> str | None:
     """The layer whose kernel this is, or None."""
-    *parents, last = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    *parents, last = array_path(path).split("/")
     return "/".join(parents) if last == "kernel" and jnp.ndim(leaf) >= 2 else None

@@ -26,7 +26,7 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     Raises:
       ValueError: ``window_shape`` does not name each spatial axis, or an entry is not between 1 and the axis' length.
     """
-    window = tuple(window_shape)
+    window = (window_shape,) if isinstance(window_shape, int) else tuple(window_shape)
     spatial = inputs.shape[1:-1]
     if len(window) != len(spatial) or any(not 1 <= size <= length for size, length in zip(window, spatial)):
         raise ValueError(

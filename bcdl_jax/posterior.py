@@ -7,6 +7,7 @@ this node, never by matching names.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, Self, TypeVar
@@ -358,7 +359,9 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
     found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
     if not found:
-        top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=dataclasses.is_dataclass)
+        others = [f"{type(node).__name__} {layer_name(path)}" for path, node in nodes if dataclasses.is_dataclass(node)]
+        top = ", ".join(others or map(str, params)) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}.")
     return found
 
@@ -366,6 +369,12 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
 def posteriors(params: PyTree) -> dict[str, Posterior]:
     """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError if there is none."""
     return find_layers(params, Posterior)
+
+
+def array_path(path: tuple[Any, ...], separator: str = "/") -> str:
+    """The name of the array at this path of a params tree; without the "value" in which a variable of an NNX State keeps it."""
+    inside = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+    return jax.tree_util.keystr(inside, simple=True, separator=separator)
 
 
 def layer_name(path: tuple[Any, ...]) -> str:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -134,9 +134,9 @@ def kept_groups(
 def thresholds_by_layer(thresholds: Thresholds, names: Sequence[str]) -> dict[str, float]:
     """One threshold per layer name. Raises ValueError if names and thresholds do not match."""
     for value in thresholds.values() if isinstance(thresholds, Mapping) else [thresholds]:
-        if isinstance(value, float) and math.isnan(value):
+        if not isinstance(value, jax.core.Tracer) and not _is_threshold(value):
             raise ValueError(
-                "thresholds holds a value that is not a number; it must be a score, such as a log dropout rate, or infinite."
+                f"thresholds holds {value!r}; it must be a number, a score such as a log dropout rate or infinite, or one for each layer by name."
             )
     if not isinstance(thresholds, Mapping):
         return dict.fromkeys(names, thresholds)
@@ -147,6 +147,10 @@ def thresholds_by_layer(thresholds: Thresholds, names: Sequence[str]) -> dict[st
         if name not in thresholds:
             raise ValueError(f"thresholds has no value for layer {name}; the layers are {', '.join(names)}.")
     return dict(thresholds)
+
+
+def _is_threshold(value: object) -> bool:
+    return isinstance(value, SupportsFloat) and np.ndim(value) == 0 and not math.isnan(float(value))  # type: ignore[arg-type]
 
 
 def choose_thresholds(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax.data_flow import Analysis, analyze, wholly_unknown
+from bcdl_jax.posterior import array_path
 from bcdl_jax.program import Program, compile_quickly, dtype_of, multiply_adds, trace
 from bcdl_jax.specialize import Axis, Machine, Plan, make_plan
 
@@ -106,7 +107,7 @@ def shrink(
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves, structure = jax.tree.flatten(params)
-    paths = ["/".join(_key(key) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [array_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
     program, examples, moving_axes, moving_constants = _trace_for_any_batch(apply, params, inputs)
     numbers = program.inputs[: len(leaves)]
@@ -295,12 +296,10 @@ def _small_function(
                     {place: moving_axes[number] for place, number in enumerate(inputs_before)},
                 )
                 known = all(isinstance(size, int) for struct in structs for size in struct.shape)
-                why = (
-                    f" At {'this' if known else 'some other'} batch size the model computes something else than at the one "
-                    "it was shrunk with."
-                    if alike
-                    else ""
-                )
+                why = f" At {'this' if known else 'some other'} batch size the model computes something else than at the one it was shrunk with."
+                if not known:
+                    why += " (Or it only looks so, for indexing such as x[:, -1] in a model with a loop; jax.lax.index_in_dim helps.)"
+                why *= alike
                 raise ValueError(f"The inputs are {given}; this small function takes {allowed}.{why}")
             traces[key] = traced
         return traces[key]
@@ -361,10 +360,6 @@ def _same(first: Any, second: Any) -> bool:
     if any(jnp.issubdtype(dtype_of(value), jax.dtypes.extended) for value in (first, second)):
         return False
     return np.shape(first) == np.shape(second) and np.array_equal(first, second, equal_nan=False)
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -53,8 +53,11 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first step. Raises ValueError if the params hold no variational layers."""
+    """The state before the first step. Raises ValueError if the params hold no variational layers, or ``key`` is no PRNG key."""
     posteriors(params)
+    dtype = getattr(key, "dtype", None)
+    if dtype != jnp.uint32 and not (dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)):
+        raise ValueError(f"key is {key}; it must be a PRNG key, such as jax.random.key(0).")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -102,9 +105,11 @@ def scale_by_kind(factors: dict[str, float]) -> optax.GradientTransformation:
 
     def update(updates: PyTree, _: Any = None) -> PyTree:
         layers = [part for part in _parts(updates) if _is_posterior(part)]
-        known = {"deterministic"} | {field.name for layer in layers for field in dataclasses.fields(layer)}
+        fields = [field for layer in layers for field in dataclasses.fields(layer)]
+        known = {field.name for field in fields if field.metadata.get("pytree_node", True)}
+        known |= {"deterministic", _LOG_VARIANCE, _SCALE}
         for name in factors:
-            if name not in known and name not in (_LOG_VARIANCE, _SCALE):
+            if name not in known:
                 raise ValueError(f"factors names kind {name}; the kinds are {', '.join(sorted(known))}.")
         return jax.tree.map(lambda kind, value: value * factor(kind), parameter_kinds(updates), updates)
 
@@ -287,7 +292,16 @@ def _not_finite(*parts: PyTree) -> jax.Array:
 
 
 def keep_masks(new: PyTree, old: PyTree) -> PyTree:
-    """Masks are decided by pruning: no optimiser (weight decay, say) may move them."""
+    """The new params with the masks of the old ones.
+
+    Masks are decided by pruning, but are arrays of the params: what an optimiser does beside following the gradient, which they do not have
+    (weight decay, noise), would move them, and in time prune what carries the most. ``make_train_step`` calls this; so must a training loop
+    of your own with such an optimiser.
+
+    Args:
+      new: tree with variational layers, after an update.
+      old: the same tree, before it.
+    """
 
     def restore(new_node: Any, old_node: Any) -> Any:
         if not _is_posterior(new_node):

@@ -212,6 +212,26 @@ def test_a_template_that_does_not_fit_is_refused(net):
         bcdl_jax.decode(data, {"a": np.zeros(3)})
     with pytest.raises(bcdl_jax.CompressedFileError, match="Entry 0 of the file is a layer of shape"):
         bcdl_jax.decode(data, {name: np.zeros(3) for name in "abc"})
+    with pytest.raises(
+        bcdl_jax.CompressedFileError, match=r"the template has 6\. It must be params of the variational"
+    ):
+        bcdl_jax.decode(data, bcdl_jax.mean_weights(reduced))
+
+
+def test_names_in_the_file_are_compared_with_those_of_the_template(key):
+    inputs = jnp.ones((1, 4))
+
+    def params(*names):
+        return {name: bcdl_jax.Dense(4).init(key, inputs)["params"] for name in names}
+
+    reduced = bcdl_jax.reduce_precision(params("first", "second"), 0.25)
+    data = bcdl_jax.encode(reduced, names=True)
+    other = params("a", "b")
+    with pytest.raises(bcdl_jax.CompressedFileError, match="The file holds first, second; the template has a, b"):
+        bcdl_jax.decode(data, other)
+    found = bcdl_jax.decode(data, params("first", "second"))
+    np.testing.assert_array_equal(found["second"]["posterior"].kernel, reduced["second"]["posterior"].kernel)
+    assert set(bcdl_jax.decode(bcdl_jax.encode(reduced), other)) == {"a", "b"}
 
 
 def test_params_that_can_not_be_stored_are_refused(net, tmp_path):

@@ -148,6 +148,8 @@ def test_bad_arguments(data):
                 validation_data=data,
                 seeds=seeds,
             )
+    with pytest.raises(ValueError, match=r"states.step has shape \(\); states must be stacked"):
+        train(bcdl_jax.unstack(states, 0), data, step, seeds=(0,))
     with pytest.raises(ValueError, match="epochs is 0; it must be at least 1"):
         next(
             bcdl_jax.train_ensemble(

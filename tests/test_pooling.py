@@ -45,7 +45,7 @@ def test_works_under_vmap(key):
     np.testing.assert_array_equal(together[1], bcdl_jax.max_pool(inputs[1], (2, 2)))
 
 
-@pytest.mark.parametrize("window", [(2,), (2, 2, 2), (0, 2), (9, 2)])
+@pytest.mark.parametrize("window", [2, (2,), (2, 2, 2), (0, 2), (9, 2)])
 def test_a_window_that_does_not_fit_is_refused(window):
     with pytest.raises(ValueError, match="it must have 2 entries, each between 1 and the axis' length"):
         bcdl_jax.max_pool(jnp.ones((1, 8, 8, 1)), window)

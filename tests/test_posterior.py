@@ -110,3 +110,10 @@ def test_a_tree_without_variational_layers_is_refused(tree):
         bcdl_jax.reduce_precision(tree, 0.25)
     with pytest.raises(ValueError, match="params holds no variational layers"):
         bcdl_jax.rate(tree)
+
+
+def test_a_tree_of_reduced_precision_is_refused_by_what_it_holds(key):
+    params = bcdl_jax.Dense(2).init(key, jnp.ones((1, 3)))["params"]
+    reduced = {"first": bcdl_jax.reduce_precision(params, 0.25), "scale": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"params holds no variational layers; it holds: QuantizedLayer first\.$"):
+        bcdl_jax.prune(reduced, 0.0)

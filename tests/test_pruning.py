@@ -223,8 +223,15 @@ def test_max_increase_must_not_be_negative(net, max_increase):
 
 def test_what_is_not_a_number_is_refused(net):
     _, params, _ = net
-    for thresholds in (float("nan"), {**dict.fromkeys(CHAIN, 0.0), "Dense_1": float("nan")}):
-        with pytest.raises(ValueError, match="thresholds holds a value that is not a number"):
+    nan = {**dict.fromkeys(CHAIN, 0.0), "Dense_1": jnp.float32("nan")}
+    for thresholds, given in (
+        (float("nan"), "nan"),
+        (np.float32("nan"), "nan"),
+        (nan, "nan"),
+        (None, "None"),
+        ("3", "'3'"),
+    ):
+        with pytest.raises(ValueError, match=f"thresholds holds .*{given}.*; it must be a number"):
             bcdl_jax.prune(params, thresholds)
     with pytest.raises(ValueError, match=r"error\(params\) is not a number"):
         bcdl_jax.choose_thresholds(params, lambda _: float("nan"), max_increase=1)

@@ -277,6 +277,19 @@ def test_an_nnx_model(key):
     assert shapes_after(report)["first/kernel"] == (3, 3, 2, 4)
     assert shapes_after(report)["second/kernel"] == (4 * 16, 3)
 
+    # As a State, its arrays have the same names.
+    kept = jax.tree.map(jnp.asarray, state)
+    nnx.replace_by_pure_dict(kept, pure)
+    _, small, report = bcdl_jax.shrink(lambda params, x: nnx.merge(graph, params)(x), kept, inputs)
+    assert shapes_after(report)["first/kernel"] == (3, 3, 2, 4)
+    masks = bcdl_jax.magnitude_masks(kept, {"first": 0.5, "second": 0.25})
+    assert {path: float(mask.mean()) for path, mask in bcdl_jax.kernels(masks).items()} == {
+        "first": 0.5,
+        "second": 0.25,
+    }
+    torch = bcdl_jax.torch_state_dict(lambda params, x: nnx.merge(graph, params)(x), small, inputs)
+    assert sorted(torch) == ["first.bias", "first.weight", "second.bias", "second.weight"]
+
 
 def test_an_equinox_model(key):
     equinox = pytest.importorskip("equinox")

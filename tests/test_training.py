@@ -165,7 +165,8 @@ def test_scale_stands_for_the_means_of_the_scales_of_a_family(family):
 def test_a_kind_that_does_not_exist_is_refused(data):
     _, _, states = setup(optax.sgd(1.0), seeds=(0,))
     with pytest.raises(
-        ValueError, match="factors names kind kernel_logvar; the kinds are bias_log_variance, bias_mean"
+        ValueError,
+        match=r"factors names kind kernel_logvar; the kinds are bias_log_variance, bias_mean, [^.]*\blog_variance, ",
     ):
         bcdl_jax.scale_by_kind({"kernel_logvar": 0.0}).update(bcdl_jax.unstack(states, 0).params, optax.EmptyState())
 
@@ -228,6 +229,19 @@ def test_training_goes_on_from_a_pruned_net(data):
     assert float(jnp.abs(after.kernel_mean - before.kernel_mean).max()) > 0
 
 
+def test_masks_are_kept_in_a_loop_of_ones_own(data):
+    """Weight decay moves them towards 0; noise moves them across it."""
+    _, _, states = setup(optax.sgd(0.1), seeds=(0,))
+    params = bcdl_jax.unstack(states, 0).params
+    moved = jax.tree.map(lambda leaf: leaf - 2, params)
+    kept = bcdl_jax.keep_masks(moved, params)
+    for name, layer in bcdl_jax.posteriors(kept).items():
+        before = bcdl_jax.posteriors(params)[name]
+        np.testing.assert_array_equal(layer.input_mask, before.input_mask)
+        np.testing.assert_array_equal(layer.output_mask, before.output_mask)
+        np.testing.assert_array_equal(layer.kernel_mean, before.kernel_mean - 2)
+
+
 def test_bad_arguments(data):
     _, epoch, states = setup(optax.sgd(0.1), seeds=(0,))
     for bad, message in (((data[0], data[1][:-3]), r"data have \[\d+, \d+\] examples"), ((), "data have no examples")):
@@ -237,6 +251,11 @@ def test_bad_arguments(data):
         bcdl_jax.make_train_step(nll, optax.sgd(0.1), num_examples=0)
     with pytest.raises(ValueError, match="params holds no variational layers"):
         bcdl_jax.create_train_state({"Dense_0": {"kernel": jnp.ones((2, 2))}}, optax.sgd(0.1), jax.random.key(0))
+    params = bcdl_jax.unstack(states, 0).params
+    for key in (0, jnp.zeros(2)):
+        with pytest.raises(ValueError, match=r"key is .*; it must be a PRNG key"):
+            bcdl_jax.create_train_state(params, optax.sgd(0.1), key)
+    assert bcdl_jax.create_train_state(params, optax.sgd(0.1), jax.random.PRNGKey(0)).key.shape == (2,)
 
 
 def test_chunks_of_an_epoch_equal_the_epoch(data):
