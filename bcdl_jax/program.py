@@ -232,6 +232,8 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
         if isinstance(first, tuple | list) and {len(value) for value in values} == {len(first)}:
             parts = [combined(*entries) for entries in zip(*values, strict=True)]
             return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+        if isinstance(first, core.ClosedJaxpr):
+            return _as_jaxpr(_extended([_trace(core.jaxpr_as_fun(each), *each.in_avals) for each in values], size))
         if all(other is first or np.all(np.asarray(other == first)) for other in others):
             return first
         if not isinstance(first, int) or isinstance(first, bool):
@@ -264,6 +266,11 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
         ),
         steps=tuple(step(*each) for each in zip(*(program.steps for program in programs), strict=True)),
     )
+
+
+def _as_jaxpr(program: Program) -> core.ClosedJaxpr:
+    arguments = [program.shapes[number] for number in program.inputs]
+    return jax.make_jaxpr(lambda *arguments: program.run(arguments, {}))(*arguments)
 
 
 def _trace(function: Callable[..., Any], *arguments: PyTree) -> Program:

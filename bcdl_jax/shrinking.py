@@ -296,10 +296,12 @@ def _small_function(
                     {place: moving_axes[number] for place, number in enumerate(inputs_before)},
                 )
                 known = all(isinstance(size, int) for struct in structs for size in struct.shape)
-                why = f" At {'this' if known else 'some other'} batch size the model computes something else than at the one it was shrunk with."
-                if not known:
-                    why += " (Or it only looks so, for indexing such as x[:, -1] in a model with a loop; jax.lax.index_in_dim helps.)"
-                why *= alike
+                why = (
+                    f" At {'this' if known else 'some other'} batch size the model computes something else than at the one "
+                    "it was shrunk with."
+                    if alike
+                    else ""
+                )
                 raise ValueError(f"The inputs are {given}; this small function takes {allowed}.{why}")
             traces[key] = traced
         return traces[key]

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -42,6 +43,30 @@ def test_for_cpu_is_exported_for_any_batch_size(tmp_path, key):
     np.testing.assert_allclose(
         bcdl_jax.load_stablehlo(tmp_path / "net")(images), apply(kernel, images), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_loop_beside_indexing_is_exported_for_any_batch_size(tmp_path, key):
+    """With a symbolic batch, JAX traces ``[:, -1]`` in another way than the network was shrunk with."""
+
+    class LastOutput(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return nn.Dense(3, name="out")(nn.RNN(nn.GRUCell(12))(inputs)[:, -1])
+
+    model, inputs = LastOutput(), jax.random.normal(key, (4, 8, 5))
+    params = model.init(key, inputs)["params"]
+    params["out"]["kernel"] = params["out"]["kernel"].at[:6].set(0)
+
+    def apply(params, inputs):
+        return model.apply({"params": params}, inputs)
+
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    assert small["out"]["kernel"].shape == (6, 3)
+    bcdl_jax.export_stablehlo(tmp_path / "net.stablehlo", small_apply, small, inputs)
+    exported = bcdl_jax.load_stablehlo(tmp_path / "net.stablehlo")
+    for size in (1, 4, 7):
+        others = jax.random.normal(jax.random.key(size), (size, 8, 5))
+        np.testing.assert_allclose(exported(others), apply(params, others), atol=1e-6)
 
 
 @pytest.mark.parametrize("export", [bcdl_jax.export_stablehlo, bcdl_jax.export_onnx])
