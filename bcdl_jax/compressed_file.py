@@ -19,7 +19,7 @@ import numpy as np
 
 from bcdl_jax.atomic_file import write_atomically
 from bcdl_jax.integer_coding import decode_integers, encode_integers, layout_of
-from bcdl_jax.posterior import Posterior, PyTree, array_path, layer_name
+from bcdl_jax.posterior import Posterior, PyTree, array_names, layer_name
 from bcdl_jax.precision import QuantizedLayer, integer_bits
 from bcdl_jax.range_coder import Decoder, Encoder
 
@@ -130,7 +130,7 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
             writer.layer(where, node)
         else:
             writer.array(where, np.asarray(node))
-    paths = [array_path(path) for path, _ in flat] if names else None
+    paths = _names(params) if names else None
     if paths and any("\n" in path for path in paths):
         raise ValueError("A name in params holds a line feed; such names can't be stored.")
     return writer.finish(len(flat), paths)
@@ -153,10 +153,11 @@ def decode(data: bytes, like: PyTree | None = None) -> PyTree:
             + " It must be params of the variational network; mean_weights makes the plain one's of what is loaded."
             * plain
         )
-    paths = [array_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(like, is_leaf=_is_layer)]
-    if reader.names is not None and reader.names != paths:
-        held, wanted = (", ".join(name.removesuffix("/posterior") for name in names) for names in (reader.names, paths))
-        raise CompressedFileError(f"The file holds {held}; the template has {wanted}.")
+    for number, (held, wanted) in enumerate(zip(reader.names or (), _names(like), strict=reader.names is not None)):
+        # A layer may be an entry of its module, and an array of a variable, in one of the two alone.
+        held, wanted = (name.removesuffix("/posterior").removesuffix("/value") for name in (held, wanted))
+        if held != wanted:
+            raise CompressedFileError(f"Entry {number} of the file is called {held}; the template has {wanted}.")
     for number, (header, node) in enumerate(zip(reader.headers, flat, strict=True)):
         wants_layer = _is_layer(node)
         shape = node.kernel_shape if wants_layer else np.shape(node)
@@ -188,6 +189,10 @@ def summarize(data: bytes) -> list[RecordSummary]:
 
 def _described(is_layer: bool, shape: Sequence[int]) -> str:
     return f"{'a layer' if is_layer else 'an array'} of shape {tuple(shape)}"
+
+
+def _names(tree: PyTree) -> list[str]:
+    return array_names([path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer)])
 
 
 def _is_layer(node: Any) -> bool:

@@ -113,13 +113,13 @@ def train_ensemble(
       states and None; from them, or from those of any epoch, training goes on to the same result bit by bit.
 
     Raises:
-      ValueError: ``epochs`` is not positive, seeds do not name the stacked states one by one, or there is ``shrinking`` without ``in_turn``.
+      ValueError: ``epochs`` is not positive, states are not stacked, seeds do not name the stacked states one by one, or there is ``shrinking`` without ``in_turn``.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")
     if states.step.ndim != 1:
         raise ValueError(
-            f"states.step has shape {states.step.shape}; states must be stacked, of one seed: stack([state])."
+            f"states.step has shape {states.step.shape}; states must be stacked once, that of a single seed too: stack([state])."
         )
     if len(set(seeds)) != len(seeds) or len(seeds) != states.step.shape[0]:
         raise ValueError(

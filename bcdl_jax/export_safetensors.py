@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from bcdl_jax.atomic_file import write_atomically
-from bcdl_jax.posterior import Posterior, array_path
+from bcdl_jax.posterior import Posterior, array_names
 from bcdl_jax.precision import QuantizedLayer
 from bcdl_jax.program import Program, Step, data_dependent, trace
 from bcdl_jax.trained import mean_weights
@@ -130,8 +130,8 @@ def _is_key(value: Any) -> bool:
 
 def _named(tree: PyTree, separator: str) -> dict[str, np.ndarray]:
     named: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = array_path(path, separator)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    for name, leaf in zip(array_names(paths, separator), jax.tree.leaves(tree), strict=True):
         if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.extended):
             raise ValueError(f"{name} is of type {leaf.dtype}; only plain numbers can be written.")
         if name in named:

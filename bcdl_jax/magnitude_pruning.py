@@ -13,12 +13,11 @@ From there to a file as at the top of ``weight_sharing``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import PyTree, array_path
+from bcdl_jax.posterior import PyTree, array_names
 
 ByLayer = float | Mapping[str, float]
 
@@ -34,7 +33,7 @@ def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
       A tree like ``params`` of bools; all that is not a kernel is kept.
 
     Raises:
-      ValueError: a share that is out of range, or a layer without one, or one for a layer that is not there.
+      ValueError: a share that is out of range, or a layer without one, or one for a layer that is not there; or there is no kernel.
     """
 
     def mask(kernel: jax.Array, share: float) -> jax.Array:
@@ -72,7 +71,7 @@ def surgery_thresholds(params: PyTree, spread: ByLayer) -> PyTree:
       spread: for all layers or by layer name.
 
     Raises:
-      ValueError: a layer without a spread, or one for a layer that is not there.
+      ValueError: a layer without a spread, or one for a layer that is not there; or there is no kernel.
     """
 
     def threshold(kernel: jax.Array, factor: float) -> jax.Array:
@@ -107,12 +106,14 @@ def kernels(params: PyTree) -> dict[str, jax.Array]:
     Raises:
       ValueError: there is none.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = {name: leaf for path, leaf in leaves if (name := _layer_of(path, leaf)) is not None}
+    names, leaves = _named(params)
+    found = {
+        layer: leaf for name, leaf in zip(names, leaves, strict=True) if (layer := _layer_of(name, leaf)) is not None
+    }
     if not found:
-        names = ", ".join(array_path(path) for path, _ in leaves)
         raise ValueError(
-            f"params holds no array called kernel with two axes or more, as Flax names its weights; it holds: {names or 'nothing'}."
+            "params holds no array called kernel with two axes or more, as Flax names its weights; it holds: "
+            f"{', '.join(names) or 'nothing'}."
         )
     return found
 
@@ -125,19 +126,24 @@ def _map_kernels(
     other: Callable[[jax.Array], jax.Array] = lambda leaf: jnp.ones(leaf.shape, bool),
 ) -> PyTree:
     """``function(kernel, its layer's value)`` for kernels, ``other(leaf)`` elsewhere."""
-    names = list(kernels(params))
-    by_layer = dict(values) if isinstance(values, Mapping) else dict.fromkeys(names, values)
-    if sorted(by_layer) != sorted(names):
-        raise ValueError(f"{what} names the layers {', '.join(by_layer)}; it must name {', '.join(names)}.")
+    layers = list(kernels(params))
+    by_layer = dict(values) if isinstance(values, Mapping) else dict.fromkeys(layers, values)
+    if sorted(by_layer) != sorted(layers):
+        raise ValueError(f"{what} names the layers {', '.join(by_layer)}; it must name {', '.join(layers)}.")
 
-    def map_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = _layer_of(path, leaf)
-        return other(leaf) if name is None else function(leaf, by_layer[name])
+    def map_leaf(name: str, leaf: jax.Array) -> jax.Array:
+        layer = _layer_of(name, leaf)
+        return other(leaf) if layer is None else function(leaf, by_layer[layer])
 
-    return jax.tree_util.tree_map_with_path(map_leaf, params)
+    return jax.tree.unflatten(jax.tree.structure(params), map(map_leaf, *_named(params)))
 
 
-def _layer_of(path: tuple[Any, ...], leaf: jax.Array) -> str | None:
+def _named(params: PyTree) -> tuple[list[str], list[jax.Array]]:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return array_names(paths), jax.tree.leaves(params)
+
+
+def _layer_of(name: str, leaf: jax.Array) -> str | None:
     """The layer whose kernel this is, or None."""
-    *parents, last = array_path(path).split("/")
+    *parents, last = name.split("/")
     return "/".join(parents) if last == "kernel" and jnp.ndim(leaf) >= 2 else None

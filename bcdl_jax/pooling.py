@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
@@ -26,7 +27,7 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     Raises:
       ValueError: ``window_shape`` does not name each spatial axis, or an entry is not between 1 and the axis' length.
     """
-    window = (window_shape,) if isinstance(window_shape, int) else tuple(window_shape)
+    window = tuple(int(size) for size in np.atleast_1d(window_shape))
     spatial = inputs.shape[1:-1]
     if len(window) != len(spatial) or any(not 1 <= size <= length for size, length in zip(window, spatial)):
         raise ValueError(

@@ -7,9 +7,10 @@ this node, never by matching names.
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self, TypeVar
 
 import flax.struct
@@ -360,9 +361,12 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
     found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
     if not found:
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=dataclasses.is_dataclass)
-        others = [f"{type(node).__name__} {layer_name(path)}" for path, node in nodes if dataclasses.is_dataclass(node)]
-        top = ", ".join(others or map(str, params)) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}.")
+        others = [
+            f"{layer_name(path)} is a {type(node).__name__}" for path, node in nodes if dataclasses.is_dataclass(node)
+        ]
+        top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        more = f" ({', '.join(others)})" if others else ""
+        raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}{more}.")
     return found
 
 
@@ -371,10 +375,18 @@ def posteriors(params: PyTree) -> dict[str, Posterior]:
     return find_layers(params, Posterior)
 
 
-def array_path(path: tuple[Any, ...], separator: str = "/") -> str:
-    """The name of the array at this path of a params tree; without the "value" in which a variable of an NNX State keeps it."""
-    inside = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
-    return jax.tree_util.keystr(inside, simple=True, separator=separator)
+def array_names(paths: Sequence[tuple[Any, ...]], separator: str = "/") -> list[str]:
+    """The names of the arrays at these paths, which are all of a params tree.
+
+    A variable of an NNX State keeps its array as its only "value": there the name is that of the variable.
+    """
+    within = collections.Counter(path[:length] for path in paths for length in range(len(path)))
+
+    def name(path: tuple[Any, ...]) -> str:
+        alone = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and within[path[:-1]] == 1
+        return jax.tree_util.keystr(path[:-1] if alone else path, simple=True, separator=separator)
+
+    return [name(path) for path in paths]
 
 
 def layer_name(path: tuple[Any, ...]) -> str:

@@ -227,6 +227,8 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
 
     def combined(*values: Any) -> Any:
         first, *others = values
+        if all(other is first for other in others):
+            return first
         if any(type(other) is not type(first) for other in others):
             raise ValueError
         if isinstance(first, tuple | list) and {len(value) for value in values} == {len(first)}:
@@ -246,7 +248,10 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
 
     def step(*steps: Step) -> Step:
         first = steps[0]
-        if first.name in CUSTOM and first.elementwise:  # evaluated at any shape as it is
+        if (
+            first.name in CUSTOM and first.elementwise
+        ):  # evaluated at any shape as it is, unless the size is one of its numbers
+            combined(*(each.params["call_jaxpr"] for each in steps))
             return first
         params = {name: combined(*(each.params[name] for each in steps)) for name in first.params}
         return dataclasses.replace(first, equation=first.equation.replace(params=params))
@@ -256,7 +261,7 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
         raise ValueError
     for number, value in first.constants.items():
         for other in others:
-            if other.constants[number] is not value and not np.array_equal(other.constants[number], value):
+            if other.constants[number] is not value and not _equal(other.constants[number], value):
                 raise ValueError
     shapes = zip(*(program.shapes for program in programs), strict=True)
     return dataclasses.replace(
@@ -266,6 +271,12 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
         ),
         steps=tuple(step(*each) for each in zip(*(program.steps for program in programs), strict=True)),
     )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two constants are the same, where they are not numbers too."""
+    inexact = all(jnp.issubdtype(jnp.result_type(value), jnp.inexact) for value in (first, second))
+    return np.array_equal(first, second, equal_nan=inexact)
 
 
 def _as_jaxpr(program: Program) -> core.ClosedJaxpr:

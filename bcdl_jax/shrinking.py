@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax.data_flow import Analysis, analyze, wholly_unknown
-from bcdl_jax.posterior import array_path
+from bcdl_jax.posterior import array_names
 from bcdl_jax.program import Program, compile_quickly, dtype_of, multiply_adds, trace
 from bcdl_jax.specialize import Axis, Machine, Plan, make_plan
 
@@ -107,7 +107,7 @@ def shrink(
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves, structure = jax.tree.flatten(params)
-    paths = [array_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = array_names([path for path, _ in jax.tree_util.tree_leaves_with_path(params)])
 
     program, examples, moving_axes, moving_constants = _trace_for_any_batch(apply, params, inputs)
     numbers = program.inputs[: len(leaves)]

@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bcdl_jax.batches import count_examples, epoch_rows, steps_per_epoch, take_batch
@@ -55,9 +56,8 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step. Raises ValueError if the params hold no variational layers, or ``key`` is no PRNG key."""
     posteriors(params)
-    dtype = getattr(key, "dtype", None)
-    if dtype != jnp.uint32 and not (dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)):
-        raise ValueError(f"key is {key}; it must be a PRNG key, such as jax.random.key(0).")
+    if not _is_key(key):
+        raise ValueError(f"key is {key!r}; it must be a PRNG key, such as jax.random.key(0).")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -67,6 +67,14 @@ def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, 
         blamed=jnp.zeros((len(part_names(params)),), bool),
         metric_sums={name: jnp.zeros((), jnp.float32) for name in ("loss", "nll", "kl")},
     )
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is a PRNG key, or as many uint32 as one is made of: a last axis of 2, or 4 for some generators."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    raw = key.dtype == np.uint32 and key.ndim > 0 and key.shape[-1] in (2, 4)
+    return raw or jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def parameter_kinds(params: PyTree) -> PyTree:
@@ -301,6 +309,9 @@ def keep_masks(new: PyTree, old: PyTree) -> PyTree:
     Args:
       new: tree with variational layers, after an update.
       old: the same tree, before it.
+
+    Returns:
+      A tree like them.
     """
 
     def restore(new_node: Any, old_node: Any) -> Any:

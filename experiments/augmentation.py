@@ -19,7 +19,14 @@ def augmented(images: jax.Array, key: jax.Array, *, mirror: bool = False, shift:
 
     Returns:
       An array like ``images``.
+
+    Raises:
+      ValueError: ``shift`` is negative, or not less than the height and the width.
     """
+    if not 0 <= shift < min(images.shape[1:3]):
+        raise ValueError(
+            f"shift is {shift}; for images of shape {images.shape[1:]} it must be at least 0 and less than {min(images.shape[1:3])}."
+        )
     if mirror:
         images = _mirrored(images, jax.random.fold_in(key, 1))
     return _shifted(images, jax.random.fold_in(key, 2), shift) if shift else images

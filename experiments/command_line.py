@@ -99,6 +99,7 @@ def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Names
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     first = experiment.datasets[0]
     full, embedded = experiment.recipe(first), experiment.recipe(EMBEDDED)
+    there = f"{first} at full width" if experiment.widths else first
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{experiment.name}",
         description=f"Trains a variational {experiment.title}, prunes it, reduces its precision, and writes a result file, parameters and "
@@ -123,19 +124,19 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs",
         type=int,
-        help=f"epochs of training before pruning, or while pruning (default: the recipe's, {full.epochs} for gnj on {first})",
+        help=f"epochs of training before pruning, or while pruning (default: the recipe's, {full.epochs} for gnj on {there})",
     )
     parser.add_argument(
         "--fine-tune-epochs",
         type=int,
-        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} for gnj on {first})",
+        help=f"epochs of fine-tuning after pruning (default: the recipe's, {full.fine_tune_epochs} for gnj on {there})",
     )
     parser.add_argument(
         "--pretrain-epochs",
         type=int,
         metavar="N",
         help="epochs of training the plain network, whose weights the variational training starts from; 0 starts it from scratch "
-        f"(default: the recipe's, {full.pretrain_epochs} for gnj)",
+        f"(default: the recipe's, {full.pretrain_epochs} for gnj on {there})",
     )
     parser.add_argument(
         "--batch-size",
@@ -146,7 +147,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         "--learning-rate",
         type=float,
         help="Adam's step size at the start of training, from where it falls to 0 along a cosine; that of fine-tuning "
-        f"changes in proportion (default for gnj: {full.learning_rate}; {embedded.learning_rate} on the embedded digits)",
+        f"changes in proportion (default for gnj: {full.learning_rate} on {there}; {embedded.learning_rate} on the embedded digits)",
     )
     parser.add_argument(
         "--seeds",

@@ -6,6 +6,7 @@ import sys
 import time
 import zlib
 
+import flax.struct
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -227,11 +228,29 @@ def test_names_in_the_file_are_compared_with_those_of_the_template(key):
     reduced = bcdl_jax.reduce_precision(params("first", "second"), 0.25)
     data = bcdl_jax.encode(reduced, names=True)
     other = params("a", "b")
-    with pytest.raises(bcdl_jax.CompressedFileError, match="The file holds first, second; the template has a, b"):
+    with pytest.raises(bcdl_jax.CompressedFileError, match="Entry 0 of the file is called first; the template has a"):
         bcdl_jax.decode(data, other)
     found = bcdl_jax.decode(data, params("first", "second"))
     np.testing.assert_array_equal(found["second"]["posterior"].kernel, reduced["second"]["posterior"].kernel)
     assert set(bcdl_jax.decode(bcdl_jax.encode(reduced), other)) == {"a", "b"}
+
+    # Layers that are entries of their modules in the template alone.
+    bare = {name: layer["posterior"] for name, layer in reduced.items()}
+    found = bcdl_jax.decode(bcdl_jax.encode(bare, names=True), params("first", "second"))
+    np.testing.assert_array_equal(found["second"]["posterior"].kernel, bare["second"].kernel)
+
+
+def test_an_array_called_value_keeps_its_name():
+    """Only that of an NNX variable, which has no other array beside it, does not."""
+
+    @flax.struct.dataclass
+    class Attention:
+        key: np.ndarray
+        value: np.ndarray
+
+    arrays = Attention(np.arange(3), np.arange(4))
+    found = bcdl_jax.decode(bcdl_jax.encode({"attention": arrays}, names=True))
+    np.testing.assert_array_equal(found["attention"]["value"], arrays.value)
 
 
 def test_params_that_can_not_be_stored_are_refused(net, tmp_path):

@@ -3,6 +3,7 @@ import sys
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,13 +46,34 @@ def test_for_cpu_is_exported_for_any_batch_size(tmp_path, key):
     )
 
 
+def test_a_loop_that_computes_with_the_batch_size_is_exported_as_such_or_refused(tmp_path):
+    """Also in a function with a derivative of its own, which is taken as it is."""
+
+    def apply(params, inputs):
+        @jax.custom_jvp
+        def mean(values):
+            return values / inputs.shape[0]
+
+        mean.defjvp(lambda values, moves: (mean(*values), mean(*moves)))
+        return jax.lax.fori_loop(0, 2, lambda _, values: mean(values @ params), inputs)
+
+    params, inputs = jnp.eye(3).at[2].set(0), jnp.ones((2, 3))
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    bcdl_jax.export_stablehlo(tmp_path / "net.stablehlo", small_apply, small, inputs)
+    exported = bcdl_jax.load_stablehlo(tmp_path / "net.stablehlo")
+    for size in (1, 2, 4):
+        others = jnp.ones((size, 3))
+        np.testing.assert_allclose(exported(others), apply(params, others), rtol=1e-6)
+
+
 def test_a_loop_beside_indexing_is_exported_for_any_batch_size(tmp_path, key):
     """With a symbolic batch, JAX traces ``[:, -1]`` in another way than the network was shrunk with."""
 
     class LastOutput(nn.Module):
         @nn.compact
         def __call__(self, inputs):
-            return nn.Dense(3, name="out")(nn.RNN(nn.GRUCell(12))(inputs)[:, -1])
+            outputs = nn.RNN(nn.GRUCell(12))(inputs)[:, -1]
+            return nn.Dense(3, name="out")(jnp.where(outputs > 2, jnp.nan, outputs))
 
     model, inputs = LastOutput(), jax.random.normal(key, (4, 8, 5))
     params = model.init(key, inputs)["params"]

@@ -65,6 +65,11 @@ def test_surgery_thresholds_by_hand(key):
 
 
 def test_errors_are_one_sentence(key):
+    for function in (lambda params: bcdl_jax.magnitude_masks(params, 0.5), bcdl_jax.create_mixture, bcdl_jax.kernels):
+        with pytest.raises(
+            ValueError, match=r"no array called kernel with two axes or more, .*; it holds: a/kernel, b/w\."
+        ):
+            function({"a": {"kernel": jnp.ones(3)}, "b": {"w": jnp.ones((3, 4))}})
     with pytest.raises(ValueError, match="kept holds 0; it must be above 0 and at most 1"):
         bcdl_jax.magnitude_masks(plain(key), 0)
     with pytest.raises(ValueError, match="spread names the layers Dense_0; it must name Conv_0, Dense_0"):

@@ -115,5 +115,7 @@ def test_a_tree_without_variational_layers_is_refused(tree):
 def test_a_tree_of_reduced_precision_is_refused_by_what_it_holds(key):
     params = bcdl_jax.Dense(2).init(key, jnp.ones((1, 3)))["params"]
     reduced = {"first": bcdl_jax.reduce_precision(params, 0.25), "scale": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"params holds no variational layers; it holds: QuantizedLayer first\.$"):
+    with pytest.raises(
+        ValueError, match=r"params holds no variational layers; it holds: first, scale \(first is a QuantizedLayer\)\.$"
+    ):
         bcdl_jax.prune(reduced, 0.0)

@@ -252,7 +252,7 @@ def test_bad_arguments(data):
     with pytest.raises(ValueError, match="params holds no variational layers"):
         bcdl_jax.create_train_state({"Dense_0": {"kernel": jnp.ones((2, 2))}}, optax.sgd(0.1), jax.random.key(0))
     params = bcdl_jax.unstack(states, 0).params
-    for key in (0, jnp.zeros(2)):
+    for key in (0, jnp.zeros(2), jnp.uint32(3), jnp.zeros(5, jnp.uint32)):
         with pytest.raises(ValueError, match=r"key is .*; it must be a PRNG key"):
             bcdl_jax.create_train_state(params, optax.sgd(0.1), key)
     assert bcdl_jax.create_train_state(params, optax.sgd(0.1), jax.random.PRNGKey(0)).key.shape == (2,)

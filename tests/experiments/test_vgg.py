@@ -62,6 +62,9 @@ def test_images_are_moved_by_all_distances_alike_and_reflected_at_the_edges():
     assert all(70 < count < 130 for count in np.sum(moved, axis=1))
     half = np.asarray(augmented(images[:450], jax.random.key(1), shift=1))
     np.testing.assert_array_equal(half, found[:450])
+    for shift in (-1, 5):
+        with pytest.raises(ValueError, match=rf"shift is {shift}; .* must be at least 0 and less than 5"):
+            augmented(images, jax.random.key(1), shift=shift)
 
 
 def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
