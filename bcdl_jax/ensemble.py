@@ -113,7 +113,8 @@ def train_ensemble(
       states and None; from them, or from those of any epoch, training goes on to the same result bit by bit.
 
     Raises:
-      ValueError: ``epochs`` is not positive, states are not stacked, seeds do not name the stacked states one by one, or there is ``shrinking`` without ``in_turn``.
+      ValueError: ``epochs`` is not positive, states are not stacked, seeds do not name the stacked states one by one, or there is
+        ``shrinking`` without ``in_turn``.
     """
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; it must be at least 1.")

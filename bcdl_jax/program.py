@@ -248,9 +248,8 @@ def _extended(programs: Sequence[Program], size: Any) -> Program:
 
     def step(*steps: Step) -> Step:
         first = steps[0]
-        if (
-            first.name in CUSTOM and first.elementwise
-        ):  # evaluated at any shape as it is, unless the size is one of its numbers
+        if first.name in CUSTOM and first.elementwise:
+            # Evaluated at any shape as it is, unless the size is one of its numbers.
             combined(*(each.params["call_jaxpr"] for each in steps))
             return first
         params = {name: combined(*(each.params[name] for each in steps)) for name in first.params}
