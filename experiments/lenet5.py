@@ -6,8 +6,8 @@ many seeds on so many cores. More is in the README's table.
     gnj        0.91 %  183x  825x  18, two seeds, two cores
     ghs        0.96 %  164x  764x  49, two seeds, one core
     sparse_vd  0.80 %  101x  585x  43, one seed, one core
-    dc         0.72 %    7x   45x   6, one seed, one core
-    dns        0.86 %   58x  376x   6, one seed, one core
+    dc         0.75 %    7x   45x   4, one seed, one core
+    dns        0.87 %   56x  363x   4, one seed, one core
     sws        0.91 %  103x  827x  16, one seed, one core
 """
 
