@@ -173,6 +173,7 @@ class Posterior(abc.ABC):
 
     def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
         """Shapes an array [groups] so that it broadcasts against the kernel."""
+        _check_single(per_group)
         return per_group[:, None] if self.group_axis == "input" else per_group
 
     def kept_weights(self) -> jax.Array:
@@ -281,11 +282,24 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
 
     Returns:
       [in / feature groups, out] of bool, the same for all positions of the window.
+
+    Raises:
+      ValueError: the arrays are those of several layers, stacked.
     """
+    _check_single(input_mask)
     inputs, features = kernel_shape[-2:]
     feature_groups = input_mask.shape[-1] // inputs
     kept_inputs = (input_mask > 0).reshape(feature_groups, inputs)
     return jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & (output_mask > 0)
+
+
+def _check_single(of_groups: jax.Array) -> None:
+    # Arrays of several layers broadcast against each other to wrong results, or fail to by luck.
+    if jnp.ndim(of_groups) != 1:
+        raise ValueError(
+            f"A layer has an array of shape {jnp.shape(of_groups)} where one axis is allowed: several layers, stacked. Params of many seeds, "
+            "and layers under nn.vmap or nn.scan, must go through jax.vmap, or be taken apart by unstack(params, index)."
+        )
 
 
 def _product_moments(

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +80,35 @@ def test_kernel_mask_against_loops(feature_groups):
     for o in range(features):
         for i in range(per_group_in):
             assert bool(mask[i, o]) == bool(input_mask[o // per_group_out * per_group_in + i] and output_mask[o])
+
+
+def test_stacked_layers_are_refused_and_go_through_vmap(key):
+    class Repeated(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            body = nn.scan(
+                lambda layer, carry, _: (layer(carry), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "noise": True},
+                length=3,
+            )
+            return body(bcdl_jax.Dense(4), inputs, None)[0]
+
+    params = Repeated().init(key, jnp.ones((2, 4)))["params"]
+    trained = jax.vmap(bcdl_jax.mean_weights)(params)
+    for function in (
+        bcdl_jax.kl_divergence,
+        bcdl_jax.mean_weights,
+        bcdl_jax.rate,
+        bcdl_jax.balance_scales,
+        lambda params: bcdl_jax.reduce_precision(params, 0.5),
+        lambda params: bcdl_jax.from_trained(params, trained),
+    ):
+        with pytest.raises(ValueError, match=r"array of shape \(3, 4\) where one axis is allowed.*jax.vmap"):
+            function(params)
+    each = jax.vmap(bcdl_jax.kl_divergence)(params)
+    apart = [bcdl_jax.kl_divergence(bcdl_jax.unstack(params, index)) for index in range(3)]
+    np.testing.assert_allclose(each, jnp.stack(apart), rtol=1e-6)
 
 
 def test_layers_are_found_by_type_in_any_tree(net, key):
