@@ -113,6 +113,12 @@ def test_any_tree_of_arrays_comes_back_exactly(tree, names):
         assert entry["value"].tobytes() == tree[name].tobytes()
 
 
+def test_the_reference_decoder_reads_an_array_of_which_the_writer_codes_a_part_at_a_time():
+    values = np.round(np.random.default_rng(0).laplace(size=(900, 40)) * 4).astype(np.int8)
+    _, entries = reference_decoder.decode(bcdl_jax.encode({"a": values}))
+    np.testing.assert_array_equal(entries[0]["value"], values)
+
+
 def test_the_reference_decoder_reads_the_same_layers(net, conv_net):
     for reduced in reduced_nets(net, conv_net):
         _, entries = reference_decoder.decode(bcdl_jax.encode(reduced))

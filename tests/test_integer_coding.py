@@ -36,6 +36,13 @@ def test_round_trip(name, row):
         np.testing.assert_array_equal(decode_integers(Decoder(data), values.size, layout_of(row), scale), values)
 
 
+@pytest.mark.parametrize("row", [0, 47, 20_000])
+def test_round_trip_of_more_than_are_listed_at_a_time(row):
+    values = np.round(np.random.default_rng(3).laplace(size=70_000) * 5).astype(int)
+    data = coded(values, row)
+    np.testing.assert_array_equal(decode_integers(Decoder(data), values.size, layout_of(row), 20), values)
+
+
 @pytest.mark.parametrize("row", [0, 50])
 @pytest.mark.parametrize(
     "draw",
