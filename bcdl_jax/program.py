@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -402,8 +403,11 @@ def data_dependent(program: Program, num_params: int) -> set[int]:
 
 
 def multiply_adds(program: Program) -> int:
-    """Multiplications of all matrix products and convolutions of a program, at the batch size it was traced for."""
-    return sum(_step_multiply_adds(program, step) for step in program.steps)
+    """Multiplications of all matrix products and convolutions of a program, at the batch size it was traced for.
+
+    Those within a loop count once for each time that it runs, where that is known, else once; of branches that with the most counts.
+    """
+    return sum(_equation_multiply_adds(step.equation) for step in program.steps)
 
 
 def multiply_adds_by_owner(program: Program, owners: Sequence[int | None]) -> dict[int | None, int]:
@@ -421,7 +425,7 @@ def multiply_adds_by_owner(program: Program, owners: Sequence[int | None]) -> di
     totals: dict[int | None, int] = dict.fromkeys([None, *owners], 0)
     for step in program.steps:
         sources = [made_of.get(number, set()) for number in step.inputs]
-        if count := _step_multiply_adds(program, step):
+        if count := _equation_multiply_adds(step.equation):
             weights = [source for source in sources if None not in source]
             (owner,) = weights[0] if len(weights) == 1 and len(weights[0]) == 1 else (None,)
             totals[owner] += count
@@ -430,13 +434,25 @@ def multiply_adds_by_owner(program: Program, owners: Sequence[int | None]) -> di
     return totals
 
 
-def _step_multiply_adds(program: Program, step: Step) -> int:
-    if step.name == "dot_general":
-        ((contracted, _), _) = step.params["dimension_numbers"]
-        sizes = program.shapes[step.inputs[0]].shape
-        return program.shapes[step.outputs[0]].size * int(np.prod([sizes[axis] for axis in contracted], dtype=int))
-    if step.name == "conv_general_dilated":
-        kernel = program.shapes[step.inputs[1]]
-        features = kernel.shape[step.params["dimension_numbers"].rhs_spec[0]]
-        return program.shapes[step.outputs[0]].size * (kernel.size // max(features, 1))
-    return 0
+def _equation_multiply_adds(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        ((contracted, _), _) = params["dimension_numbers"]
+        sizes = equation.invars[0].aval.shape
+        return equation.outvars[0].aval.size * math.prod(sizes[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return equation.outvars[0].aval.size * (kernel.size // max(features, 1))
+    counts = [sum(map(_equation_multiply_adds, inner.eqns)) for value in params.values() for inner in _jaxprs_of(value)]
+    return (
+        params["length"] * sum(counts) if name == "scan" else max(counts, default=0) if name == "cond" else sum(counts)
+    )
+
+
+def _jaxprs_of(value: Any) -> list[Any]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    return [inner for part in value for inner in _jaxprs_of(part)] if isinstance(value, tuple | list) else []

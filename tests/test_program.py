@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from bcdl_jax.program import trace
+from bcdl_jax.program import multiply_adds, trace
 
 
 def struct(*shape):
@@ -58,6 +59,21 @@ def test_indexing_keeps_its_steps_at_any_batch_size(batch):
 def test_what_depends_on_the_batch_size_fails(batch):
     with pytest.raises(Exception, match="inconclusive"):
         trace(lambda x: x if x.shape[0] > 4 else 2 * x, struct(batch, 4))
+
+
+def test_multiply_adds_within_loops_and_branches_are_counted():
+    def recurrent(weights, inputs):
+        hidden, _ = lax.scan(
+            lambda state, x: (jnp.tanh(state @ weights["state"] + x @ weights["input"]), None),
+            jnp.zeros((4, 5)),
+            inputs,
+        )
+        twice = lax.cond(hidden[0, 0] > 0, lambda x: x @ weights["state"] @ weights["state"], lambda x: x, hidden)
+        return lax.fori_loop(0, jnp.argmax(hidden[0]), lambda _, x: x @ weights["state"], twice)
+
+    weights = {"state": jnp.ones((5, 5)), "input": jnp.ones((3, 5))}
+    program = trace(recurrent, weights, jnp.ones((7, 4, 3)))
+    assert multiply_adds(program) == 7 * (4 * 5 * 5 + 4 * 3 * 5) + 2 * 4 * 5 * 5 + 4 * 5 * 5
 
 
 def test_rules_replace_steps():
