@@ -445,9 +445,9 @@ def _equation_multiply_adds(equation: Any) -> int:
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return equation.outvars[0].aval.size * (kernel.size // max(features, 1))
     counts = [sum(map(_equation_multiply_adds, inner.eqns)) for value in params.values() for inner in _jaxprs_of(value)]
-    return (
-        params["length"] * sum(counts) if name == "scan" else max(counts, default=0) if name == "cond" else sum(counts)
-    )
+    if name == "cond":
+        return max(counts)
+    return sum(counts) * (params["length"] if name == "scan" else 1)
 
 
 def _jaxprs_of(value: Any) -> list[Any]:
