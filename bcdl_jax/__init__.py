@@ -11,7 +11,14 @@ from bcdl_jax.export_safetensors import export_safetensors, torch_state_dict
 from bcdl_jax.horseshoe import GroupHorseshoe, GroupHorseshoePosterior
 from bcdl_jax.kl import clip_variances, kl_divergence, kl_divergence_per_layer, log_dropout_rates, posterior_moments
 from bcdl_jax.layers import Conv, Dense
-from bcdl_jax.magnitude_pruning import apply_masks, kernels, magnitude_masks, surgery_thresholds, update_masks
+from bcdl_jax.magnitude_pruning import (
+    apply_masks,
+    kernels,
+    magnitude_masks,
+    mask_tree,
+    surgery_thresholds,
+    update_masks,
+)
 from bcdl_jax.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
 from bcdl_jax.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
 from bcdl_jax.objective import kl_warmup, negative_elbo
@@ -115,6 +122,7 @@ __all__ = [
     "make_train_epoch",
     "make_train_step",
     "make_train_steps",
+    "mask_tree",
     "max_pool",
     "mean_weights",
     "mixture_nll",

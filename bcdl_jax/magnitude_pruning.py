@@ -13,9 +13,11 @@ From there to a file as at the top of ``weight_sharing``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bcdl_jax.posterior import PyTree, array_names
 
@@ -46,14 +48,37 @@ def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
     return _map_kernels(mask, params, kept, "kept")
 
 
+def mask_tree(params: PyTree, masks: Mapping[str, jax.Array | np.ndarray]) -> PyTree:
+    """Masks of kernels as a tree like the params, in which all that is not a kernel is kept.
+
+    Args:
+      params: of a plain network.
+      masks: by layer name, bools of the shape of the layer's kernel.
+
+    Raises:
+      ValueError: a mask of another shape, a layer without one, or one for a layer that is not there; or there is no kernel.
+    """
+
+    def mask(kernel: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
+        if jnp.shape(given) != kernel.shape:
+            raise ValueError(f"masks holds one of shape {jnp.shape(given)}; that of its kernel is {kernel.shape}.")
+        return jnp.asarray(given, bool)
+
+    return _map_kernels(mask, params, masks, "masks")
+
+
 def apply_masks(params: PyTree, masks: PyTree, *, splicing: bool = False) -> PyTree:
     """The params, zero where their mask is False.
 
     Args:
       params: of a plain network.
-      masks: of the same structure.
+      masks: of the same structure, see ``mask_tree``.
       splicing: whether the gradient goes to the pruned weights too, as if they were in use, so that they can grow back [G16 eq. 3].
+
+    Raises:
+      ValueError: ``masks`` has another structure.
     """
+    _check_masks(params, masks)
 
     def apply(weights: jax.Array, mask: jax.Array) -> jax.Array:
         kept = jnp.where(mask, weights, 0)
@@ -89,7 +114,11 @@ def update_masks(params: PyTree, masks: PyTree, thresholds: PyTree, margin: floa
       masks: a tree like it of bools.
       thresholds: from ``surgery_thresholds``.
       margin: a weight is pruned below (1 - margin) times its threshold, and comes back from (1 + margin) times it.
+
+    Raises:
+      ValueError: ``masks`` has another structure.
     """
+    _check_masks(params, masks)
 
     def update(weights: jax.Array, mask: jax.Array, threshold: jax.Array) -> jax.Array:
         magnitudes = jnp.abs(weights)
@@ -118,10 +147,18 @@ def kernels(params: PyTree) -> dict[str, jax.Array]:
     return found
 
 
+def _check_masks(params: PyTree, masks: PyTree) -> None:
+    expected: Any = jax.tree.structure(params)
+    if expected != jax.tree.structure(masks):
+        raise ValueError(
+            "masks must be a tree like params, with bools for every array; mask_tree(params, masks) makes one of masks by layer name."
+        )
+
+
 def _map_kernels(
-    function: Callable[[jax.Array, float], jax.Array],
+    function: Callable[[jax.Array, Any], jax.Array],
     params: PyTree,
-    values: ByLayer,
+    values: float | Mapping[str, Any],
     what: str,
     other: Callable[[jax.Array], jax.Array] = lambda leaf: jnp.ones(leaf.shape, bool),
 ) -> PyTree:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import devices
@@ -295,6 +296,8 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     # Where a run was cut short, its files give way without --overwrite.
     cut_short = args.resume and checkpoints.are_in(args.out)
+    if args.resume and not cut_short and (finished := Path(args.out, compress.RESULT)).is_file():
+        raise UserError(f"--resume is given, but the run in {args.out} is complete; its result is {finished}.")
     files.check_out(args.out, args.overwrite or cut_short)
     if args.tensorboard:
         logs.check_tensorboard()
@@ -413,7 +416,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     except KeyboardInterrupt:
         print(f"\nInterrupted; what was finished so far is in {out}.", file=sys.stderr)
         raise SystemExit(130) from None
-    compress.print_table(runs)
+    compress.print_table(runs, plain=args.method in PLAIN_METHODS)
     print(f"{result['seconds']:.0f} s, {result['runs'][0]['peak_memory_mb']} MB peak memory; files in {out}")
     if dataset.notice:
         print(dataset.notice)

@@ -667,9 +667,15 @@ def result(
     }
 
 
-def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
-    """A table like the tutorial's: for each seed one line per stage."""
-    header = f"{'seed':>4}  {'stage':<26} {'test error %':>12} {'rate':>8} {'paper rate':>10}  {'kept units':<14} {'bits per layer'}"
+def print_table(runs: list[dict[str, Any]], *, plain: bool = False, file: Any = None) -> None:
+    """A table like the tutorial's: for each seed one line per stage.
+
+    Args:
+      runs: of ``score``.
+      plain: whether the method trains nothing but the pre-trained network before it prunes.
+      file: where to print, standard output if None.
+    """
+    header = f"{'seed':>4}  {'stage':<26} {'test error %':>12} {'rate_paper':>10} {'rate':>8}  {'kept units':<14} {'bits per layer'}"
     print(header, "-" * len(header), sep="\n", file=file)
     for run in runs:
         full, kept = ("-".join(map(str, run[key])) for key in ("total_units", "kept_units"))
@@ -679,7 +685,11 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
                 if PRETRAINED in run["test_error"]
                 else []
             ),
-            ("after training", run["test_error"]["trained"], 1.0, 1.0, full, [32] * len(run["bits"])),
+            *(
+                []
+                if plain
+                else [("after training", run["test_error"]["trained"], 1.0, 1.0, full, [32] * len(run["bits"]))]
+            ),
             (
                 "after pruning",
                 run["test_error"]["pruned"],
@@ -701,7 +711,7 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
             rows.append(("  by the paper's rule", rule["test_error"], None, rule["rate_paper"], kept, rule["bits"]))
         for stage, error, rate, rate_paper, units, bits in rows:
             print(
-                f"{run['seed']:>4}  {stage:<26} {error:>12.2f} {_times(rate):>8} {_times(rate_paper):>10}  {units:<14} {'-'.join(map(str, bits))}",
+                f"{run['seed']:>4}  {stage:<26} {error:>12.2f} {_times(rate_paper):>10} {_times(rate):>8}  {units:<14} {'-'.join(map(str, bits))}",
                 file=file,
             )
     for run in runs:
@@ -727,7 +737,8 @@ def print_table(runs: list[dict[str, Any]], file: Any = None) -> None:
     finished = [run for run in runs if not run["failure"]]
     if not finished:
         return
-    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in finished[0]["test_error"]}
+    stages = [stage for stage in finished[0]["test_error"] if not (plain and stage == "trained")]
+    errors = {stage: np.array([run["test_error"][stage] for run in finished]) for stage in stages}
     print(
         "mean test error over seeds: "
         + ", ".join(

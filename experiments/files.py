@@ -126,18 +126,23 @@ def read_pretrained(path: str, dataset: str, full_train_sets: tuple[str, ...]) -
       full_train_sets: data sets of which this run's test images may be training images of the pretrained net.
 
     Raises:
-      UserError: it cannot be read, or it may have seen this run's test images.
+      UserError: it cannot be read, holds what is not a finite number, or may have seen this run's test images.
     """
     try:
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"--pretrained {path} cannot be read as an .npz file of arrays: {detail}.") from error
+    except OSError as error:
+        raise UserError(f"--pretrained {path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # of other kinds of files NumPy says that they might be unpickled
+        raise UserError(f"--pretrained {path} cannot be read as an .npz file of arrays.") from error
     trained_on = str(arrays.pop(TRAINED_ON)) if TRAINED_ON in arrays else None
+    for name, array in arrays.items():
+        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
+            raise UserError(f"--pretrained {path} has {name} with a value that is not a finite number.")
     if dataset in full_train_sets and trained_on != dataset:
+        says = f"says it was trained on {trained_on}" if trained_on else "does not say what it was trained on"
         raise UserError(
-            f"--pretrained {path} says it was trained on {trained_on or 'nothing that it names'}; on {dataset} only a net trained on {dataset} "
+            f"--pretrained {path} {says}; on {dataset} only a net trained on {dataset} "
             f'(entry "{TRAINED_ON}" in the file) is accepted, since all its digits, test digits too, are training images of full MNIST.'
         )
     return arrays

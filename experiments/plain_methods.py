@@ -272,9 +272,8 @@ def _soft_weight_sharing(work: _Work, params: Any, key: jax.Array) -> _Found:
             make_loss(prior_weight), optimizer, (params, mixture), masks, round_key, end - begin, net=net, done=begin
         )
         places, levels = bcdl_jax.collapse(bcdl_jax.apply_masks(params, masks), mixture)
-        flat = flax.traverse_util.flatten_dict(masks, sep="/")
-        flat |= {f"{name}/kernel": flat[f"{name}/kernel"] & jnp.asarray(place >= 0) for name, place in places.items()}
-        masks = flax.traverse_util.unflatten_dict(flat, "/")
+        found = bcdl_jax.mask_tree(params, {name: place >= 0 for name, place in places.items()})
+        masks = jax.tree.map(jnp.logical_and, masks, found)
         params = bcdl_jax.apply_masks(params, masks)
     return params, masks, (places, levels)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.command_line import at_width
-from experiments.data import NAMES
+from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
 
 
@@ -49,15 +49,22 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None,
     }
 
     def read(path: str | Path) -> tuple[str, Any]:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
         refused = []
         for title, template in templates.items():
             try:
-                return title, bcdl_jax.load(path, like=template)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+                return title, bcdl_jax.decode(content, template)
             except bcdl_jax.CompressedFileError as error:
                 refused.append(f"not one of {title} ({error})")
-        raise UserError(f"{path} is not a file of a network that is known here: {', '.join(refused)}.")
+        try:
+            bcdl_jax.summarize(content)
+        except bcdl_jax.CompressedFileError as error:
+            raise UserError(f"{path} cannot be decoded: {error}") from error
+        more = "; those of VGG need --vgg WIDTH" if width is None else ""
+        raise UserError(f"{path} is not a file of a network that is known here: {', '.join(refused)}{more}.")
 
     errors = []
     for path in paths:
@@ -126,6 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(errors))
         return 0
+    if args.dataset == EMBEDDED:
+        print(
+            "The embedded digits are training images of full MNIST: on them only nets count that were trained on them."
+        )
     for path, percent in zip(args.files, errors, strict=True):
         print(f"{path}: {Path(path).stat().st_size:,} bytes, test error {percent:.2f} %")
     return 0

@@ -15,12 +15,14 @@ from typing import Any
 
 from experiments import files
 from experiments.command_line import METHODS, at_width
-from experiments.data import EMBEDDED, NAMES
+from experiments.data import DIGIT_NAMES, EMBEDDED, NAMES
 from experiments.errors import UserError
 from experiments.published import MODELS, PAPER, PAPER_ERRORS, PaperRow
 
 COMMITTED = Path(__file__).parent / "results"
 TITLES = {"lenet300": "LeNet-300-100, MNIST", "lenet5": "LeNet-5-Caffe, MNIST", "vgg": "VGG, CIFAR-10"}
+# What each is for, the data set of the paper's rows first.
+_DATASETS = {"lenet300": DIGIT_NAMES, "lenet5": DIGIT_NAMES, "vgg": ("cifar10",)}
 QUICK_NETWORKS = ("lenet300", "lenet5")
 _COLUMNS = (
     "method",
@@ -32,6 +34,9 @@ _COLUMNS = (
     "error of the net",
 )
 
+# What every result holds that stands in the table.
+_NEEDED = ("dataset", "command", "seconds", "machine", "mean", "runs")
+
 Key = tuple[str, str]
 
 
@@ -42,7 +47,7 @@ def network_of(result: dict[str, Any]) -> str:
 
 def read_results(
     directories: Iterable[Path], datasets: Collection[str], quick: bool = False
-) -> dict[Key, dict[str, Any]]:
+) -> tuple[dict[Key, dict[str, Any]], list[str]]:
     """The results of data sets by network, see ``network_of``, and method; later directories go before earlier ones.
 
     Args:
@@ -50,10 +55,14 @@ def read_results(
       datasets: their names.
       quick: whether those of ``--quick`` runs count, whose figures mean nothing.
 
+    Returns:
+      The results, and a sentence for each that does not count; none for the committed ones.
+
     Raises:
       UserError: a directory does not exist, or a file in it is not a result.
     """
     found: dict[Key, dict[str, Any]] = {}
+    left_out = []
     for directory in directories:
         if not directory.is_dir():
             raise UserError(f"--results {directory} is not a directory; it must hold result files.")
@@ -64,11 +73,16 @@ def read_results(
                 raise UserError(f"{path} cannot be read as a result: {error}.") from error
             if not isinstance(result, dict) or result.get("method") not in METHODS or "experiment" not in result:
                 continue  # of a benchmark
-            if result.get("dataset", {}).get("name") in datasets and (
-                quick or "--quick" not in result["command"].split()
-            ):
+            if missing := [name for name in _NEEDED if name not in result]:
+                raise UserError(f"{path} is not the result of a run: it lacks {', '.join(missing)}.")
+            dataset = result["dataset"].get("name")
+            if dataset not in datasets:
+                left_out.append((path, f"is of {dataset}; --dataset {dataset} shows it"))
+            elif not quick and "--quick" in result["command"].split():
+                left_out.append((path, "is of a --quick run, whose figures mean nothing"))
+            else:
                 found[network_of(result), result["method"]] = result
-    return found
+    return found, [f"Left out: {path} {why}." for path, why in left_out if path.parent != COMMITTED]
 
 
 def _cell(rate: float | None, error: float | None) -> str:
@@ -106,10 +120,25 @@ def our_row(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def make_table(results: dict[Key, dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
-    """Per network its title and its rows: each of the paper's, and ours below it."""
+def title_of(network: str, dataset: str | None = None) -> str:
+    """The network with the data set of the paper's rows, and that of ours where it is another; None for the paper's."""
+    other = dataset not in (None, _DATASETS[network][0])
+    return f"{TITLES[network]}; ours: {dataset}" if other else TITLES[network]
+
+
+def make_table(results: dict[Key, dict[str, Any]], dataset: str | None = None) -> list[tuple[str, list[list[str]]]]:
+    """Per network its title and its rows: each of the paper's, and ours below it.
+
+    Args:
+      results: of ``read_results``.
+      dataset: of all of them, where it is not the paper's.
+    """
     table = []
-    for network, title in TITLES.items():
+    for network in TITLES:
+        option = "" if dataset in (None, _DATASETS[network][0]) else f" --dataset {dataset}"
+        ours = [key for key in sorted(results) if key[0].split(" ")[0] == network]
+        if not ours and dataset not in (None, *_DATASETS[network]):
+            continue
         rows: list[list[str]] = []
         published = {row.method: row for row in PAPER if row.network == network}
         for method in METHODS:
@@ -118,14 +147,10 @@ def make_table(results: dict[Key, dict[str, Any]]) -> list[tuple[str, list[list[
             if (network, method) in results:
                 rows.append(our_row(results[network, method]))
             elif method in published:
-                command = f"not run here: python -m experiments.{network} --method {method}"
+                command = f"not run here: python -m experiments.{network} --method {method}{option}"
                 rows.append([f"{METHODS[method]}, here", command, *["-"] * (len(_COLUMNS) - 2)])
-            rows += [
-                our_row(results[key])
-                for key in sorted(results)
-                if key[1] == method and key[0].startswith(f"{network} ")
-            ]
-        table.append((title, rows))
+            rows += [our_row(results[key]) for key in ours if key[1] == method and key[0] != network]
+        table.append((title_of(network, dataset), rows))
     return table
 
 
@@ -207,19 +232,26 @@ def run_quick(out: Path, methods: Sequence[str] = tuple(METHODS), networks: Sequ
             raise
 
 
-def draw(path: Path, results: dict[Key, dict[str, Any]]) -> None:
-    """Test errors against bytes: the files of the results, and the published models."""
+def draw(path: Path, results: dict[Key, dict[str, Any]], dataset: str | None = None) -> None:
+    """Test errors against bytes: the files of the results, and the published models.
+
+    Args:
+      path: of the PNG file.
+      results, dataset: as for ``make_table``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     networks = [name for name in TITLES if any(key[0].split(" ")[0] == name for key in results)]
     figure, grid = plt.subplots(
-        1, len(networks), figsize=(6.4 * len(networks), 4.6), dpi=110, layout="constrained", squeeze=False
+        1, len(networks), figsize=(6.4 * len(networks), 6), dpi=110, layout="constrained", squeeze=False
     )
     for panel, network in zip(grid[0], networks, strict=True):
         order = list(METHODS)
+        points = []
         for key in sorted(
             (key for key in results if key[0].split(" ")[0] == network), key=lambda key: (order.index(key[1]), key)
         ):
@@ -227,22 +259,34 @@ def draw(path: Path, results: dict[Key, dict[str, Any]]) -> None:
             if runs:
                 sizes, errors = [run["file_bytes"] for run in runs], [run["test_error"]["file"] for run in runs]
                 panel.scatter(sizes, errors, s=36, label=f"{our_row(results[key])[0]}: files")
-        for number, model in enumerate(model for model in MODELS if model.network == network):
+                points += list(zip(sizes, errors, strict=True))
+        models = [model for model in MODELS if model.network == network]
+        points += [(model.bytes, model.error) for model in models]
+        # Room for the names, and for a few points that are alike.
+        low, high = min((size for size, _ in points), default=1), max((size for size, _ in points), default=1)
+        panel.set_xlim(low / 2, high * 2)
+        panel.margins(y=0.1)
+        for number, model in enumerate(models):
             panel.scatter(
                 model.bytes, model.error, marker="x", color="#555555", label="published" if not number else None
             )
+            right = model.bytes**2 > low * high
             panel.annotate(
                 f"{model.title} ({model.kind})",
                 (model.bytes, model.error),
-                xytext=(5, 3),
+                xytext=(-5 if right else 5, 3),
                 textcoords="offset points",
+                horizontalalignment="right" if right else "left",
                 fontsize=6,
             )
         panel.set_xscale("log")
-        panel.set_title(TITLES[network])
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+        panel.set_title(title_of(network, dataset))
         panel.set_xlabel("bytes of the compressed network")
         panel.set_ylabel("test error in %")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     files.write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 
@@ -287,22 +331,24 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if args.dataset not in (None, *NAMES):
             raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
-        whole = ("mnist", "cifar10")
-        datasets = (args.dataset,) if args.dataset else (EMBEDDED,) if args.run_quick else whole
+        dataset = EMBEDDED if args.run_quick else args.dataset
+        datasets = ("mnist", "cifar10") if dataset is None else (dataset,)
+        files.check_out(args.out, overwrite=True)
         args.out.mkdir(parents=True, exist_ok=True)
         if args.run_quick:
             print("All methods on the embedded digits, a few epochs each: the figures mean nothing.", flush=True)
             run_quick(args.out.resolve())
-            results = read_results([args.out], datasets, quick=True)
+            results, left_out = read_results([args.out], datasets, quick=True)
         else:
             local = Path("runs")
-            results = read_results(args.results or [COMMITTED, *([local] if local.is_dir() else [])], datasets)
-        table = make_table(results)
-        print(as_text(table), "", EXPLANATION, *commands(results), sep="\n")
+            directories = args.results or [COMMITTED, *([local] if local.is_dir() else [])]
+            results, left_out = read_results(directories, datasets)
+        table = make_table(results, dataset)
+        print(as_text(table), "", EXPLANATION, *commands(results), *left_out, sep="\n")
         text = "\n".join([as_markdown(table), EXPLANATION, "", *(f"- {line}" for line in commands(results)), ""])
         files.write_atomically(args.out / "table.md", lambda file: file.write(text.encode()))
         if results:
-            draw(args.out / "table.png", results)
+            draw(args.out / "table.png", results, dataset)
         print(f"Written to {args.out}: table.md{', table.png' if results else ''}.")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

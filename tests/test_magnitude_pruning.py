@@ -30,6 +30,23 @@ def test_the_largest_weights_of_each_layer_are_kept(key):
     np.testing.assert_array_equal(pruned["BatchNorm_0"]["scale"], 1)
 
 
+def test_masks_by_layer_name_become_a_tree(key):
+    params = plain(key)
+    by_name = {name: np.asarray(kernel) > 0 for name, kernel in bcdl_jax.kernels(params).items()}
+    masks = bcdl_jax.mask_tree(params, by_name)
+    pruned = jax.jit(bcdl_jax.apply_masks)(params, masks)
+    for name in by_name:
+        np.testing.assert_array_equal(pruned[name]["kernel"], np.maximum(params[name]["kernel"], 0))
+        np.testing.assert_array_equal(pruned[name]["bias"], params[name]["bias"])
+    for function in (bcdl_jax.apply_masks, lambda params, masks: bcdl_jax.update_masks(params, masks, params)):
+        with pytest.raises(ValueError, match="masks must be a tree like params"):
+            function(params, by_name)
+    with pytest.raises(ValueError, match="masks names the layers Conv_0; it must name Conv_0, Dense_0"):
+        bcdl_jax.mask_tree(params, {"Conv_0": by_name["Conv_0"]})
+    with pytest.raises(ValueError, match=r"masks holds one of shape \(5,\); that of its kernel is \(3, 3, 2, 5\)"):
+        bcdl_jax.mask_tree(params, by_name | {"Conv_0": np.ones(5, bool)})
+
+
 @pytest.mark.parametrize("splicing", [False, True])
 def test_only_splicing_gives_pruned_weights_a_gradient(key, splicing):
     params = plain(key)

@@ -127,13 +127,16 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     path = str(out / "compressed_seed5.bcdl")
     assert score.main(["--dataset", "mnist_5k", path]) == 0
     run = json.loads((out / "result.json").read_text())["runs"][1]
-    assert (
-        capsys.readouterr().out
-        == f"{path}: {run['file_bytes']:,} bytes, test error {run['test_error']['file']:.2f} %\n"
+    assert capsys.readouterr().out == (
+        "The embedded digits are training images of full MNIST: on them only nets count that were trained on them.\n"
+        f"{path}: {run['file_bytes']:,} bytes, test error {run['test_error']['file']:.2f} %\n"
     )
     damaged = tmp_path / "damaged.bcdl"
     damaged.write_bytes(Path(path).read_bytes()[:-1])
-    for bad, message in ((damaged, "damaged"), (tmp_path / "none.bcdl", "No such file")):
+    for bad, message in (
+        (damaged, f"{damaged} cannot be decoded: The file is damaged"),
+        (tmp_path / "none.bcdl", "No such file"),
+    ):
         assert score.main(["--dataset", "mnist_5k", str(bad)]) == 2
         assert message in capsys.readouterr().err
     monkeypatch.setattr(data, "_load_full", unavailable)
@@ -204,6 +207,8 @@ def test_after_sigterm_a_run_goes_on_to_the_same_files(finished, tmp_path, monke
     assert "since learning_rate was 0.001 and is now 0.01; fine_tune_learning_rate was" in capsys.readouterr().err
     assert lenet300.main([*arguments, "--resume"]) == 0
     assert f"Goes on with the run in {out}, from {out}/checkpoints/000001." in capsys.readouterr().out
+    assert lenet300.main([*arguments, "--resume", "--overwrite"]) == 2
+    assert f"--resume is given, but the run in {out} is complete" in capsys.readouterr().err
     undisturbed = finished[1]
     assert crash_test.differences(out, undisturbed) == ["result.json"]
     results = [json.loads((directory / "result.json").read_text()) for directory in (undisturbed, out)]

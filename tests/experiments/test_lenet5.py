@@ -161,6 +161,7 @@ def test_the_compressed_file_is_recognised_and_scored(finished, tmp_path, capsys
     error = capsys.readouterr().err
     assert "not one of LeNet-300-100" in error
     assert "not one of LeNet-5-Caffe" in error
+    assert "those of VGG need --vgg WIDTH" in error
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,28 @@ def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path)
     write(second.parent, result(method="gnj", dataset="mnist_5k"))
     write(second.parent, {"results": []}, "benchmark.json")
     write(second.parent, result(method="dc", command="python -m experiments.lenet5 --quick"), "quick.json")
-    found = table.read_results([first, second.parent], ["mnist"])
+    found, left_out = table.read_results([first, second.parent], ["mnist"])
     assert set(found) == {("lenet5", "ghs")}
     assert found["lenet5", "ghs"]["seconds"] == 2
+    assert left_out == [
+        f"Left out: {second.parent}/one.json is of mnist_5k; --dataset mnist_5k shows it.",
+        f"Left out: {second.parent}/quick.json is of a --quick run, whose figures mean nothing.",
+    ]
+
+
+def test_another_data_set_is_named(tmp_path, capsys):
+    made = write(tmp_path / "made", result(dataset="mnist_5k"))
+    assert table.main(["--results", str(made), "--dataset", "mnist_5k", "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "LeNet-5-Caffe, MNIST; ours: mnist_5k" in lines
+    assert not any("VGG" in line for line in lines)
+    assert any("not run here: python -m experiments.lenet5 --method dc --dataset mnist_5k" in line for line in lines)
+    assert table.main(["--results", str(made), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "VGG, CIFAR-10" in out
+    assert "one.json is of mnist_5k" in out
+    assert table.main(["--results", str(made), "--dataset", "cifar10", "--out", str(tmp_path / "out")]) == 0
+    assert "LeNet" not in capsys.readouterr().out.split("VGG")[0]
 
 
 def test_a_narrower_network_has_a_row_of_its_own(tmp_path, capsys):
@@ -75,7 +94,8 @@ def test_a_run_without_a_finished_seed_is_said_so():
 
 
 def test_committed_results_make_a_table():
-    results = table.read_results([table.COMMITTED], ["mnist"])
+    results, left_out = table.read_results([table.COMMITTED], ["mnist"])
+    assert not left_out
     assert ("lenet300", "gnj") in results
     text = table.as_text(table.make_table(results))
     assert all(title in text for title in table.TITLES.values())
@@ -104,6 +124,12 @@ def test_a_damaged_result_is_named(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     assert table.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "bad.json cannot be read as a result" in capsys.readouterr().err
+    write(tmp_path, {"experiment": "lenet5", "method": "ghs", "command": "x", "dataset": {"name": "mnist"}}, "bad.json")
+    assert table.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "bad.json is not the result of a run: it lacks seconds, machine, mean, runs." in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert table.main(["--out", str(tmp_path / "file")]) == 2
+    assert f"--out {tmp_path / 'file'} is a file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
