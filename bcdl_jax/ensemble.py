@@ -214,8 +214,8 @@ def _epochs(
         return part.small_error(params, validation_data), count(params)
 
     names = part_names(states.params)
-    layers = posteriors(states.params)
-    totals = {name: layer.unit_mask.size // len(seeds) for name, layer in layers.items()}
+    layers = posteriors(jax.eval_shape(lambda params: unstack(params, 0), states.params))
+    totals = {name: layer.unit_mask.size for name, layer in layers.items()}
     units = "weights" if any(layer.prunes_weights for layer in layers.values()) else "groups"
     told: set[tuple[int, str]] = set()
     parts = [_Part(states)] if trainer.stacked else [_Part(unstack(states, index)) for index in range(len(seeds))]

@@ -57,7 +57,8 @@ class Layout:
 
     Attributes:
       chunk: how many integers are coded at a time.
-      above: how far back the integer one row up stands, at least ``chunk``; 0 if no neighbours are looked at.
+      above: how far back the integer one row up stands, at least ``chunk``, since those of a chunk are told together; 0 if no neighbours are
+        looked at.
     """
 
     chunk: int

@@ -56,15 +56,15 @@ def mask_tree(params: PyTree, masks: Mapping[str, jax.Array | np.ndarray]) -> Py
       masks: by layer name, bools of the shape of the layer's kernel.
 
     Raises:
-      ValueError: a mask of another shape, a layer without one, or one for a layer that is not there; or there is no kernel.
+      ValueError: a mask of another shape or type, a layer without one, or one for a layer that is not there; or there is no kernel.
     """
-
-    def mask(kernel: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
-        if jnp.shape(given) != kernel.shape:
-            raise ValueError(f"masks holds one of shape {jnp.shape(given)}; that of its kernel is {kernel.shape}.")
-        return jnp.asarray(given, bool)
-
-    return _map_kernels(mask, params, masks, "masks")
+    for name, kernel in kernels(params).items():
+        if name in masks and (jnp.shape(masks[name]) != kernel.shape or jnp.result_type(masks[name]) != np.dtype(bool)):
+            raise ValueError(
+                f"masks holds {jnp.result_type(masks[name])}{list(jnp.shape(masks[name]))} for layer {name}; "
+                f"it must be bool{list(kernel.shape)}, as its kernel."
+            )
+    return _map_kernels(lambda _, mask: jnp.asarray(mask), params, masks, "masks")
 
 
 def apply_masks(params: PyTree, masks: PyTree, *, splicing: bool = False) -> PyTree:

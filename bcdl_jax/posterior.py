@@ -173,7 +173,6 @@ class Posterior(abc.ABC):
 
     def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
         """Shapes an array [groups] so that it broadcasts against the kernel."""
-        _check_single(per_group)
         return per_group[:, None] if self.group_axis == "input" else per_group
 
     def kept_weights(self) -> jax.Array:
@@ -282,24 +281,11 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
 
     Returns:
       [in / feature groups, out] of bool, the same for all positions of the window.
-
-    Raises:
-      ValueError: the arrays are those of several layers, stacked.
     """
-    _check_single(input_mask)
     inputs, features = kernel_shape[-2:]
     feature_groups = input_mask.shape[-1] // inputs
     kept_inputs = (input_mask > 0).reshape(feature_groups, inputs)
     return jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & (output_mask > 0)
-
-
-def _check_single(of_groups: jax.Array) -> None:
-    # Arrays of several layers broadcast against each other to wrong results, or fail to by luck.
-    if jnp.ndim(of_groups) != 1:
-        raise ValueError(
-            f"A layer has an array of shape {jnp.shape(of_groups)} where one axis is allowed: several layers, stacked. Params of many seeds, "
-            "and layers under nn.vmap or nn.scan, must go through jax.vmap, or be taken apart by unstack(params, index)."
-        )
 
 
 def _product_moments(
@@ -346,6 +332,11 @@ def plain_layers(
     What stands beside a node in its layer, of which it is the entry "posterior", stays beside the entries of ``function(node)``.
     """
 
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
+    for path, leaf in leaves:
+        if isinstance(leaf, node_types):
+            check_not_stacked(layer_name(path), leaf)
+
     def is_layer(node: Any) -> bool:
         return isinstance(node, node_types) or (
             isinstance(node, Mapping) and isinstance(node.get("posterior"), node_types)
@@ -369,7 +360,7 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
     ``params["Dense_0"]["posterior"]`` is "Dense_0".
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or one that is several, stacked.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
     found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
@@ -381,11 +372,23 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
         top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
         more = f" ({', '.join(others)})" if others else ""
         raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}{more}.")
+    for name, layer in found.items():
+        check_not_stacked(name, layer)
     return found
 
 
+def check_not_stacked(name: str, layer: Any) -> None:
+    """Raises ValueError for several layers in one node: their arrays would broadcast against each other to wrong results."""
+    mask = layer.input_mask
+    if getattr(mask, "ndim", 1) != 1:
+        raise ValueError(
+            f"{name} of params is several layers, stacked: its input_mask has shape {mask.shape}, where one axis is allowed. Params of many "
+            "seeds, and layers under nn.vmap or nn.scan, must go through jax.vmap, or be taken apart by unstack(params, index)."
+        )
+
+
 def posteriors(params: PyTree) -> dict[str, Posterior]:
-    """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError if there is none."""
+    """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError as ``find_layers``."""
     return find_layers(params, Posterior)
 
 

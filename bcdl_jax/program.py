@@ -426,8 +426,9 @@ def multiply_adds_by_owner(program: Program, owners: Sequence[int | None]) -> di
     for step in program.steps:
         sources = [made_of.get(number, set()) for number in step.inputs]
         if count := _equation_multiply_adds(step.equation):
-            weights = [source for source in sources if None not in source]
-            (owner,) = weights[0] if len(weights) == 1 and len(weights[0]) == 1 else (None,)
+            # Of a loop, all that it reads: one layer may have several arguments there.
+            weights = set().union(*(source for source in sources if None not in source))
+            owner = weights.pop() if len(weights) == 1 and any(None in source for source in sources) else None
             totals[owner] += count
         for number in step.outputs:
             made_of[number] = set().union(*sources)
@@ -444,6 +445,8 @@ def _equation_multiply_adds(equation: Any) -> int:
         kernel = equation.invars[1].aval
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return equation.outvars[0].aval.size * (kernel.size // max(features, 1))
+    if name not in ("scan", "while", "cond", *_CALLS, *CUSTOM):
+        return 0
     counts = [sum(map(_equation_multiply_adds, inner.eqns)) for value in params.values() for inner in _jaxprs_of(value)]
     if name == "cond":
         return max(counts)

@@ -11,8 +11,8 @@ To prune more, go on in rounds. Set the weights whose place is -1 to zero and ke
     masks = bcdl_jax.mask_tree(params, {name: place >= 0 for name, place in places.items()})
     params = bcdl_jax.apply_masks(params, masks)
 
-also of the params that the loss is given, train the others under a new mixture that starts with a greater ``deviation``, and collapse again.
-In a last round a small deviation and a lighter prior let the weights that are left make up for the others.
+apply the same masks inside the loss, train on under a new mixture that starts with a greater ``deviation``, and collapse again. In a last round
+a small deviation and a lighter prior let the weights that are left make up for the others.
 """
 
 from __future__ import annotations

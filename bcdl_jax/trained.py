@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import Posterior, PyTree, plain_layers
+from bcdl_jax.posterior import Posterior, PyTree, check_not_stacked, layer_name, plain_layers
 from bcdl_jax.precision import QuantizedLayer
 
 
@@ -27,7 +27,8 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
       A tree like ``params``. Parameters that have no posterior are copied from ``trained``.
 
     Raises:
-      ValueError: ``trained`` lacks an array, has one too many, or one of another shape; the path is named.
+      ValueError: ``trained`` lacks an array, has one too many, or one of another shape; the path is named. Or a layer of ``params`` is
+        several, stacked.
     """
     given = _flatten(trained)
     used: set[str] = set()
@@ -47,6 +48,7 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
     def fill(path: Any, node: Any) -> Any:
         if not isinstance(node, Posterior):
             return take(_path(path), node)
+        check_not_stacked(layer_name(path), node)
         prefix = _path(path[:-1]) + "/" if len(path) > 1 else ""
         scale = node.scale_moments()[0]
         kernel = take(prefix + "kernel", node.kernel_mean) / node.spread_over_kernel(scale)

@@ -297,7 +297,9 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     # Where a run was cut short, its files give way without --overwrite.
     cut_short = args.resume and checkpoints.are_in(args.out)
     if args.resume and not cut_short and (finished := Path(args.out, compress.RESULT)).is_file():
-        raise UserError(f"--resume is given, but the run in {args.out} is complete; its result is {finished}.")
+        raise UserError(
+            f"--resume is given, but the run in {args.out} is complete, its result is {finished}; leave --resume out, or name another --out."
+        )
     files.check_out(args.out, args.overwrite or cut_short)
     if args.tensorboard:
         logs.check_tensorboard()

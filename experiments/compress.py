@@ -672,7 +672,7 @@ def print_table(runs: list[dict[str, Any]], *, plain: bool = False, file: Any = 
 
     Args:
       runs: of ``score``.
-      plain: whether the method trains nothing but the pre-trained network before it prunes.
+      plain: whether the stage "trained" is the pre-trained network itself.
       file: where to print, standard output if None.
     """
     header = f"{'seed':>4}  {'stage':<26} {'test error %':>12} {'rate_paper':>10} {'rate':>8}  {'kept units':<14} {'bits per layer'}"

@@ -137,7 +137,9 @@ def read_pretrained(path: str, dataset: str, full_train_sets: tuple[str, ...]) -
         raise UserError(f"--pretrained {path} cannot be read as an .npz file of arrays.") from error
     trained_on = str(arrays.pop(TRAINED_ON)) if TRAINED_ON in arrays else None
     for name, array in arrays.items():
-        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
+        if not np.issubdtype(array.dtype, np.number):
+            raise UserError(f"--pretrained {path} has {name} of type {array.dtype}; it must be an array of numbers.")
+        if not np.isfinite(array).all():
             raise UserError(f"--pretrained {path} has {name} with a value that is not a finite number.")
     if dataset in full_train_sets and trained_on != dataset:
         says = f"says it was trained on {trained_on}" if trained_on else "does not say what it was trained on"

@@ -34,9 +34,6 @@ _COLUMNS = (
     "error of the net",
 )
 
-# What every result holds that stands in the table.
-_NEEDED = ("dataset", "command", "seconds", "machine", "mean", "runs")
-
 Key = tuple[str, str]
 
 
@@ -71,18 +68,25 @@ def read_results(
                 result = json.loads(path.read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read as a result: {error}.") from error
-            if not isinstance(result, dict) or result.get("method") not in METHODS or "experiment" not in result:
+            if not isinstance(result, dict) or result.get("method") not in METHODS:
                 continue  # of a benchmark
-            if missing := [name for name in _NEEDED if name not in result]:
-                raise UserError(f"{path} is not the result of a run: it lacks {', '.join(missing)}.")
-            dataset = result["dataset"].get("name")
-            if dataset not in datasets:
-                left_out.append((path, f"is of {dataset}; --dataset {dataset} shows it"))
-            elif not quick and "--quick" in result["command"].split():
+            try:
+                key, dataset = (network_of(result), result["method"]), result["dataset"]["name"]
+                is_quick = "--quick" in result["command"].split()
+                # What will be shown of it.
+                title_of(result["experiment"])
+                our_row(result)
+                commands({key: result})
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{path} is not the whole result of a run ({error!r}).") from error
+            if is_quick and not quick:
                 left_out.append((path, "is of a --quick run, whose figures mean nothing"))
+            elif dataset not in datasets:
+                left_out.append((path, f"is of {dataset}" + f"; --dataset {dataset} shows it" * (dataset in NAMES)))
             else:
-                found[network_of(result), result["method"]] = result
-    return found, [f"Left out: {path} {why}." for path, why in left_out if path.parent != COMMITTED]
+                found[key] = result
+    committed = COMMITTED.resolve()
+    return found, [f"Left out: {path} {why}." for path, why in left_out if path.parent.resolve() != committed]
 
 
 def _cell(rate: float | None, error: float | None) -> str:

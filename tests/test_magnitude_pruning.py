@@ -43,8 +43,10 @@ def test_masks_by_layer_name_become_a_tree(key):
             function(params, by_name)
     with pytest.raises(ValueError, match="masks names the layers Conv_0; it must name Conv_0, Dense_0"):
         bcdl_jax.mask_tree(params, {"Conv_0": by_name["Conv_0"]})
-    with pytest.raises(ValueError, match=r"masks holds one of shape \(5,\); that of its kernel is \(3, 3, 2, 5\)"):
+    with pytest.raises(ValueError, match=r"masks holds bool\[5\] for layer Conv_0; it must be bool\[3, 3, 2, 5\]"):
         bcdl_jax.mask_tree(params, by_name | {"Conv_0": np.ones(5, bool)})
+    with pytest.raises(ValueError, match=r"masks holds int32\[3, 3, 2, 5\] for layer Conv_0"):
+        bcdl_jax.mask_tree(params, by_name | {"Conv_0": np.ones((3, 3, 2, 5), np.int32)})
 
 
 @pytest.mark.parametrize("splicing", [False, True])

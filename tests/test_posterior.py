@@ -8,6 +8,7 @@ import bcdl_jax
 from bcdl_jax.posterior import kernel_mask, map_named_layers
 from tests.conftest import make_posterior
 
+FAMILIES = [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe(), bcdl_jax.SparseVariationalDropout()]
 CASES = [((4, 3), "input"), ((3, 2, 4), "output"), ((3, 3, 2, 4), "output"), ((2, 3, 3, 2, 4), "output")]
 
 
@@ -82,7 +83,9 @@ def test_kernel_mask_against_loops(feature_groups):
             assert bool(mask[i, o]) == bool(input_mask[o // per_group_out * per_group_in + i] and output_mask[o])
 
 
-def test_stacked_layers_are_refused_and_go_through_vmap(key):
+@pytest.mark.parametrize("length", [3, 4])  # 4 groups, with which 4 layers would broadcast
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+def test_stacked_layers_are_refused_and_go_through_vmap(key, family, length):
     class Repeated(nn.Module):
         @nn.compact
         def __call__(self, inputs):
@@ -90,24 +93,29 @@ def test_stacked_layers_are_refused_and_go_through_vmap(key):
                 lambda layer, carry, _: (layer(carry), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "noise": True},
-                length=3,
+                length=length,
             )
-            return body(bcdl_jax.Dense(4), inputs, None)[0]
+            return body(bcdl_jax.Dense(4, family=family), inputs, None)[0]
 
     params = Repeated().init(key, jnp.ones((2, 4)))["params"]
     trained = jax.vmap(bcdl_jax.mean_weights)(params)
     for function in (
         bcdl_jax.kl_divergence,
+        bcdl_jax.log_dropout_rates,
         bcdl_jax.mean_weights,
+        bcdl_jax.posterior_moments,
         bcdl_jax.rate,
+        lambda params: bcdl_jax.prune(params, 3.0),
         bcdl_jax.balance_scales,
         lambda params: bcdl_jax.reduce_precision(params, 0.5),
         lambda params: bcdl_jax.from_trained(params, trained),
     ):
-        with pytest.raises(ValueError, match=r"array of shape \(3, 4\) where one axis is allowed.*jax.vmap"):
+        with pytest.raises(
+            ValueError, match=rf"Dense_0 of params is several.*\({length}, 4\), where one axis.*jax.vmap"
+        ):
             function(params)
     each = jax.vmap(bcdl_jax.kl_divergence)(params)
-    apart = [bcdl_jax.kl_divergence(bcdl_jax.unstack(params, index)) for index in range(3)]
+    apart = [bcdl_jax.kl_divergence(bcdl_jax.unstack(params, index)) for index in range(length)]
     np.testing.assert_allclose(each, jnp.stack(apart), rtol=1e-6)
 
 

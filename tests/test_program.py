@@ -68,7 +68,8 @@ def test_multiply_adds_within_loops_and_branches_are_counted():
             jnp.zeros((4, 5)),
             inputs,
         )
-        twice = lax.cond(hidden[0, 0] > 0, lambda x: x @ weights["state"] @ weights["state"], lambda x: x, hidden)
+        once = lambda x: jax.jit(jnp.matmul)(x, weights["state"])  # noqa: E731
+        twice = lax.cond(hidden[0, 0] > 0, lambda x: once(once(x)), once, hidden)
         return lax.fori_loop(0, jnp.argmax(hidden[0]), lambda _, x: x @ weights["state"], twice)
 
     weights = {"state": jnp.ones((5, 5)), "input": jnp.ones((3, 5))}

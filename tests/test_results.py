@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import table
+from experiments import models, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*_mnist*.json")}
@@ -17,6 +19,21 @@ def test_there_are_results():
     assert set(RESULTS) >= {"lenet300_gnj_mnist", "lenet300_gnj_mnist_5k", "lenet5_gnj_mnist"}
     for name, result in RESULTS.items():
         assert name == f"{result['experiment']}_{result['method']}_{result['dataset']['name']}"
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("lenet5_gnj_mnist_seed0", models.LeNet5()),
+        ("lenet300_sparse_vd_mnist_seed2", models.LeNet300()),
+        ("lenet300_sws_mnist_seed0", models.LeNet300()),
+    ],
+)
+def test_what_a_committed_file_holds_is_written_to_the_same_bytes(name, model):
+    """By groups, by single weights, and by levels: neither the format nor what the writer makes of it changes by mistake."""
+    data = (ROOT / "experiments" / "results" / f"{name}.bcdl").read_bytes()
+    like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
+    assert bcdl_jax.encode(bcdl_jax.decode(data, like)) == data
 
 
 def test_the_readme_has_the_table_that_is_printed():

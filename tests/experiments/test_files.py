@@ -76,7 +76,10 @@ def test_pretrained_files(tmp_path):
     np.savez(path, **{"Dense_0/kernel": np.array([{}], dtype=object)})
     with pytest.raises(UserError, match=r"--pretrained .* cannot be read as an .npz file of arrays"):
         files.read_pretrained(str(path), "mnist", ())
-    for value in (np.nan, np.inf, "a"):
+    np.savez(path, **{"Dense_0/kernel": np.array(["a"])})
+    with pytest.raises(UserError, match="Dense_0/kernel of type <U1; it must be an array of numbers"):
+        files.read_pretrained(str(path), "mnist", ())
+    for value in (np.nan, np.inf):
         np.savez(path, **{"Dense_0/kernel": np.array([1, value])})
         with pytest.raises(UserError, match="Dense_0/kernel with a value that is not a finite number"):
             files.read_pretrained(str(path), "mnist", ())

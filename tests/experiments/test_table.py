@@ -53,13 +53,16 @@ def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path)
     second = write(tmp_path / "second" / "run", result(seconds=2), "result.json")
     write(second.parent, result(method="gnj", dataset="mnist_5k"))
     write(second.parent, {"results": []}, "benchmark.json")
-    write(second.parent, result(method="dc", command="python -m experiments.lenet5 --quick"), "quick.json")
+    quick = "python -m experiments.lenet5 --quick"
+    write(second.parent, result(method="dc", command=quick, dataset="mnist_5k"), "quick.json")
+    write(second.parent, result(dataset="kmnist"), "unknown.json")
     found, left_out = table.read_results([first, second.parent], ["mnist"])
     assert set(found) == {("lenet5", "ghs")}
     assert found["lenet5", "ghs"]["seconds"] == 2
     assert left_out == [
         f"Left out: {second.parent}/one.json is of mnist_5k; --dataset mnist_5k shows it.",
         f"Left out: {second.parent}/quick.json is of a --quick run, whose figures mean nothing.",
+        f"Left out: {second.parent}/unknown.json is of kmnist.",
     ]
 
 
@@ -96,6 +99,7 @@ def test_a_run_without_a_finished_seed_is_said_so():
 def test_committed_results_make_a_table():
     results, left_out = table.read_results([table.COMMITTED], ["mnist"])
     assert not left_out
+    assert not table.read_results([table.COMMITTED.parent / "results" / ".." / "results"], ["mnist"])[1]
     assert ("lenet300", "gnj") in results
     text = table.as_text(table.make_table(results))
     assert all(title in text for title in table.TITLES.values())
@@ -124,9 +128,10 @@ def test_a_damaged_result_is_named(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     assert table.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "bad.json cannot be read as a result" in capsys.readouterr().err
-    write(tmp_path, {"experiment": "lenet5", "method": "ghs", "command": "x", "dataset": {"name": "mnist"}}, "bad.json")
-    assert table.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "bad.json is not the result of a run: it lacks seconds, machine, mean, runs." in capsys.readouterr().err
+    for damage in ({"dataset": "mnist"}, {"command": None}, {"mean": {}}, {"experiment": "resnet"}, {"runs": []}):
+        write(tmp_path, result() | damage, "bad.json")
+        assert table.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+        assert "bad.json is not the whole result of a run (" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert table.main(["--out", str(tmp_path / "file")]) == 2
     assert f"--out {tmp_path / 'file'} is a file" in capsys.readouterr().err
