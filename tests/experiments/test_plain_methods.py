@@ -68,6 +68,18 @@ def test_rates_follow_from_the_kept_weights(finished):
         assert 0.9 * most <= kept <= most  # the chain takes some more away
 
 
+def test_the_summary_names_the_pre_trained_network_once(finished, capsys):
+    _, out, _ = finished
+    runs = json.loads((out / "result.json").read_text())["runs"]
+    compress.print_table(runs, plain=True)
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    stages = ["after pre-training", "after pruning", "after precision reduction"]
+    assert [line[6:32].strip() for line in lines[:3]] == stages
+    assert header.split()[-8:-5] == ["%", "rate_paper", "rate"]
+    assert lines[2].split()[-4:-2] == [f"{runs[0][rate]['reduced']:.1f}x" for rate in ("rate_paper", "rate")]
+    assert "trained" not in lines[-1].replace("pretrained", "")
+
+
 def test_metrics_tell_what_is_kept(finished):
     _, out, _ = finished
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
