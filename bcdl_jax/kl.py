@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import Posterior, PyTree, map_layers, plain_layers, posteriors
+from bcdl_jax.posterior import Posterior, PyTree, find_layers, map_layers, plain_layers, posteriors
 
 
 @jax.jit
@@ -56,10 +56,10 @@ def posterior_moments(params: PyTree) -> tuple[PyTree, PyTree]:
 
 @jax.jit
 def clip_variances(params: PyTree) -> PyTree:
-    """Brings the variances of every layer down to its family's limit; to be called after each optimiser step.
+    """Brings the variances of every layer, stacked or not, down to its family's limit; to be called after each optimiser step.
 
     Raises:
       ValueError: the tree holds no variational layer.
     """
-    posteriors(params)
+    find_layers(params, Posterior)
     return map_layers(lambda posterior: posterior.clip_variances(), params, Posterior)  # type: ignore[type-abstract]

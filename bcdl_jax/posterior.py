@@ -360,7 +360,7 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
     ``params["Dense_0"]["posterior"]`` is "Dense_0".
 
     Raises:
-      ValueError: there is none, or one that is several, stacked.
+      ValueError: there is none.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
     found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
@@ -372,6 +372,12 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
         top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
         more = f" ({', '.join(others)})" if others else ""
         raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}{more}.")
+    return found
+
+
+def find_single_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str, Any]:
+    """``find_layers`` for what does not work on stacked layers. Raises ValueError for those too, see ``check_not_stacked``."""
+    found = find_layers(params, node_types)
     for name, layer in found.items():
         check_not_stacked(name, layer)
     return found
@@ -388,8 +394,8 @@ def check_not_stacked(name: str, layer: Any) -> None:
 
 
 def posteriors(params: PyTree) -> dict[str, Posterior]:
-    """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError as ``find_layers``."""
-    return find_layers(params, Posterior)
+    """The posterior of each variational layer by layer name, in the order of the tree. Raises ValueError if there is none, or one that is several, stacked."""
+    return find_single_layers(params, Posterior)
 
 
 def array_names(paths: Sequence[tuple[Any, ...]], separator: str = "/") -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.posterior import Posterior, PyTree, find_layers
+from bcdl_jax.posterior import Posterior, PyTree, find_single_layers
 from bcdl_jax.precision import QuantizedLayer
 
 _FLOAT_BITS = 32
@@ -49,7 +49,7 @@ def rate_paper_maximum(params: PyTree) -> jax.Array:
     Raises:
       ValueError: there are none.
     """
-    layers = find_layers(params, QuantizedLayer).values()
+    layers = find_single_layers(params, QuantizedLayer).values()
     before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
     return before / jnp.stack([_entropy_bits(layer) for layer in layers]).sum()
 
@@ -112,7 +112,7 @@ def _is_layer(node: Any) -> bool:
 
 
 def _layers(params: PyTree) -> dict[str, Layer]:
-    return find_layers(params, (Posterior, QuantizedLayer))
+    return find_single_layers(params, (Posterior, QuantizedLayer))
 
 
 def _bits(layer: Layer) -> jax.Array | int:
