@@ -332,10 +332,8 @@ def plain_layers(
     What stands beside a node in its layer, of which it is the entry "posterior", stays beside the entries of ``function(node)``.
     """
 
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
-    for path, leaf in leaves:
-        if isinstance(leaf, node_types):
-            check_not_stacked(layer_name(path), leaf)
+    for name, layer in _layers_by_name(params, node_types).items():
+        check_not_stacked(name, layer)
 
     def is_layer(node: Any) -> bool:
         return isinstance(node, node_types) or (
@@ -353,6 +351,11 @@ def plain_layers(
     return jax.tree.map(replace, params, is_leaf=is_layer)
 
 
+def _layers_by_name(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
+    return {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
+
+
 def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str, Any]:
     """All nodes of the given types by layer name, in the order of the tree.
 
@@ -362,8 +365,7 @@ def find_layers(params: PyTree, node_types: type | tuple[type, ...]) -> dict[str
     Raises:
       ValueError: there is none.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types))
-    found = {layer_name(path): leaf for path, leaf in leaves if isinstance(leaf, node_types)}
+    found = _layers_by_name(params, node_types)
     if not found:
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=dataclasses.is_dataclass)
         others = [

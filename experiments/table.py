@@ -13,16 +13,16 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import files
+from experiments import files, lenet5, lenet300, vgg
 from experiments.command_line import METHODS, at_width
-from experiments.data import DIGIT_NAMES, EMBEDDED, NAMES
+from experiments.data import EMBEDDED, NAMES
 from experiments.errors import UserError
 from experiments.published import MODELS, PAPER, PAPER_ERRORS, PaperRow
 
 COMMITTED = Path(__file__).parent / "results"
 TITLES = {"lenet300": "LeNet-300-100, MNIST", "lenet5": "LeNet-5-Caffe, MNIST", "vgg": "VGG, CIFAR-10"}
 # What each is for, the data set of the paper's rows first.
-_DATASETS = {"lenet300": DIGIT_NAMES, "lenet5": DIGIT_NAMES, "vgg": ("cifar10",)}
+_DATASETS = {module.EXPERIMENT.name: module.EXPERIMENT.datasets for module in (lenet300, lenet5, vgg)}
 QUICK_NETWORKS = ("lenet300", "lenet5")
 _COLUMNS = (
     "method",
