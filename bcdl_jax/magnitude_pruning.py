@@ -149,9 +149,10 @@ def kernels(params: PyTree) -> dict[str, jax.Array]:
 
 def _check_masks(params: PyTree, masks: PyTree) -> None:
     expected: Any = jax.tree.structure(params)
-    if expected != jax.tree.structure(masks):
+    given = jax.tree.structure(masks)
+    if expected != given:
         raise ValueError(
-            "masks must be a tree like params, with bools for every array; mask_tree(params, masks) makes one of masks by layer name."
+            f"masks must be a tree like params, with bools for every array; it is {given}. mask_tree(params, masks) makes one of masks by layer name."
         )
 
 
