@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments import batch_norm, compress, files
+from experiments import batch_norm, compress, files, interruption
 from experiments.augmentation import augmented
 from experiments.checkpoints import Checkpoints
 from experiments.data import Dataset
@@ -26,6 +27,24 @@ from experiments.recipe import Training
 
 # An epoch's steps run in so many compiled loops, between which Ctrl-C is heard and the progress bar moves.
 _PARTS = 10
+
+
+# Between two checkpoints of a net under way.
+_CHECKPOINT_SECONDS = 900.0
+
+
+class Progress(NamedTuple):
+    """A net under way.
+
+    Attributes:
+      state: params, fixed part and the optimiser's state.
+      loss_sum: sum of the losses of this epoch's steps so far.
+      parts: number of parts taken, ``_PARTS`` of which make an epoch.
+    """
+
+    state: Any
+    loss_sum: jax.Array
+    parts: int
 
 
 def cross_entropy(twin: nn.Module, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
@@ -56,7 +75,8 @@ def make_fit(
     Returns:
       ``fit(params, fixed, key, epochs, progress, report)``, which gives the trained params and the last fixed part. ``key`` orders the
       examples, changes them and makes the keys of the loss; ``progress`` is a bar that counts steps; after each epoch
-      ``report(epoch, params, fixed, mean_loss, images_per_second)`` is called.
+      ``report(epoch, params, fixed, mean_loss, images_per_second)`` is called. ``start`` goes on with a net under way, and ``after_part``
+      gets it after each part of an epoch, to be kept or to end the training by an exception.
     """
     steps = len(data[1]) // batch_size
 
@@ -80,22 +100,39 @@ def make_fit(
     order_of = jax.jit(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), len(data[1])))
 
     def fit(
-        params: Any, fixed: Any, key: jax.Array, epochs: int, progress: tqdm, report: Callable[..., None]
+        params: Any,
+        fixed: Any,
+        key: jax.Array,
+        epochs: int,
+        progress: tqdm,
+        report: Callable[..., None],
+        start: Progress | None = None,
+        after_part: Callable[[Progress], None] = lambda reached: None,
     ) -> tuple[Any, Any]:
         # Copies, since the buffers are donated.
-        state = jax.tree.map(jnp.array, (params, fixed, optimizer.init(params)))
+        now = start or Progress((params, fixed, optimizer.init(params)), jnp.zeros(()), 0)
+        state, loss_sum = jax.tree.map(jnp.array, (now.state, now.loss_sum))
         step_keys = jax.random.fold_in(key, epochs)  # those before it order the examples
-        for epoch in range(epochs):
-            begin = time.perf_counter()
-            order, loss_sum = order_of(key, epoch), jnp.zeros(())
-            ends = np.linspace(0, steps, _PARTS + 1).astype(np.int32)
-            for first, last in itertools.pairwise(ends):
+        ends = np.linspace(0, steps, _PARTS + 1).astype(np.int32)
+        first_epoch, first_part = divmod(now.parts, _PARTS)
+        progress.update(first_epoch * steps + int(ends[first_part]))
+        for epoch in range(first_epoch, epochs):
+            begin, seen = time.perf_counter(), 0
+            order = order_of(key, epoch)
+            for part in range(first_part, _PARTS):
+                first, last = ends[part : part + 2]
                 state, loss_sum = take_steps(
                     state, loss_sum, step_keys, order, first, last, np.int32(epoch * steps), data
                 )
                 progress.update(int(last - first))
+                seen += int(last - first) * batch_size
+                if part + 1 < _PARTS:
+                    after_part(Progress(state, loss_sum, epoch * _PARTS + part + 1))
             mean_loss = float(loss_sum) / steps
-            report(epoch + 1, *state[:2], mean_loss, steps * batch_size / (time.perf_counter() - begin))
+            loss_sum, first_part = jnp.zeros(()), 0
+            report(epoch + 1, *state[:2], mean_loss, seen / (time.perf_counter() - begin))
+            if epoch + 1 < epochs:
+                after_part(Progress(state, loss_sum, (epoch + 1) * _PARTS))
         return state[:2]
 
     return fit
@@ -113,7 +150,7 @@ def pretrain(
 ) -> list[dict[str, np.ndarray]]:
     """Trains the plain twin, one net per seed, by cross-entropy alone; with batch norms, which are then folded in, where it knows them.
 
-    A net that is cut short starts again; a finished one is kept in a checkpoint.
+    A checkpoint is written every quarter of an hour, on SIGTERM and on Ctrl-C, and after each net.
 
     Args:
       model: variational, with a field ``family`` that None makes plain, and with the dropout that the plain network is to have.
@@ -147,32 +184,68 @@ def pretrain(
 
     fresh = jax.jit(functools.partial(start, twin if learner is None else learner))
     fit = make_fit(loss, optimizer, train, recipe.batch_size, mirror=recipe.mirror, shift=recipe.shift)
-    # Those of seeds that are yet to come hold zeros.
     shapes = jax.eval_shape(functools.partial(start, twin), jax.random.key(0))
-    nets = jax.tree.map(lambda leaf: jnp.zeros((len(seeds), *leaf.shape), leaf.dtype), shapes)
-    restored = checkpoints.restore("pretrain", nets)
-    done = 0
+    learner_shapes = jax.eval_shape(fresh, jax.random.key(0))
+    # The nets of seeds that are yet to come hold zeros, as does what is under way between two nets.
+    nothing_under_way = {
+        "state": _zeros((learner_shapes, None, jax.eval_shape(optimizer.init, learner_shapes))),
+        "loss_sum": jnp.zeros(()),
+    }
+    nets = _zeros(shapes, len(seeds))
+    restored = checkpoints.restore("pretrain", {"nets": nets, "under_way": nothing_under_way})
+    done, under_way = 0, None
     if restored is not None:
-        nets, done = restored.state, restored.facts["nets"]
-    for index, seed in list(enumerate(seeds))[done:]:
-        key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
-        params = fresh(key)
-        with compress.bar(total, f"pre-train seed {seed}", "step") as progress:
+        nets, done = restored.state["nets"], restored.facts["nets"]
+        if restored.facts["parts"]:
+            under_way = Progress(**restored.state["under_way"], parts=restored.facts["parts"])
+    last_saved = time.perf_counter()
+    with interruption.noted() as stop:
+        for index, seed in list(enumerate(seeds))[done:]:
+            key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 3))
+            params = fresh(key)
+            with compress.bar(total, f"pre-train seed {seed}", "step") as progress:
 
-            def report(epoch: int, params: Any, _: Any, mean_loss: float, speed: float, seed: int = seed) -> None:
-                error = float(measure(as_twin(params), validation))
-                progress.set_postfix_str(f"validation error {error:.2f} %")
-                metrics = {"epoch": epoch, "seed": seed, "loss": mean_loss, "validation_error": error}
-                logs.log_epoch("pretrain", [metrics], images_per_second=speed)
+                def report(epoch: int, params: Any, _: Any, mean_loss: float, speed: float, seed: int = seed) -> None:
+                    error = float(measure(as_twin(params), validation))
+                    progress.set_postfix_str(f"validation error {error:.2f} %")
+                    metrics = {"epoch": epoch, "seed": seed, "loss": mean_loss, "validation_error": error}
+                    logs.log_epoch("pretrain", [metrics], images_per_second=speed)
 
-            params, _ = fit(params, None, order_key, recipe.pretrain_epochs, progress, report)
-        nets = jax.tree.map(lambda all_nets, net, index=index: all_nets.at[index].set(net), nets, as_twin(params))
-        complete = index + 1 == len(seeds)
-        facts = {"nets": index + 1, "step": total}
-        checkpoints.save("pretrain", nets, facts=facts, frames={}, complete=complete)
+                def after_part(reached: Progress, index: int = index, nets: Any = nets) -> None:
+                    nonlocal last_saved
+                    if not stop.signal and time.perf_counter() - last_saved < _CHECKPOINT_SECONDS:
+                        return
+                    kept = {"nets": nets, "under_way": {"state": reached.state, "loss_sum": reached.loss_sum}}
+                    facts = {"nets": index, "parts": reached.parts, "step": reached.parts * total // (_PARTS * recipe.pretrain_epochs)}
+                    saved = checkpoints.save("pretrain", kept, facts=facts, frames={})
+                    last_saved = time.perf_counter()
+                    if stop.signal == signal.SIGINT:
+                        raise KeyboardInterrupt
+                    if stop.signal == signal.SIGTERM:
+                        advice = (
+                            "could not be saved"
+                            if saved is None
+                            else f"is saved in {saved}; --resume goes on from there"
+                        )
+                        print(f"\nStopped by SIGTERM; what was trained so far {advice}.", file=sys.stderr)
+                        raise SystemExit(128 + signal.SIGTERM)
+
+                epochs = recipe.pretrain_epochs
+                params, _ = fit(params, None, order_key, epochs, progress, report, under_way, after_part)
+            under_way = None
+            nets = jax.tree.map(lambda all_nets, net, index=index: all_nets.at[index].set(net), nets, as_twin(params))
+            complete = index + 1 == len(seeds)
+            facts = {"nets": index + 1, "parts": 0, "step": total}
+            kept = {"nets": nets, "under_way": nothing_under_way}
+            checkpoints.save("pretrain", kept, facts=facts, frames={}, complete=complete)
+            last_saved = time.perf_counter()
     logs.flush()
     trained_on = {files.TRAINED_ON: np.array(dataset.name)}
     named = [files.named_arrays(jax.device_get(bcdl_jax.unstack(nets, index))) for index in range(len(seeds))]
     for seed, net in zip(seeds, named, strict=True):
         files.write_arrays(out / compress.params_file(compress.PRETRAINED, seed), net | trained_on)
     return named
+
+
+def _zeros(shapes: Any, *leading: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), shapes)
