@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from bcdl_jax.compressed_file import CompressedFileError, RecordSummary, summarize
+from bcdl_jax.codec.file import CompressedFileError, RecordSummary, summarize
 
 
 def main(arguments: list[str] | None = None) -> int:

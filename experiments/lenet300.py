@@ -17,9 +17,9 @@ import dataclasses
 import functools
 import sys
 
-from experiments import command_line
-from experiments.data import EMBEDDED
-from experiments.recipe import PlainRecipe, Recipe
+from experiments.cli import command_line
+from experiments.io.data import EMBEDDED
+from experiments.pipeline.recipe import PlainRecipe, Recipe
 
 CHAIN = ("Dense_0", "Dense_1", "Dense_2")
 PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "feature_importance.gif", "log_dropout_rates.png")

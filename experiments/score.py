@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.command_line import at_width
-from experiments.data import EMBEDDED, NAMES
-from experiments.errors import UserError
+from experiments.cli.command_line import at_width
+from experiments.io.data import EMBEDDED, NAMES
+from experiments.runtime.errors import UserError
 
 
 def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None, width: float | None) -> list[float]:
@@ -29,7 +29,8 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None,
     import numpy as np
 
     import bcdl_jax
-    from experiments import data, models
+    from experiments.io import data
+    from experiments.networks import models
 
     loaded = data.load(dataset, data_dir)
     if loaded.notice:  # nets trained on full MNIST have seen the embedded digits
@@ -56,12 +57,12 @@ def test_errors(paths: Sequence[str | Path], dataset: str, data_dir: str | None,
         refused = []
         for title, template in templates.items():
             try:
-                return title, bcdl_jax.decode(content, template)
-            except bcdl_jax.CompressedFileError as error:
+                return title, bcdl_jax.codec.decode(content, template)
+            except bcdl_jax.codec.CompressedFileError as error:
                 refused.append(f"not one of {title} ({error})")
         try:
-            bcdl_jax.summarize(content)
-        except bcdl_jax.CompressedFileError as error:
+            bcdl_jax.codec.summarize(content)
+        except bcdl_jax.codec.CompressedFileError as error:
             raise UserError(f"{path} cannot be decoded: {error}") from error
         more = "; those of VGG need --vgg WIDTH" if width is None else ""
         raise UserError(f"{path} is not a file of a network that is known here: {', '.join(refused)}{more}.")

@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import files, lenet5, lenet300, vgg
-from experiments.command_line import METHODS, at_width
-from experiments.data import EMBEDDED, NAMES
-from experiments.errors import UserError
-from experiments.published import MODELS, PAPER, PAPER_ERRORS, PaperRow
+from experiments import lenet5, lenet300, vgg
+from experiments.cli.command_line import METHODS, at_width
+from experiments.io import files
+from experiments.io.data import EMBEDDED, NAMES
+from experiments.report.published import MODELS, PAPER, PAPER_ERRORS, PaperRow
+from experiments.runtime.errors import UserError
 
 COMMITTED = Path(__file__).parent / "results"
 TITLES = {"lenet300": "LeNet-300-100, MNIST", "lenet5": "LeNet-5-Caffe, MNIST", "vgg": "VGG, CIFAR-10"}

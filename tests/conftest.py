@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from bcdl_jax.posterior import Posterior, map_layers
+from bcdl_jax._tree import map_layers
+from bcdl_jax.priors.posterior import Posterior
 
 # Most tests compile more than they compute.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import data
+from experiments.io import data
 
 # To trace or initialise the LeNets with.
 SAMPLE_IMAGES = np.zeros((1, 28, 28, 1), np.uint8)

@@ -12,13 +12,17 @@ import pytest
 from PIL import Image
 
 import bcdl_jax
-from experiments import command_line, compress, crash_test, data, lenet300, score
-from experiments.models import LeNet300
+from experiments import lenet300, score
+from experiments.checks import kill_and_resume as crash_test
+from experiments.cli import command_line
+from experiments.io import data
+from experiments.networks.models import LeNet300
+from experiments.pipeline import bayesian as compress
 
 
 def test_the_network_has_266610_weights_and_biases():
     params = jax.eval_shape(LeNet300().init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
-    layers = bcdl_jax.posteriors(params)
+    layers = bcdl_jax.variational_layers(params)
     assert sum(layer.kernel_mean.size + layer.bias_mean.size for layer in layers.values()) == 266_610
     assert [layer.kernel_mean.shape for layer in layers.values()] == [(784, 300), (300, 100), (100, 10)]
     assert [layer.clip_var for layer in layers.values()] == [0.04, None, None]

@@ -9,7 +9,11 @@ import scipy.stats
 from PIL import Image
 
 import bcdl_jax
-from experiments import command_line, compress, data, files, lenet5, models, score
+from experiments import lenet5, score
+from experiments.cli import command_line
+from experiments.io import data, files
+from experiments.networks import models
+from experiments.pipeline import bayesian as compress
 from tests.experiments.small_data import SAMPLE_IMAGES, few_digits
 
 SHAPES = {"Conv_0": (5, 5, 1, 20), "Conv_1": (5, 5, 20, 50), "Dense_0": (800, 500), "Dense_1": (500, 10)}
@@ -17,7 +21,7 @@ SHAPES = {"Conv_0": (5, 5, 1, 20), "Conv_1": (5, 5, 20, 50), "Dense_0": (800, 50
 
 def test_the_network_is_lenet5_caffe_with_its_first_layer_clipped():
     params = jax.eval_shape(models.LeNet5().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
-    layers = bcdl_jax.posteriors(params)
+    layers = bcdl_jax.variational_layers(params)
     assert {name: layer.kernel_shape for name, layer in layers.items()} == SHAPES
     assert tuple(layers) == lenet5.CHAIN
     assert [layer.clip_var for layer in layers.values()] == [0.25, None, None, None]
@@ -63,13 +67,13 @@ def test_the_change_of_the_predictions_is_their_divergence(finished):
     names = files.named_arrays(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
     with np.load(out / "trained_seed2.npz", allow_pickle=False) as file:
         trained = jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])
-    nets = [trained, bcdl_jax.prune(trained, float(np.median(bcdl_jax.log_dropout_rates(trained)["Dense_0"])))]
+    nets = [trained, bcdl_jax.prune(trained, float(np.median(bcdl_jax.compression.pruning_scores(trained)["Dense_0"])))]
     old, new = (scipy.special.softmax(np.asarray(model.apply({"params": net}, images), np.float64), -1) for net in nets)
     expected = np.mean(scipy.stats.entropy(old, new, axis=-1))
     assert float(compress.measure_change(model, images)(nets[0])(nets[1])) == pytest.approx(expected, rel=1e-3)
     assert float(compress.measure_change(model, images)(nets[0])(nets[0])) == pytest.approx(0, abs=1e-6)
     # Once some groups are masked, the same without them.
-    further = bcdl_jax.prune(nets[1], float(np.quantile(bcdl_jax.log_dropout_rates(trained)["Dense_0"], 0.3)))
+    further = bcdl_jax.prune(nets[1], float(np.quantile(bcdl_jax.compression.pruning_scores(trained)["Dense_0"], 0.3)))
     whole, shrunk = (compress.measure_change(model, images, masked)(nets[1])(further) for masked in (None, nets[1]))
     assert 1e-4 < float(whole) == pytest.approx(float(shrunk), rel=1e-3)
 

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import command_line, compress, data, models, score, vgg
-from experiments.augmentation import augmented
+from experiments import score, vgg
+from experiments.cli import command_line
+from experiments.io import data
+from experiments.networks import models
+from experiments.pipeline import bayesian as compress
+from experiments.pipeline.augmentation import augmented
 from tests.experiments.small_data import few_digits
 
 
@@ -22,7 +26,7 @@ def test_recipes_and_widths():
         assert not vgg.EXPERIMENT.recipe("mnist_5k", method=method).mirror
     net = models.vgg(bcdl_jax.GroupHorseshoe(), 0.25)
     params = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))["params"]
-    layers = bcdl_jax.posteriors(params)
+    layers = bcdl_jax.variational_layers(params)
     assert set(layers) == set(params) == set(vgg.CHAIN)
     widths = [layers[name].kernel_shape[-1] for name in vgg.CHAIN]
     assert widths == [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128, 128, 10]

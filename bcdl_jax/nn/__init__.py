@@ -1,0 +1,12 @@
+"""Variational Linen layers, and the products that they are made of."""
+
+from bcdl_jax.nn.layers import Conv, Dense
+from bcdl_jax.nn.linear_maps import ConvolutionMap
+from bcdl_jax.nn.pooling import max_pool
+
+__all__ = [
+    "Conv",
+    "ConvolutionMap",
+    "Dense",
+    "max_pool",
+]

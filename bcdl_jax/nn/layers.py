@@ -1,0 +1,231 @@
+"""Variational Linen layers with the look of ``flax.linen.Dense`` and ``flax.linen.Conv``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcdl_jax._tree import NODE_ENTRY
+from bcdl_jax.nn.linear_maps import ConvolutionMap, DenseMap, LinearMap
+from bcdl_jax.nn.sampling import apply_mean, apply_sampled
+from bcdl_jax.priors.family import Family
+from bcdl_jax.priors.normal_jeffreys import GroupNormalJeffreys
+from bcdl_jax.priors.posterior import GroupAxis, Posterior, WeightsNode
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+# Same default initialisers as flax.linen: a variational layer starts where its deterministic twin would.
+_KERNEL_INIT = nn.initializers.lecun_normal()
+_BIAS_INIT = nn.initializers.zeros_init()
+
+_PAD_MODES: dict[str, Literal["wrap", "reflect"]] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+class _VariationalLayer(nn.Module):
+    """What dense layers and convolutions share: the posterior in the params tree, and the choice between mean and sample."""
+
+    def _posterior(
+        self: Any, kernel_shape: tuple[int, ...], group_axis: GroupAxis, feature_group_count: int = 1
+    ) -> WeightsNode:
+        def create(key: jax.Array) -> Posterior:
+            family_key, kernel_key, bias_key = jax.random.split(key, 3)
+            kernel = self.kernel_init(kernel_key, kernel_shape, self.param_dtype)
+            bias = self.bias_init(bias_key, kernel_shape[-1:], self.param_dtype) if self.use_bias else None
+            return self.family.create(family_key, kernel, bias, group_axis, feature_group_count)
+
+        if not self.has_variable("params", NODE_ENTRY):
+            return self.param(NODE_ENTRY, create)
+        # Not self.param, which would insist on the leaves of a fresh posterior: the tree may hold another kind of node, such as a
+        # quantised layer, and is trusted for everything but the shape of its kernel.
+        node: WeightsNode = self.get_variable("params", NODE_ENTRY)
+        if node.kernel_shape != kernel_shape:
+            raise ValueError(
+                f"{self._where()} was given a posterior with kernel shape {node.kernel_shape}; this input and these features need {kernel_shape}."
+            )
+        return node
+
+    def _apply(
+        self, node: WeightsNode, inputs: jax.Array, dtype: Any, deterministic: bool, linear_map: LinearMap
+    ) -> jax.Array:
+        inputs = inputs.astype(dtype if dtype is not None else jnp.promote_types(inputs.dtype, node.dtype))
+        if deterministic:
+            return apply_mean(node, inputs, linear_map)
+        if not isinstance(node, Posterior):
+            raise ValueError(
+                f"{self._where()} holds a {type(node).__name__}, which has no noise to sample; use deterministic=True."
+            )
+        if not self.has_rng("noise"):
+            raise ValueError(
+                f'{self._where()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True.'
+            )
+        return apply_sampled(node, inputs, self.make_rng("noise"), linear_map)
+
+    def _check_features(self, features: int) -> None:
+        if not isinstance(features, int | np.integer) or features < 1:
+            raise ValueError(f"{self._where()} has features {features}; it must be an int of at least 1.")
+
+    def _where(self) -> str:
+        return f"Layer {'/'.join(self.path) or type(self).__name__}"
+
+
+class Dense(_VariationalLayer):
+    """A dense layer with a posterior over its weights and one group scale per input unit.
+
+    Attributes:
+      features: number of output units.
+      family: prior and posterior, ``GroupNormalJeffreys()`` unless given.
+      use_bias: whether to add a bias.
+      dtype: of the computation; inferred from inputs and parameters if None.
+      param_dtype: of the parameters.
+      precision: of the matrix product, see ``jax.lax.Precision``.
+      kernel_init: initialiser of the means of the weights, called with (key, [in, out], param_dtype).
+      bias_init: initialiser of the means of the biases.
+    """
+
+    features: int
+    family: Family = GroupNormalJeffreys()
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = _KERNEL_INIT
+    bias_init: Initializer = _BIAS_INIT
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: [examples, ..., in].
+          deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``.
+
+        Returns:
+          [examples, ..., features].
+
+        Raises:
+          ValueError: the inputs have fewer than two axes, or there is no noise key.
+        """
+        inputs = jnp.asarray(inputs)
+        if inputs.ndim < 2:
+            raise ValueError(f"{self._where()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
+        self._check_features(self.features)
+        node = self._posterior((inputs.shape[-1], self.features), "input")
+        return self._apply(node, inputs, self.dtype, deterministic, DenseMap(self.precision))
+
+
+class Conv(_VariationalLayer):
+    """A convolution over one, two, three or more spatial axes, channels last, with one group scale per output channel.
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: the window, one number per spatial axis; an int for one axis.
+      strides: an int for all axes, or one per axis; None is 1.
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one axis), an int, or per axis an int or a (low, high) pair.
+      input_dilation: an int or one per axis.
+      kernel_dilation: an int or one per axis.
+      feature_group_count: number of groups that channels are split into; both channel counts must be multiples of it.
+      family, use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as for ``Dense``; the kernel is
+        [*kernel_size, in / feature_group_count, features].
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = 1
+    padding: Padding = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    family: Family = GroupNormalJeffreys()
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer = _KERNEL_INIT
+    bias_init: Initializer = _BIAS_INIT
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: [examples, ..., *spatial, in]; axes between the first and the spatial ones share the example's scales.
+          deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``.
+
+        Returns:
+          [examples, ..., *spatial out, features].
+
+        Raises:
+          ValueError: too few axes, a setting with the wrong number of entries, channels that do not divide, or no noise key.
+        """
+        inputs = jnp.asarray(inputs)
+        window = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        rank = len(window)
+        if inputs.ndim < rank + 2:
+            raise ValueError(
+                f"{self._where()} was given inputs of shape {inputs.shape}; with kernel_size {window} it needs "
+                f"[examples, ..., {rank} spatial axes, channels]."
+            )
+        self._check_features(self.features)
+        for name, count in (("input", inputs.shape[-1]), ("output", self.features)):
+            if self.feature_group_count < 1 or count % self.feature_group_count:
+                raise ValueError(
+                    f"{self._where()} has {count} {name} channels, which feature_group_count {self.feature_group_count} does not divide."
+                )
+        strides, input_dilation, kernel_dilation = (
+            self._per_axis(name, rank) for name in ("strides", "input_dilation", "kernel_dilation")
+        )
+        kernel_shape = (*window, inputs.shape[-1] // self.feature_group_count, self.features)
+        node = self._posterior(kernel_shape, "output", self.feature_group_count)
+
+        padding = self._padding(rank)
+        reach = [(size - 1) * dilation for size, dilation in zip(window, kernel_dilation, strict=True)]
+        pad_mode = None
+        if isinstance(padding, str) and padding == "CAUSAL":
+            padding = [(reach[0], 0)]
+        elif isinstance(padding, str) and padding in _PAD_MODES:
+            pad_mode, padding = _PAD_MODES[padding], [(length // 2, length - length // 2) for length in reach]
+        elif padding == "SAME" and max(input_dilation) > 1:
+            raise ValueError(
+                f"{self._where()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead."
+            )
+        linear_map = ConvolutionMap(
+            strides,
+            padding,
+            input_dilation,
+            kernel_dilation,
+            self.feature_group_count,
+            self.precision,
+            pad_mode,
+        )
+        return self._apply(node, inputs, self.dtype, deterministic, linear_map)
+
+    def _per_axis(self, name: str, rank: int) -> tuple[int, ...]:
+        value = getattr(self, name)
+        value = 1 if value is None else value
+        values = (value,) * rank if isinstance(value, int) else tuple(value)
+        if len(values) != rank or any(entry < 1 for entry in values):
+            raise ValueError(f"{self._where()} has {name} {value}; it must be a positive int, or {rank} of them.")
+        return values
+
+    def _padding(self, rank: int) -> str | list[tuple[int, int]]:
+        padding = self.padding
+        if isinstance(padding, str):
+            allowed = ["SAME", "VALID", *_PAD_MODES, *(["CAUSAL"] if rank == 1 else [])]
+            if padding not in allowed:
+                raise ValueError(
+                    f"{self._where()} has padding {padding!r}; allowed are {', '.join(allowed)}, ints and (low, high) pairs."
+                )
+            return [(0, 0)] * rank if padding == "VALID" else padding
+        entries = [padding] * rank if isinstance(padding, int) else list(padding)
+        pairs = [(entry, entry) if isinstance(entry, int) else tuple(entry) for entry in entries]
+        if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(
+                f"{self._where()} has padding {padding!r}; it needs one int or (low, high) pair for each of {rank} axes."
+            )
+        return pairs  # type: ignore[return-value]

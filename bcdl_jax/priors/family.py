@@ -1,0 +1,93 @@
+"""A family of priors and variational_layers: the configuration of a variational layer, and the posterior that its training starts from."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax.priors.posterior import GroupAxis, Posterior
+
+START_LOG_VARIANCE = -9.0
+_START_SPREAD = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Family(abc.ABC):
+    """A prior and the form of its posterior, such as ``GroupNormalJeffreys()``. ``Dense`` and ``Conv`` take one as ``family``.
+
+    To add a prior, subclass ``Posterior`` and this class: name the posterior's type, the number of keys for its start values, and
+    implement ``start_fields``.
+
+    Attributes:
+      clip_var: Largest posterior variance of the layer's weights and biases, or None for no limit. ``clip_variances`` enforces it after
+        each optimiser step. The first layer of a network that is trained from scratch needs one (0.04 for LeNet-300-100).
+
+    Raises:
+      ValueError: ``clip_var`` is not a positive finite number.
+    """
+
+    posterior_type: ClassVar[type[Posterior]]
+    start_keys: ClassVar[int]
+
+    clip_var: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.clip_var is not None and not 0 < self.clip_var < math.inf:
+            raise ValueError(
+                f"clip_var is {self.clip_var}; it must be a positive finite variance, or None for no limit."
+            )
+
+    @abc.abstractmethod
+    def start_fields(self, keys: Sequence[jax.Array], kernel: jax.Array, groups: int) -> dict[str, jax.Array | float]:
+        """The fields that the family adds to those of ``Posterior``, at the start of training.
+
+        Args:
+          keys: ``start_keys`` PRNG keys.
+          kernel: The means of the weights, for shape and dtype.
+          groups: The number of groups.
+        """
+
+    def create(
+        self,
+        key: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array | None,
+        group_axis: GroupAxis,
+        feature_group_count: int = 1,
+    ) -> Posterior:
+        """The posterior that training starts from: the given arrays are the means, and everything is kept.
+
+        The log-variances of weights and biases start near -9, with a standard deviation of 0.01.
+
+        Args:
+          key: A PRNG key for the start values.
+          kernel: The means of the weights, [*window, in / feature_group_count, out]: an initialiser's values, or those of a trained net.
+          bias: The means of the biases, [out], or None.
+          group_axis: "input" for dense layers, "output" for convolutions.
+          feature_group_count: The number of groups of a grouped convolution.
+        """
+        weights_key, *keys = jax.random.split(key, 1 + self.start_keys) if self.start_keys else [key]
+        kernel_key, bias_key = jax.random.split(weights_key)
+        inputs, features = kernel.shape[-2] * feature_group_count, kernel.shape[-1]
+        return self.posterior_type(
+            kernel_mean=kernel,
+            kernel_log_variance=near(START_LOG_VARIANCE, kernel_key, kernel.shape, kernel.dtype),
+            bias_mean=bias,
+            bias_log_variance=None if bias is None else near(START_LOG_VARIANCE, bias_key, bias.shape, bias.dtype),
+            input_mask=jnp.ones((inputs,), kernel.dtype),
+            output_mask=jnp.ones((features,), kernel.dtype),
+            group_axis=group_axis,
+            clip_var=self.clip_var,
+            **self.start_fields(keys, kernel, inputs if group_axis == "input" else features),  # type: ignore[arg-type]
+        )
+
+
+def near(center: float, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Start values around ``center``, with a standard deviation of 0.01."""
+    return center + _START_SPREAD * jax.random.normal(key, shape, dtype)

@@ -1,0 +1,40 @@
+"""The KL divergence of a whole network from its priors. It needs the params tree alone, no forward pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bcdl_jax._tree import PyTree, find_layers, map_layers
+from bcdl_jax.priors.posterior import Posterior, variational_layers
+
+
+@jax.jit
+def kl_divergence_per_layer(params: PyTree) -> dict[str, jax.Array]:
+    """KL(q || prior) in nats of each variational layer, over the weights and groups that are kept.
+
+    Raises:
+      ValueError: The tree holds no variational layer.
+    """
+    return {name: posterior.kl_divergence() for name, posterior in variational_layers(params).items()}
+
+
+@jax.jit
+def kl_divergence(params: PyTree) -> jax.Array:
+    """KL(q || prior) in nats, summed over all variational layers of the tree: a scalar.
+
+    Raises:
+      ValueError: The tree holds no variational layer.
+    """
+    return sum(kl_divergence_per_layer(params).values(), start=jnp.zeros(()))
+
+
+@jax.jit
+def clip_variances(params: PyTree) -> PyTree:
+    """Reduces the variances of every layer, stacked or not, to at most its family's ``clip_var``. Call it after each optimiser step.
+
+    Raises:
+      ValueError: The tree holds no variational layer.
+    """
+    find_layers(params, Posterior)
+    return map_layers(lambda posterior: posterior.clip_variances(), params, Posterior)

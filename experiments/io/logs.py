@@ -1,0 +1,153 @@
+"""The metrics of a run: a line of metrics.jsonl for each epoch and seed, the same in TensorBoard event files where wanted,
+and a profile of a few steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.io import files
+from experiments.runtime.errors import UserError
+
+METRICS, TENSORBOARD, PROFILE = "metrics.jsonl", "tensorboard", "profile"
+# Patterns of the files below the output directory.
+WRITTEN = (METRICS, f"{TENSORBOARD}/seed*/events.out.tfevents.*", f"{PROFILE}/plugins/profile/*/*")
+
+
+def check_tensorboard() -> None:
+    """Raises UserError where the library that writes event files is not installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("--tensorboard needs tensorboardX: pip install 'bcdl-jax[tensorboard]'.")
+
+
+class Logs:
+    """Writes the metrics of a run; a context manager that closes its files.
+
+    Args:
+      out: the output directory.
+      tensorboard: whether to write event files too, one directory for each seed, without TensorFlow.
+    """
+
+    def __init__(self, out: Path, *, tensorboard: bool = False):
+        self._out, self._tensorboard = out, tensorboard
+        self._writers: dict[int, Any] | None = None
+        self._waiting: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Logs:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._tensorboard:
+            for writer in self._event_writers().values():
+                writer.close()
+
+    def log_epoch(self, phase: str, metrics: Sequence[Mapping[str, Any]], *, images_per_second: float) -> None:
+        """Adds an epoch. Where that fails, on a full disk say, it warns, and the lines wait for the next time.
+
+        Args:
+          phase: of the run, such as "train".
+          metrics: per seed, with the entries "epoch" and "seed"; values that are not finite become null.
+          images_per_second: that all seeds together went through.
+        """
+        writers = self._event_writers() if self._tensorboard else {}
+        speed = _jsonable(speed_and_memory(images_per_second))
+        lines = [{"phase": phase} | _jsonable(dict(entries)) | speed for entries in metrics]
+        self._waiting += lines
+        try:
+            self.flush()
+        except OSError as error:
+            path = self._out / METRICS
+            print(f"warning: {path} could not be written ({error.strerror}); training goes on.", file=sys.stderr)
+        if self._tensorboard:
+            self._add_events(writers, lines)
+
+    def flush(self) -> None:
+        """Writes the lines that wait, in one piece.
+
+        Raises:
+          OSError: it could not be done.
+        """
+        if self._waiting:
+            files.append_json_lines(self._out / METRICS, self._waiting)
+            self._waiting = []
+
+    def _event_writers(self) -> dict[int, Any]:
+        """By seed. A run that goes on writes its events anew, from the metrics up to there, so that none is there twice."""
+        if self._writers is None:
+            self._writers, path = {}, self._out / METRICS
+            if path.exists():
+                self._add_events(self._writers, [json.loads(line) for line in path.read_text().splitlines()])
+        return self._writers
+
+    def _add_events(self, writers: dict[int, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+        from tensorboardX import SummaryWriter
+
+        for line in lines:
+            seed = line["seed"]
+            if seed not in writers:
+                writers[seed] = SummaryWriter(str(self._out / TENSORBOARD / f"seed{seed}"))
+            for name, value in _scalars(line):
+                writers[seed].add_scalar(f"{line['phase']}/{name}", value, line["epoch"])
+        for writer in writers.values():
+            writer.flush()
+
+
+def speed_and_memory(images_per_second: float) -> dict[str, float]:
+    """What a line of the metrics says of the machine and not of the training: it differs from one run to the next."""
+    return {"images_per_second": round(images_per_second, 1)} | memory()
+
+
+def memory() -> dict[str, int]:
+    """Peak memory in MB so far: "peak_device_memory_mb", the largest of the devices, where they tell; else "peak_memory_mb" of the process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return {"peak_device_memory_mb": round(max(known) / 2**20)} if known else {"peak_memory_mb": process_memory()}
+
+
+def process_memory() -> int:
+    """Peak resident memory of the process in MB."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def profile(out: Path, run: Callable[[], Any]) -> None:
+    """Writes a JAX profile of ``run``, which is called once before, so that its compilation stays out of it.
+
+    Args:
+      out: the output directory.
+      run: does a few steps and returns arrays to wait for.
+    """
+    jax.block_until_ready(run())
+    directory = out / PROFILE
+    with jax.profiler.trace(directory):
+        jax.block_until_ready(run())
+    print(
+        f"A profile of a few steps is in {directory}: pip install xprof, then xprof --logdir {directory}; "
+        "or open its trace.json.gz at https://ui.perfetto.dev.",
+        flush=True,
+    )
+
+
+def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("epoch", "seed"):
+            found.append((prefix + name, value))
+    return found
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

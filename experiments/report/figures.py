@@ -1,0 +1,266 @@
+"""Pictures of a run: weights and feature importance over the epochs as GIFs, scores of the groups as histograms."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from PIL import Image
+
+from experiments.io.files import write_atomically
+from experiments.pipeline.bayesian import Snapshot
+
+_MILLISECONDS_PER_FRAME = 150
+_MILLISECONDS_LAST_FRAME = 2500
+# Zero, and so a pruned weight, is white.
+_SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c4161c"])
+_BAR_COLORS = ("#c9c9c9", "#1f3fbf", "#c4161c")
+_DIGITS = (0, 3, 4, 7, 8)
+# Scores beyond are of groups without a signal, which ``bcdl_jax.compression.log_noise_to_signal`` sets to 1e9.
+_FAR = 1e8
+
+
+def draw(
+    out: Path,
+    snapshots: list[Snapshot],
+    thresholds: dict[str, float],
+    images: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+    only: Collection[str],
+    score: str = "log dropout rate",
+) -> None:
+    """Draws the pictures of one seed.
+
+    Args:
+      out: directory to write to.
+      snapshots: in the order of the epochs.
+      thresholds: by layer name, in the order of the layers: a group is drawn as pruned where its score is not below.
+      images: of uint8; [n, 28, 28, 1] where the feature importance is drawn, for which five digits are taken from them.
+      labels: [n].
+      seed: for the titles.
+      only: names of the GIFs to make; log_dropout_rates.png is made in any case.
+      score: what the groups were pruned by, in words.
+    """
+    names = list(thresholds)
+    for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
+        path = out / f"weights_layer{number}.gif"
+        if path.name not in only:
+            continue
+        if snapshots[0].kernels[name].ndim == 2:
+            weights_gif(path, snapshots, name, following, thresholds, number, seed)
+        else:
+            kernels_gif(path, snapshots, name, thresholds[name], number, seed)
+    if "feature_importance.gif" in only:
+        digits = np.stack(
+            [
+                images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0]
+                for digit in _DIGITS
+            ]
+        )
+        importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed, score)
+    score_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed, score)
+
+
+def weights_gif(
+    path: Path,
+    snapshots: list[Snapshot],
+    name: str,
+    following: str,
+    thresholds: dict[str, float],
+    number: int,
+    seed: int,
+) -> None:
+    """The mean weights of a dense layer over the epochs: one column per input unit, one row per output unit."""
+    inputs, outputs = snapshots[0].kernels[name].shape
+    frames = []
+    for snapshot in snapshots:
+        kept_inputs = snapshot.scores[name] < thresholds[name]
+        kept_outputs = snapshot.scores[following] < thresholds[following]
+        weights = np.where(kept_inputs[:, None] & kept_outputs, snapshot.kernels[name], 0).T.astype(np.float32)
+        kept = f"{kept_inputs.sum()} of {inputs} inputs, {kept_outputs.sum()} of {outputs} outputs kept"
+        frames.append((snapshot.epoch, weights, kept))
+    figure, axes = plt.subplots(figsize=(10.4, 4.9 if number == 1 else 4.2), dpi=100, layout="constrained")
+    axes.set_xlabel(f"input unit ({inputs})")
+    axes.set_ylabel(f"output unit ({outputs})")
+    _signed_gif(path, figure, axes, frames, f"Layer {number} (seed {seed})", aspect="auto")
+
+
+def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: float, number: int, seed: int) -> None:
+    """The mean kernels of a two-dimensional convolution over the epochs, one tile for each pair of an output and an input channel.
+
+    With several input channels there is one column of tiles per output channel and one row per input channel; the tiles
+    of a single input channel fill a rectangle.
+    """
+    height, width, inputs, outputs = snapshots[0].kernels[name].shape
+    columns = outputs if inputs > 1 else math.ceil(math.sqrt(2 * outputs))
+    rows = inputs * math.ceil(outputs / columns)
+    frames = []
+    for snapshot in snapshots:
+        kept = snapshot.scores[name] < threshold
+        kernels = np.where(kept, snapshot.kernels[name], 0).astype(np.float32)
+        tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width)
+        # Where there is no kernel, and as a line between them: colour maps leave blank what is not a number.
+        tiles = np.concatenate([tiles, np.full((rows * columns - len(tiles), height, width), np.nan, np.float32)])
+        tiles = np.pad(tiles, ((0, 0), (0, 1), (0, 1)), constant_values=np.nan)
+        grid = tiles.reshape(rows, columns, height + 1, width + 1).transpose(0, 2, 1, 3)
+        weights = grid.reshape(rows * (height + 1), -1)[:-1, :-1]
+        frames.append((snapshot.epoch, weights, f"{kept.sum()} of {outputs} output channels kept"))
+    figure, axes = plt.subplots(figsize=(10.4, 5.4), dpi=100, layout="constrained")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("#d9d9d9")
+    if inputs > 1:
+        axes.set_xlabel(f"output channel ({outputs})")
+        axes.set_ylabel(f"input channel ({inputs})")
+    else:
+        axes.set_xlabel(f"the kernels of the {outputs} output channels")
+    _signed_gif(path, figure, axes, frames, f"Layer {number} (seed {seed})", aspect="equal")
+
+
+def _signed_gif(
+    path: Path, figure: Any, axes: Any, frames: list[tuple[int, np.ndarray, str]], title: str, aspect: Any
+) -> None:
+    """A GIF of signed weights; a frame is an epoch, a picture, and what is kept in it."""
+    # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
+    last = np.nan_to_num(frames[-1][1])
+    limit = float(np.percentile(np.abs(last[last != 0]), 99)) if np.any(last) else 1.0
+    picture = axes.imshow(frames[0][1], cmap=_SIGNED, vmin=-limit, vmax=limit, interpolation="nearest", aspect=aspect)
+    figure.colorbar(picture, ax=axes, label="posterior mean of the weight", extend="both")
+
+    def show(frame: tuple[int, np.ndarray, str]) -> None:
+        epoch, weights, kept = frame
+        picture.set_data(weights)
+        colours = "negative blue, positive red, pruned white"
+        axes.set_title(f"{title}, epoch {epoch}: {kept}\n{colours}", fontsize=11)
+
+    _write_gif(path, figure, show, frames)
+
+
+def importance_gif(
+    path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int, score: str
+) -> None:
+    """Which pixels the network reads: minus the score of each input, the kept inputs, and five digits as the network sees them."""
+    rates = [np.asarray(snapshot.scores[name], np.float32).reshape(28, 28) for snapshot in snapshots]
+    low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-rates[-1]))
+    figure, grid = plt.subplots(2, 4, figsize=(8.4, 4.8), dpi=100, layout="constrained")
+    panels = grid.ravel()
+    importance = panels[0].imshow(-rates[0], cmap="viridis", vmin=low, vmax=max(high, low + 1e-3))
+    panels[0].set_title(f"importance\n(-{score})", fontsize=10)
+    figure.colorbar(importance, ax=panels[0], shrink=0.8, extend="both")
+    mask = panels[1].imshow(np.ones((28, 28)), cmap="gray", vmin=0, vmax=1)
+    panels[1].set_title("kept pixels (white)", fontsize=10)
+    shown = []
+    for number, panel in enumerate(panels[2 : 2 + len(digits)]):
+        # Pruned pixels are drawn in a colour of their own: black would look like background.
+        shown.append(panel.imshow(np.zeros((28, 28, 3))))
+        panel.set_title("digits, kept pixels only" if number == 0 else "", fontsize=10)
+    for panel in panels:
+        panel.set_xticks([])
+        panel.set_yticks([])
+    panels[7].axis("off")
+    panels[7].text(0.5, 0.5, "pruned pixels\nare drawn\nin blue", ha="center", va="center", fontsize=10)
+
+    def show(frame: tuple[int, np.ndarray]) -> None:
+        epoch, log_rates = frame
+        kept = log_rates < threshold
+        importance.set_data(-log_rates)
+        mask.set_data(kept.astype(float))
+        for picture, digit in zip(shown, digits, strict=True):
+            gray = np.repeat(digit[..., None] / 255.0, 3, axis=-1)
+            picture.set_data(np.where(kept[..., None], gray, np.array([0.25, 0.35, 0.75])))
+        figure.suptitle(f"Input pixels (seed {seed}), epoch {epoch}: {kept.sum()} of {kept.size} kept", fontsize=11)
+
+    _write_gif(path, figure, show, [(snapshot.epoch, rate) for snapshot, rate in zip(snapshots, rates, strict=True)])
+
+
+def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int, score: str) -> None:
+    """How the scores of each layer's groups lie about the chosen threshold."""
+    columns = min(5, len(thresholds))
+    rows = math.ceil(len(thresholds) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 3.6 * rows), dpi=100, layout="constrained", squeeze=False
+    )
+    for panel in grid.flat[len(thresholds) :]:
+        panel.set_axis_off()
+    for panel, name in zip(grid.flat, thresholds, strict=False):
+        rates, threshold = snapshot.scores[name], thresholds[name]
+        kept = rates < min(threshold, _FAR)
+        # The last bar takes those that are far off.
+        edges = np.histogram_bin_edges(rates[rates < _FAR] if np.any(rates < _FAR) else rates, bins=40)
+        rates = np.clip(rates, edges[0], edges[-1])
+        panel.hist(
+            [rates[kept], rates[~kept]],
+            bins=edges,
+            stacked=True,
+            color=["#2a6f97", "#c9c9c9"],
+            label=[f"kept: {kept.sum()}", f"pruned: {(~kept).sum()}"],
+        )
+        if np.isfinite(threshold):
+            panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
+        groups = "output channels" if name.startswith("Conv") else "input units"
+        panel.set_title(f"{name}: {rates.size} {groups}")
+        panel.set_xlabel(score)
+        panel.set_ylabel(f"number of {groups}")
+        panel.legend(fontsize=8)
+    figure.suptitle(f"{score.capitalize()} of the groups after epoch {snapshot.epoch} (seed {seed})")
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    plt.close(figure)
+
+
+def _write_gif(path: Path, figure: Any, show: Callable[[Any], None], frames: Iterable[Any]) -> None:
+    pictures = []
+    for frame in frames:
+        show(frame)
+        figure.canvas.draw()
+        pictures.append(
+            Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(128, dither=Image.Dither.NONE)
+        )
+    plt.close(figure)
+    durations = [_MILLISECONDS_PER_FRAME] * (len(pictures) - 1) + [_MILLISECONDS_LAST_FRAME]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def speed_bars(path: Path, results: list[dict[str, Any]]) -> None:
+    """Speed-up of shrunk networks over dense ones beside the ratio of multiply-adds, for each network and batch size.
+
+    Args:
+      path: the PNG.
+      results: of ``benchmark_inference``.
+    """
+    labels = [f"{result['title']}\nbatch {result['batch']}" for result in results]
+    ratios = [before / after for before, after in (result["multiply_adds"] for result in results)]
+    rows = np.arange(len(results))
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.6 * len(results)), layout="constrained")
+    bars = {
+        "fewer multiply-adds": ratios,
+        "shrunk, measured": [result["speed_up"]["shrunk"] for result in results],
+        "masked, measured": [result["speed_up"]["masked"] for result in results],
+    }
+    for number, (label, values) in enumerate(bars.items()):
+        drawn = axes.barh(rows + 0.27 * (number - 1), values, 0.25, label=label, color=_BAR_COLORS[number])
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = (1, 2, 3, 5, 10, 20)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.margins(x=0.15)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as fast as the dense network, the fastest way of each")
+    axes.legend(fontsize=8)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    plt.close(figure)

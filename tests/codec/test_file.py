@@ -1,0 +1,357 @@
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+import zlib
+
+import flax.struct
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from bcdl_jax.__main__ import main
+from tests.codec import reference_decoder
+from tests.conftest import CHAIN, CONV_CHAIN, make_posterior
+
+DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+DTYPES += ("float16", "bfloat16", "float32", "float64")
+
+
+def assert_same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for left, right in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        left, right = np.asarray(left), np.asarray(right)
+        assert left.dtype == right.dtype
+        assert left.shape == right.shape
+        assert left.tobytes() == right.tobytes()
+
+
+def reduced_nets(net, conv_net):
+    """Quantised nets: whole, pruned, with a layer of nothing, by both rules."""
+    nets = []
+    for (_, params, _), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
+        rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
+        for threshold in (np.inf, float(np.median(rates)), -np.inf):
+            pruned = bcdl_jax.prune(params, threshold, chain)
+            nets += [
+                bcdl_jax.reduce_precision(pruned, 0.25),
+                bcdl_jax.compression.reduce_precision_by_round_off(pruned),
+            ]
+    return nets
+
+
+def some_tree(rng):
+    layer = make_posterior(jax.random.key(int(rng.integers(100))), (9, 6), "input")
+    layer = layer.replace(input_mask=jnp.asarray(rng.random(9) < 0.6), output_mask=jnp.asarray(rng.random(6) < 0.7))
+    tree = {"a": layer, "b": np.round(rng.normal(size=(12, 17)) * 4).astype(np.int16)}
+    tree |= {"c": rng.normal(size=5).astype(np.float32), "d": rng.random((3, 4)) < 0.5}
+    return bcdl_jax.reduce_precision(tree, 0.25)
+
+
+def test_round_trip_of_quantized_nets(net, conv_net, tmp_path):
+    for number, reduced in enumerate(reduced_nets(net, conv_net)):
+        path = tmp_path / f"{number}.bcdl"
+        size = bcdl_jax.save(path, reduced)
+        assert size == path.stat().st_size == len(bcdl_jax.codec.encode(reduced))
+        assert_same(bcdl_jax.load(path, like=reduced), reduced)
+        bcdl_jax.save(path, reduced, names=True)
+        loaded = bcdl_jax.load(path)
+        names = [name.removesuffix("/posterior") for name, _ in zip(reduced, loaded, strict=True)]
+        assert names == list(loaded)
+        assert_same(loaded, reduced)
+
+
+def test_a_template_may_be_fresh_params(net):
+    model, params, inputs = net
+    reduced = bcdl_jax.reduce_precision(params, 0.25)
+    fresh = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+    assert_same(bcdl_jax.codec.decode(bcdl_jax.codec.encode(reduced), fresh), reduced)
+
+
+def test_grouped_convolution_and_other_types():
+    layer = make_posterior(jax.random.key(1), (3, 3, 2, 6), "output", feature_group_count=3)
+    layer = layer.replace(output_mask=jnp.array([1.0, 0, 1, 1, 0, 0]))
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        typed = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), layer)
+        reduced = bcdl_jax.reduce_precision({"conv": typed}, 0.25)
+        assert_same(bcdl_jax.codec.decode(bcdl_jax.codec.encode(reduced), reduced), reduced)
+
+
+def arrays():
+    shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=7)
+
+    def of(name):
+        dtype = np.dtype(jnp.bfloat16 if name == "bfloat16" else name)
+        if name == "bfloat16":
+            return hnp.arrays(np.uint16, shapes).map(lambda array: array.view(dtype))
+        return hnp.arrays(dtype, shapes)
+
+    def with_zero_slices(pair):
+        array, seed = pair
+        rng = np.random.default_rng(seed)
+        array = array.copy()
+        for axis in range(array.ndim):
+            np.moveaxis(array, axis, 0)[rng.random(array.shape[axis]) < rng.choice([0, 0.5])] = 0
+        return array
+
+    return st.tuples(st.sampled_from(DTYPES).flatmap(of), st.integers(0, 1000)).map(with_zero_slices)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(st.dictionaries(st.text("abc_0", min_size=1, max_size=4), arrays(), max_size=4), st.booleans())
+def test_any_tree_of_arrays_comes_back_exactly(tree, names):
+    data = bcdl_jax.codec.encode(tree, names=names)
+    assert_same(bcdl_jax.codec.decode(data, None if names else tree), tree)
+    stored, entries = reference_decoder.decode(data)
+    assert stored == (sorted(tree) if names else None)
+    for entry, name in zip(entries, sorted(tree), strict=True):
+        assert entry["value"].dtype == tree[name].dtype
+        assert entry["value"].tobytes() == tree[name].tobytes()
+
+
+def test_the_reference_decoder_reads_an_array_of_which_the_writer_codes_a_part_at_a_time():
+    values = np.round(np.random.default_rng(0).laplace(size=(900, 40)) * 4).astype(np.int8)
+    _, entries = reference_decoder.decode(bcdl_jax.codec.encode({"a": values}))
+    np.testing.assert_array_equal(entries[0]["value"], values)
+
+
+def test_the_reference_decoder_reads_the_same_layers(net, conv_net):
+    for reduced in reduced_nets(net, conv_net):
+        _, entries = reference_decoder.decode(bcdl_jax.codec.encode(reduced))
+        layers = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))
+        for entry, layer in zip(entries, layers, strict=True):
+            assert entry["group_axis"] == layer.group_axis
+            assert entry["prunes_weights"] == layer.prunes_weights
+            for field in ("kernel", "kernel_step", "bias", "bias_step", "input_mask", "output_mask"):
+                np.testing.assert_array_equal(entry[field], getattr(layer, field))
+            assert entry["kernel_bits"] == layer.kernel_bits
+            assert entry["bias_bits"] == layer.bias_bits
+
+
+def test_header_of_four_layers_takes_at_most_48_bytes():
+    params = {str(number): make_posterior(jax.random.key(number), (300, 200), "input") for number in range(4)}
+    none = jax.tree.map(jnp.zeros_like, params)  # nothing but headers, steps and sets
+    reduced = bcdl_jax.reduce_precision(none, 0.25)
+    data = bcdl_jax.codec.encode(reduced)
+    # All but steps, kept indices and integers.
+    assert len(data) - sum(entry.bytes for entry in bcdl_jax.codec.summarize(data)) <= 48
+
+
+def test_steps_of_float64_come_back_without_x64():
+    layer = bcdl_jax.reduce_precision({"a": make_posterior(jax.random.key(1), (3, 2), "input")}, 0.25)["a"]
+    wide = {"a": layer.replace(kernel_step=np.float64(1e300), bias_step=np.float64(1 / 3))}
+    loaded = bcdl_jax.codec.decode(bcdl_jax.codec.encode(wide), wide)["a"]
+    assert (float(loaded.kernel_step), float(loaded.bias_step)) == (1e300, 1 / 3)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8, 16, 32])
+def test_no_array_takes_more_than_its_raw_bits_and_two_bytes(width):
+    rng = np.random.default_rng(width)
+    empty = len(bcdl_jax.codec.encode({"a": np.zeros((), np.int64)}))
+    for count in (1, 2, 17, 300, 5000):
+        values = rng.integers(-(2 ** (width - 1)), 2 ** (width - 1), count)
+        raw = count * width / 8
+        # The header of an array with one axis takes two bytes more than that of a scalar.
+        assert len(bcdl_jax.codec.encode({"a": values})) - empty - 2 <= raw + 2
+
+
+def test_sparse_and_constant_arrays_take_next_to_nothing():
+    values = np.zeros((300, 1000), np.int32)
+    values[::100, 3] = 7
+    tree = {"a": values, "b": np.zeros(10**5, np.float32), "c": np.ones(10**5, np.int8)}
+    values = np.zeros(3 * 10**4, np.int8)
+    values[np.random.default_rng(0).integers(0, 3 * 10**4, 50)] = 1
+    tree["d"] = values
+    data = bcdl_jax.codec.encode(tree)
+    assert len(data) < 2500
+    assert_same(bcdl_jax.codec.decode(data, tree), tree)
+    constants = {name: np.full((60, 70), value) for name, value in (("a", -5), ("b", 2**32 - 1), ("c", True))}
+    data = bcdl_jax.codec.encode(constants)
+    assert len(data) < 60
+    assert_same(bcdl_jax.codec.decode(data, constants), constants)
+    for entry, value in zip(reference_decoder.decode(data)[1], constants.values(), strict=True):
+        np.testing.assert_array_equal(entry["value"], value)
+
+
+# What is refused.
+
+
+def with_checksum(data):
+    return data[:-4] + zlib.crc32(data[:-4]).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: b"PK" + data[2:], "does not begin with BCDL"),
+        (lambda data: data[:8], "does not begin with BCDL"),
+        (lambda data: data[:4] + b"\7" + data[5:], "format version 7; this library reads version 1"),
+        (lambda data: data[:-9] + b"x" + data[-8:], "checksum does not match"),
+        (lambda data: with_checksum(data[:5] + b"\2" + data[6:]), "unknown flags"),
+        (lambda data: with_checksum(data[:14] + data[-4:]), "shorter than it says"),
+        (lambda data: with_checksum(data[:-4] + b"more" + data[-4:]), "damaged"),
+    ],
+)
+def test_a_damaged_file_is_told_in_one_sentence(change, message, tmp_path, capsys):
+    tree = some_tree(np.random.default_rng(0))
+    damaged = change(bcdl_jax.codec.encode(tree))
+    with pytest.raises(bcdl_jax.codec.CompressedFileError, match=message):
+        bcdl_jax.codec.decode(damaged, tree)
+    path = tmp_path / "damaged.bcdl"
+    path.write_bytes(damaged)
+    assert main(["verify", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {path}: ")
+
+
+def test_a_template_that_does_not_fit_is_refused(net):
+    _, params, _ = net
+    reduced = bcdl_jax.reduce_precision(params, 0.25)
+    data = bcdl_jax.codec.encode(reduced)
+    with pytest.raises(bcdl_jax.codec.CompressedFileError, match="holds no names"):
+        bcdl_jax.codec.decode(data)
+    with pytest.raises(bcdl_jax.codec.CompressedFileError, match="holds 3 layers and arrays; the template has 1"):
+        bcdl_jax.codec.decode(data, {"a": np.zeros(3)})
+    with pytest.raises(bcdl_jax.codec.CompressedFileError, match="Entry 0 of the file is a layer of shape"):
+        bcdl_jax.codec.decode(data, {name: np.zeros(3) for name in "abc"})
+    with pytest.raises(
+        bcdl_jax.codec.CompressedFileError, match=r"the template has 6\. It must be params of the variational"
+    ):
+        bcdl_jax.codec.decode(data, bcdl_jax.mean_weights(reduced))
+
+
+def test_names_in_the_file_are_compared_with_those_of_the_template(key):
+    inputs = jnp.ones((1, 4))
+
+    def params(*names):
+        return {name: bcdl_jax.Dense(4).init(key, inputs)["params"] for name in names}
+
+    reduced = bcdl_jax.reduce_precision(params("first", "second"), 0.25)
+    data = bcdl_jax.codec.encode(reduced, names=True)
+    other = params("a", "b")
+    with pytest.raises(
+        bcdl_jax.codec.CompressedFileError, match="Entry 0 of the file is called first; the template has a"
+    ):
+        bcdl_jax.codec.decode(data, other)
+    found = bcdl_jax.codec.decode(data, params("first", "second"))
+    np.testing.assert_array_equal(found["second"]["posterior"].kernel, reduced["second"]["posterior"].kernel)
+    assert set(bcdl_jax.codec.decode(bcdl_jax.codec.encode(reduced), other)) == {"a", "b"}
+
+    # Layers that are entries of their modules in the template alone.
+    bare = {name: layer["posterior"] for name, layer in reduced.items()}
+    found = bcdl_jax.codec.decode(bcdl_jax.codec.encode(bare, names=True), params("first", "second"))
+    np.testing.assert_array_equal(found["second"]["posterior"].kernel, bare["second"].kernel)
+
+
+def test_an_array_called_value_keeps_its_name():
+    """Only that of an NNX variable, which has no other array beside it, does not."""
+
+    @flax.struct.dataclass
+    class Attention:
+        key: np.ndarray
+        value: np.ndarray
+
+    arrays = Attention(np.arange(3), np.arange(4))
+    found = bcdl_jax.codec.decode(bcdl_jax.codec.encode({"attention": arrays}, names=True))
+    np.testing.assert_array_equal(found["attention"]["value"], arrays.value)
+
+
+def test_params_that_can_not_be_stored_are_refused(net, tmp_path):
+    _, params, _ = net
+    with pytest.raises(ValueError, match=r"a posterior at Dense_0; call reduce_precision first"):
+        bcdl_jax.save(tmp_path / "a.bcdl", params)
+    with pytest.raises(ValueError, match="The array at a is complex64"):
+        bcdl_jax.save(tmp_path / "a.bcdl", {"a": np.zeros(2, np.complex64)})
+    with pytest.raises(ValueError, match="holds a line feed"):
+        bcdl_jax.save(tmp_path / "a.bcdl", {"a\nb": np.zeros(2)}, names=True)
+    reduced = bcdl_jax.reduce_precision(params, 0.25)
+    layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))[0]
+    with pytest.raises(ValueError, match="is not zero where its masks say"):
+        bcdl_jax.save(tmp_path / "a.bcdl", {"a": layer.replace(input_mask=jnp.zeros_like(layer.input_mask))})
+    assert not list(tmp_path.iterdir())
+
+
+def mutations(count, seed):
+    """Damaged variants of some files; every second one with a checksum that fits."""
+    rng = random.Random(seed)
+    files = [
+        bcdl_jax.codec.encode(some_tree(np.random.default_rng(number)), names=number % 2 == 1) for number in range(4)
+    ]
+    files.append(bcdl_jax.codec.encode({"a": np.arange(-40, 40, dtype=np.int8).reshape(8, 10), "b": np.float32(3)}))
+    for number in range(count):
+        data = bytearray(rng.choice(files))
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            kind, place = rng.random(), rng.randrange(len(data)) if data else 0
+            if kind < 0.6 and data:
+                data[place] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
+            elif kind < 0.75:
+                del data[place : place + rng.choice([1, 2, 20, len(data)])]
+            elif kind < 0.9:
+                data[place:place] = rng.randbytes(rng.choice([1, 2, 20]))
+            else:
+                data = data[:place] + data[rng.randrange(len(data) + 1) :] if data else data
+        yield with_checksum(bytes(data)) if number % 2 and len(data) > 4 else bytes(data)
+
+
+def survive(count, seed):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    decoded = 0
+    for data in mutations(count, seed):
+        start = time.perf_counter()
+        try:
+            summaries = bcdl_jax.codec.summarize(data)
+        except bcdl_jax.codec.CompressedFileError:
+            continue
+        finally:
+            assert time.perf_counter() - start < 1
+        decoded += 1
+        assert all(0 <= kept <= size for entry in summaries for kept, size in zip(entry.kept, entry.shape, strict=True))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert 0 < decoded < count / 2
+
+
+def test_damaged_files_raise_one_error_or_decode():
+    survive(600, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_100000_damaged_files_raise_one_error_or_decode(part):
+    survive(10_000, 1 + part)
+
+
+# The command.
+
+
+def test_inspect_and_verify(net, tmp_path, capsys):
+    _, params, _ = net
+    reduced = bcdl_jax.reduce_precision(bcdl_jax.prune(params, 0.0, CHAIN), 0.25)
+    path = tmp_path / "net.bcdl"
+    size = bcdl_jax.save(path, reduced, names=True)
+    assert main(["verify", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: whole, 3 layers and arrays, {size} bytes\n"
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "Dense_1" in out
+    assert "5x4" in out
+    assert f"{size} bytes" in out
+    summaries = bcdl_jax.codec.summarize(path.read_bytes())
+    assert 0.5 * size < sum(summary.bytes for summary in summaries) < size
+    assert main(["inspect", str(tmp_path / "none.bcdl")]) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["net.bcdl"]
+    command = [sys.executable, "-m", "bcdl_jax", "inspect", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # a reader that has seen enough
+        assert process.stderr.read() == b""
+    for target in (tmp_path / "none" / "net.bcdl", path / "net.bcdl", tmp_path):
+        with pytest.raises(OSError, match=f"'{target}'"):
+            bcdl_jax.save(target, reduced)

@@ -1,0 +1,31 @@
+import jax
+import numpy as np
+import pytest
+
+from experiments.checks import parallel as parallel_check
+
+
+# The widest cases of each way; the program itself runs all.
+@pytest.mark.parametrize(
+    ("net", "way"), [("dense", "mesh"), ("convolutional", "mesh"), ("relu", "pmap"), ("dense", "processes")]
+)
+def test_twenty_steps_on_many_devices_are_those_on_one(net, way, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these compile more than they compute
+    found = parallel_check.in_child_processes(net, way)
+    assert (found["devices"], found["processes"]) == ((2, 2) if way == "processes" else (8, 1))
+    for what in ("params", "gradients"):
+        assert 0 < found[what] <= 1e-5, found
+
+
+def test_the_largest_difference_is_relative_to_the_largest_value_of_its_array():
+    found = {"a": np.array([2.0, -4.0]), "b": np.array([1.0])}
+    moved = jax.tree.map(np.copy, found)
+    moved["a"][0] += 0.5
+    assert parallel_check.largest_difference(moved, found) == 0.125
+
+
+def test_a_difference_that_is_too_large_fails(monkeypatch, capsys):
+    measured = {"devices": 8, "processes": 1, "params": 1e-7, "gradients": 2e-5}
+    monkeypatch.setattr(parallel_check, "in_child_processes", lambda net, way: measured)
+    assert parallel_check.main(["--nets", "dense", "--ways", "mesh"]) == 1
+    assert "2.0e-05" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+import gc
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.runtime import startup
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "bcdl_jax"
+
+
+def test_the_cache_directory_is_private(cache):
+    directory = startup.cache_directory("compiled")
+    assert directory == cache / "compiled"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert startup.cache_directory("compiled") == directory
+    directory.chmod(0o770)
+    assert startup.cache_directory("compiled") is None
+
+
+def test_what_cannot_be_a_cache_directory(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert startup.cache_directory("compiled") is None
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "bcdl_jax").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert startup.cache_directory("compiled") is None
+
+
+def run_once(enabled):
+    """Compiles a function that no other test compiles; what that took."""
+    jax.clear_caches()
+    with startup.compilation_cache(enabled), startup.CompileTime() as clock:
+        jax.jit(lambda x: jax.random.normal(jax.random.key(7), (33,)) * jnp.sin(x))(1.0).block_until_ready()
+    return clock
+
+
+def test_compiled_programs_are_kept_and_said_to_be(cache, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setattr(startup, "_LEAST_COMPILE_SECONDS", 0.0)
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    off = run_once(False)
+    assert off.seconds > 0
+    assert not cache.exists() or not list((cache / "compiled").iterdir())
+    assert off.sentence() == f"compiled in {off.seconds:.1f} s"
+    first = run_once(True)
+    assert (first.hits, first.misses > 0) == (0, True)
+    assert list((cache / "compiled").glob("*-cache"))
+    second = run_once(True)
+    assert (second.hits, second.misses) == (first.misses, 0)
+    assert second.sentence() == f"compiled in {second.seconds:.1f} s, all programs from the cache"
+    assert (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs) == before
+
+
+def test_the_directory_that_jax_is_told_of_is_used(tmp_path):
+    code = (
+        "import jax\nfrom experiments import startup\n"
+        "with startup.compilation_cache(True): jax.jit(lambda x: x + 1)(1.0)\n"
+    )
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "told"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XDG_CACHE_HOME": str(tmp_path / "xdg"),
+    }
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parents[3])
+    assert list((tmp_path / "told").iterdir())
+    assert not (tmp_path / "xdg").exists()
+
+
+def test_the_first_step_is_over_when_stop_is_asked_again():
+    answers = iter([False, False, True])
+    watch = startup.FirstStep(lambda: next(answers))
+    assert watch.sentence() == ""
+    assert not watch()
+    assert watch.sentence() == ""
+    assert not watch()
+    assert re.fullmatch(r"first step after \d+\.\d s, ", watch.sentence())
+    said = watch.sentence()
+    assert watch()
+    assert watch.sentence() == said
+
+
+def test_garbage_is_collected_as_before_afterwards():
+    before = gc.get_threshold()
+    with startup.rare_garbage_collection():
+        assert gc.get_threshold() == (100 * before[0], *before[1:])
+    assert gc.get_threshold() == before
+
+
+def test_help_and_bad_arguments_need_not_wait_for_jax():
+    code = (
+        "import sys\nfrom experiments import lenet5\n"
+        "assert lenet5.main(['--epochs', '0']) == 2\nassert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], capture_output=True)

@@ -1,0 +1,236 @@
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 2), padding="VALID")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(5)(x.reshape(len(x), -1)))
+        return nn.Dense(4)(x)
+
+
+@pytest.fixture(scope="module")
+def net(key):
+    """(apply, variables whose norm has averages and scales of its own, images)."""
+    images = jax.random.normal(key, (3, 9, 8, 2))
+    variables = jax.jit(Net().init)(key, images)
+    fresh = lambda leaf: jax.random.uniform(jax.random.fold_in(key, leaf.size), leaf.shape, minval=0.5)  # noqa: E731
+    return Net().apply, jax.tree.map(lambda leaf: fresh(leaf) if leaf.ndim == 1 else leaf, variables), images
+
+
+def channels_first(state, images):
+    """The network as PyTorch computes it, in numpy and ``lax.conv``: channels first, weights [out, in]."""
+    x = jnp.moveaxis(images, -1, 1)
+    x = jax.lax.conv(x, state["Conv_0.weight"], (1, 1), "VALID")
+    shaped = lambda name: state[name][None, :, None, None]  # noqa: E731
+    x = x + shaped("Conv_0.bias") - shaped("BatchNorm_0.running_mean")
+    x = x / jnp.sqrt(shaped("BatchNorm_0.running_var") + 1e-5)
+    x = jnp.maximum(x * shaped("BatchNorm_0.weight") + shaped("BatchNorm_0.bias"), 0)
+    batch, channels, rows, columns = x.shape
+    x = x[:, :, : rows // 2 * 2, : columns // 2 * 2].reshape(batch, channels, rows // 2, 2, columns // 2, 2).max((3, 5))
+    x = x.reshape(batch, -1)
+    x = x[:, state.get("Dense_0.input_indices", np.arange(x.shape[1]))]
+    x = jnp.maximum(x @ state["Dense_0.weight"].T + state["Dense_0.bias"], 0)
+    return x @ state["Dense_1.weight"].T + state["Dense_1.bias"]
+
+
+def pruned(variables):
+    """Two channels and some inputs of the dense layer gone."""
+    params = variables["params"]
+    kernel = params["Dense_0"]["kernel"].at[jnp.array([0, 7, 19, 30])].set(0)
+    norm = jax.tree.map(lambda leaf: leaf.at[jnp.array([1, 4])].set(0), params["BatchNorm_0"])
+    return variables | {"params": params | {"Dense_0": params["Dense_0"] | {"kernel": kernel}, "BatchNorm_0": norm}}
+
+
+def test_the_torch_layout_computes_the_same_channels_first(net):
+    apply, variables, images = net
+    state = bcdl_jax.export.torch_state_dict(apply, variables, images)
+    assert state["Conv_0.weight"].shape == (6, 2, 3, 2)
+    assert state["Dense_0.weight"].shape == (5, 3 * 3 * 6)
+    assert "Dense_0.input_indices" not in state
+    np.testing.assert_allclose(channels_first(state, images), apply(variables, images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_torch_layout_of_a_shrunk_network_says_which_inputs_it_reads(net):
+    apply, variables, images = net
+    masked = pruned(variables)
+    small_apply, small, _ = bcdl_jax.shrink(apply, masked, images)
+    state = bcdl_jax.export.torch_state_dict(small_apply, small, images)
+    assert state["Conv_0.weight"].shape[0] == 4
+    assert state["Dense_0.weight"].shape[1] == len(state["Dense_0.input_indices"]) < 9 * 4
+    assert (np.diff(state["Dense_0.input_indices"]) > 0).all()
+    np.testing.assert_allclose(channels_first(state, images), apply(masked, images), rtol=1e-4, atol=1e-5)
+
+
+class Between(nn.Module):
+    """A flatten, something, and a dense layer."""
+
+    between: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(3, (2, 2))(x)
+        return nn.Dense(2)(self.between(x.reshape(len(x), -1)))
+
+
+def between(function, key):
+    images = jax.random.normal(key, (2, 3, 4, 2))
+    model = Between(function)
+    return model.apply, jax.jit(model.init)(key, images), images
+
+
+@pytest.mark.parametrize("function", [lambda x: x, nn.relu, nn.gelu, nn.silu, lambda x: x[:, ::-1][:, ::-1] * 2])
+def test_the_order_is_followed_through_activations(function, key):
+    apply, variables, images = between(function, key)
+    weight = bcdl_jax.export.torch_state_dict(apply, variables, images)["Dense_0.weight"]
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(weight, kernel.reshape(3, 4, 3, 2).transpose(3, 2, 0, 1).reshape(2, -1))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: nn.LayerNorm()(x),
+        lambda x: nn.BatchNorm(use_running_average=True)(x),
+        lambda x: jnp.concatenate([x, x[:, :1]], 1),
+        lambda x: x.reshape(len(x), 2, -1),
+        nn.softmax,
+    ],
+)
+def test_an_order_that_is_lost_is_refused(function, key):
+    with pytest.raises(ValueError, match="params/Dense_0/kernel reads values that were flattened and then mixed"):
+        bcdl_jax.export.torch_state_dict(*between(function, key))
+
+
+def test_channels_of_one_position_are_not_flattened(key):
+    tokens = jax.random.normal(key, (2, 5, 4))
+    for function in (lambda x: x[:, 0], lambda x: x.mean(1), lambda x: x):
+        apply = lambda params, x, function=function: function(x) @ params["kernel"]  # noqa: E731
+        kernel = jnp.arange(12.0).reshape(4, 3)
+        state = bcdl_jax.export.torch_state_dict(apply, {"kernel": kernel}, tokens)
+        assert set(state) == {"weight"}
+        np.testing.assert_array_equal(state["weight"], kernel.T)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.MultiHeadDotProductAttention(2),
+        nn.Conv(4, (2,), mask=jnp.ones((2, 4, 4))),
+        nn.ConvTranspose(4, (2,), (2,), transpose_kernel=True),
+    ],
+)
+def test_kernels_used_in_other_ways_are_refused(layer, key):
+    tokens = jax.random.normal(key, (2, 5, 4))
+    with pytest.raises(ValueError, match=r"params/.*kernel (of shape .* is not used as|belongs to a transposed)"):
+        bcdl_jax.export.torch_state_dict(layer.apply, layer.init(key, tokens), tokens)
+
+
+def test_torch_itself_computes_the_same(net):
+    torch = pytest.importorskip("torch")
+    apply, variables, images = net
+    state = {
+        name: torch.from_numpy(array)
+        for name, array in bcdl_jax.export.torch_state_dict(apply, variables, images).items()
+    }
+    layers = {
+        "Conv_0": torch.nn.Conv2d(2, 6, (3, 2)),
+        "BatchNorm_0": torch.nn.BatchNorm2d(6).eval(),
+        "Dense_0": torch.nn.Linear(54, 5),
+        "Dense_1": torch.nn.Linear(5, 4),
+    }
+    loaded = torch.nn.ModuleDict(layers).load_state_dict(state, strict=False)
+    assert not loaded.unexpected_keys
+    assert not loaded.missing_keys
+    with torch.no_grad():
+        x = torch.from_numpy(np.array(jnp.moveaxis(images, -1, 1)))
+        x = torch.nn.functional.max_pool2d(torch.relu(layers["BatchNorm_0"](layers["Conv_0"](x))), 2)
+        x = layers["Dense_1"](torch.relu(layers["Dense_0"](torch.flatten(x, 1))))
+    np.testing.assert_allclose(x.numpy(), apply(variables, images), rtol=1e-4, atol=1e-5)
+
+
+def test_names_arrays_and_metadata_come_back(net, conv_net, tmp_path):
+    _, variables, _ = net
+    path = tmp_path / "net.safetensors"
+    tree = variables | {
+        "scalar": jnp.float32(3),
+        "half": jnp.ones((2, 3), jnp.bfloat16),
+        "empty": jnp.zeros((0, 2), jnp.int8),
+    }
+    assert bcdl_jax.export_safetensors(path, tree, metadata={"trained_on": "noise"}) == path.stat().st_size
+    loaded = safetensors_numpy.load_file(path)
+    expected = {
+        jax.tree_util.keystr(key, simple=True, separator="."): leaf
+        for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    assert set(loaded) == set(expected)
+    for name, array in loaded.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name])
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata() == {"trained_on": "noise"}
+    assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+
+    _, params, _ = conv_net
+    bcdl_jax.export_safetensors(path, bcdl_jax.reduce_precision(params, 0.5))
+    loaded = safetensors_numpy.load_file(path)
+    assert set(loaded) == {
+        f"{layer}.{name}" for layer in ("Conv_0", "Conv_1", "Dense_0") for name in ("kernel", "bias")
+    }
+
+
+def test_embeddings_norms_and_other_arrays(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.LayerNorm()(nn.Embed(7, 5)(tokens))
+            return nn.Conv(3, (2,), use_bias=False)(x) * self.param("own", nn.initializers.ones, (3,))
+
+    tokens = jnp.array([[1, 2, 3], [4, 5, 6]])
+    params = Model().init(key, tokens)
+    state = bcdl_jax.export.torch_state_dict(Model().apply, params, tokens)
+    assert {name: array.shape for name, array in state.items()} == {
+        "Embed_0.weight": (7, 5),
+        "LayerNorm_0.weight": (5,),
+        "LayerNorm_0.bias": (5,),
+        "Conv_0.weight": (3, 5, 2),
+        "own": (3,),
+    }
+    np.testing.assert_array_equal(state["Conv_0.weight"], params["params"]["Conv_0"]["kernel"].transpose(2, 1, 0))
+
+
+def test_bad_input_is_refused(net, conv_net, key, tmp_path):
+    _, variables, images = net
+    with pytest.raises(ValueError, match="metadata has 'epochs': 3; both must be strings"):
+        bcdl_jax.export_safetensors(tmp_path / "a", variables, metadata={"epochs": 3})
+    model, params, inputs = conv_net
+    with pytest.raises(
+        ValueError, match="params hold a GroupNormalJeffreysPosterior; they must be arrays, as of mean_weights"
+    ):
+        bcdl_jax.export.torch_state_dict(lambda params, x: model.apply({"params": params}, x), params, inputs)
+    transposed = nn.ConvTranspose(3, (2, 2), (2, 2))
+    with pytest.raises(ValueError, match="params/kernel belongs to a transposed convolution"):
+        bcdl_jax.export.torch_state_dict(transposed.apply, transposed.init(key, images), images)
+    with pytest.raises(ValueError, match="would both be called x"):
+        bcdl_jax.export.torch_state_dict(
+            lambda params, x: x, {"x": {"weight": jnp.ones(1), "scale": jnp.ones(1)}}, images
+        )
+    with pytest.raises(ValueError, match="key is of type key<"):
+        bcdl_jax.export_safetensors(tmp_path / "a", {"key": key})
+    small = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), params, inputs)[1]
+    with pytest.raises(ValueError, match="variational layer that was shrunk; take mean_weights first"):
+        bcdl_jax.export_safetensors(tmp_path / "a", small)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from tests.conftest import CONV_CHAIN
+
+pytest.importorskip("flatbuffers")
+
+
+def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path):
+    model, params, inputs = conv_net
+    rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
+    pruned = bcdl_jax.prune(params, float(np.median(rates)), CONV_CHAIN)
+    reduced = bcdl_jax.reduce_precision(pruned, 0.25)
+    apply = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    small_apply, small, _ = bcdl_jax.shrink(apply, reduced, inputs)
+    path = tmp_path / "net.stablehlo"
+    assert bcdl_jax.export_stablehlo(path, small_apply, small, inputs) == path.stat().st_size
+    run = bcdl_jax.load_stablehlo(path)
+    for batch in (1, 3, 8):
+        images = jax.random.normal(jax.random.key(batch), (batch, *inputs.shape[1:]))
+        np.testing.assert_allclose(run(images), apply(reduced, images), rtol=1e-4, atol=1e-5)
+    np.save(tmp_path / "images.npy", inputs)
+    code = (
+        "import sys, jax, numpy as np; sys.modules['bcdl_jax'] = sys.modules['flax'] = None;"
+        f"run = jax.export.deserialize(bytearray(open({str(path)!r}, 'rb').read())).call;"
+        f"np.save({str(tmp_path / 'out.npy')!r}, run(np.load({str(tmp_path / 'images.npy')!r})))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), apply(reduced, inputs), rtol=1e-4, atol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npy", "net.stablehlo", "out.npy"]
+
+
+def test_for_cpu_is_exported_for_any_batch_size(tmp_path, key):
+    apply = lambda kernel, x: jax.nn.relu(jax.lax.conv(x, kernel, (1, 1), "SAME"))  # noqa: E731
+    kernel, images = jax.random.normal(key, (4, 2, 3, 3)), jax.random.normal(key, (9, 2, 6, 5))
+    bcdl_jax.export_stablehlo(tmp_path / "net", bcdl_jax.for_cpu(apply, examples_at_a_time=4), kernel, images)
+    np.testing.assert_allclose(
+        bcdl_jax.load_stablehlo(tmp_path / "net")(images), apply(kernel, images), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_loop_that_computes_with_the_batch_size_is_exported_as_such_or_refused(tmp_path):
+    """Also in a function with a derivative of its own, which is taken as it is."""
+
+    def apply(params, inputs):
+        @jax.custom_jvp
+        def mean(values):
+            return values / inputs.shape[0]
+
+        mean.defjvp(lambda values, moves: (mean(*values), mean(*moves)))
+        return jax.lax.fori_loop(0, 2, lambda _, values: mean(values @ params), inputs)
+
+    params, inputs = jnp.eye(3).at[2].set(0), jnp.ones((2, 3))
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    bcdl_jax.export_stablehlo(tmp_path / "net.stablehlo", small_apply, small, inputs)
+    exported = bcdl_jax.load_stablehlo(tmp_path / "net.stablehlo")
+    for size in (1, 2, 4):
+        others = jnp.ones((size, 3))
+        np.testing.assert_allclose(exported(others), apply(params, others), rtol=1e-6)
+
+
+def test_a_loop_beside_indexing_is_exported_for_any_batch_size(tmp_path, key):
+    """With a symbolic batch, JAX traces ``[:, -1]`` in another way than the network was shrunk with."""
+
+    class LastOutput(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            outputs = nn.RNN(nn.GRUCell(12))(inputs)[:, -1]
+            return nn.Dense(3, name="out")(jnp.where(outputs > 2, jnp.nan, outputs))
+
+    model, inputs = LastOutput(), jax.random.normal(key, (4, 8, 5))
+    params = model.init(key, inputs)["params"]
+    params["out"]["kernel"] = params["out"]["kernel"].at[:6].set(0)
+
+    def apply(params, inputs):
+        return model.apply({"params": params}, inputs)
+
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    assert small["out"]["kernel"].shape == (6, 3)
+    bcdl_jax.export_stablehlo(tmp_path / "net.stablehlo", small_apply, small, inputs)
+    exported = bcdl_jax.load_stablehlo(tmp_path / "net.stablehlo")
+    for size in (1, 4, 7):
+        others = jax.random.normal(jax.random.key(size), (size, 8, 5))
+        np.testing.assert_allclose(exported(others), apply(params, others), atol=1e-6)
+
+
+@pytest.mark.parametrize("export", [bcdl_jax.export_stablehlo, bcdl_jax.export_onnx])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_path):
+    if export is bcdl_jax.export_onnx:
+        pytest.importorskip("jax2onnx")
+    params, inputs = np.array([[1.0, 0], [2, 0]], np.float32), np.ones((3, 2), np.float32)
+    apply = lambda params, x: (x if len(x) > 4 else 2 * x) @ params  # noqa: E731
+    network = bcdl_jax.shrink(apply, params, inputs)[:2] if small else (apply, params)
+    with pytest.raises(ValueError, match="cannot be traced for any batch size, so it cannot be exported"):
+        export(tmp_path / "net", *network, inputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_and_arguments_that_are_wrong_are_named(tmp_path):
+    pytest.importorskip("jax2onnx")
+    apply, inputs = lambda params, x: params * x, np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"platforms are \['gpu'\]; allowed are cpu, cuda, rocm, tpu"):
+        bcdl_jax.export_stablehlo(tmp_path / "net", apply, 2.0, inputs, platforms=("gpu",))
+    for path in (tmp_path / "none" / "net", tmp_path):
+        for export in (bcdl_jax.export_stablehlo, bcdl_jax.export_onnx):
+            with pytest.raises(OSError, match=f"'{path}'"):
+                export(path, apply, 2.0, inputs)
+    assert not list(tmp_path.iterdir())
+    path = tmp_path / "net"
+    bcdl_jax.export_stablehlo(path, apply, 2.0, inputs)
+    whole = path.read_bytes()
+    for damaged in (b"", b"nothing of the kind", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a file of export_stablehlo, or it is damaged"):
+            bcdl_jax.load_stablehlo(path)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ModuleNotFoundError, match="export_onnx needs jax2onnx: pip install"):
+        bcdl_jax.export_onnx(tmp_path / "net", lambda params, x: x, {}, np.ones((3, 2)))
+    with pytest.raises(ModuleNotFoundError, match="export_safetensors needs safetensors: pip install"):
+        bcdl_jax.export_safetensors(tmp_path / "net", {"a": np.ones(2)})
+
+
+def test_inputs_without_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="are empty"):
+        bcdl_jax.export_stablehlo(tmp_path / "a", lambda params: params, np.float32(2), ())
+    with pytest.raises(ValueError, match="begin with a scalar"):
+        bcdl_jax.export_stablehlo(tmp_path / "a", lambda params, x: x * params, np.float32(2), np.float32(1))
