@@ -1,4 +1,4 @@
-"""Looks into compressed files: ``python -m bcdl_jax inspect FILE``, ``python -m bcdl_jax verify FILE``."""
+"""Inspects and verifies compressed files: ``python -m bcdl_jax inspect FILE``, ``python -m bcdl_jax verify FILE``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import os
 import sys
 from pathlib import Path
 
-from bcdl_jax.codec.file import CompressedFileError, RecordSummary, summarize
+from bcdl_jax.codec import CompressedFileError, RecordSummary, summarize
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command and returns the exit status.
+
+    Args:
+      arguments: The arguments of the command line, or None for those of the process.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m bcdl_jax", description="Looks into files that bcdl_jax.save wrote."
+        prog="python -m bcdl_jax", description="Inspects and verifies files that bcdl_jax.save wrote."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("inspect", "print shapes, kept indices, bits and bytes of every layer"),
-        ("verify", "decode the file and say whether it is whole"),
+        ("inspect", "print the shape, the kept indices, the bits and the bytes of each layer"),
+        ("verify", "decode the file and report any damage"),
     ):
         commands.add_parser(name, help=text, description=text.capitalize() + ".").add_argument("file", metavar="FILE")
     args = parser.parse_args(arguments)
@@ -34,28 +38,35 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         if args.command == "verify":
-            print(f"{args.file}: whole, {len(summaries)} layers and arrays, {len(data):,} bytes")
+            print(f"{args.file}: valid, {len(summaries)} layers and arrays, {len(data):,} bytes")
         else:
             print_summaries(summaries, len(data))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # A reader such as head closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def print_summaries(summaries: list[RecordSummary], size: int) -> None:
-    """A table of the layers of a file of ``size`` bytes."""
+    """Prints a table of the entries of a file.
+
+    Args:
+      summaries: The summaries of the entries.
+      size: The number of bytes of the file.
+    """
     width = max([5, *(len(summary.name) for summary in summaries)])
     print(f"{'entry':<{width}}  {'shape':<18} {'kept':<18} {'bits':>4} {'bytes':>10} {'bits/weight':>11}")
     for summary in summaries:
         kept = math.prod(summary.kept)
-        each = f"{8 * summary.bytes / kept:.2f}" if kept else "-"
-        shape, left = ("x".join(map(str, sizes)) or "scalar" for sizes in (summary.shape, summary.kept))
-        print(f"{summary.name:<{width}}  {shape:<18} {left:<18} {summary.bits:>4} {summary.bytes:>10,.0f} {each:>11}")
-    whole = sum(math.prod(summary.shape) + summary.biases for summary in summaries)
-    print(f"{size:,} bytes; these weights and biases in float32: {4 * whole:,} bytes ({4 * whole / size:.1f}x)")
+        rate = f"{8 * summary.bytes / kept:.2f}" if kept else "-"
+        shape, kept_shape = ("x".join(map(str, sizes)) or "scalar" for sizes in (summary.shape, summary.kept))
+        print(
+            f"{summary.name:<{width}}  {shape:<18} {kept_shape:<18} {summary.bits:>4} {summary.bytes:>10,.0f} {rate:>11}"
+        )
+    numbers = sum(math.prod(summary.shape) + summary.biases for summary in summaries)
+    print(f"{size:,} bytes; these weights and biases in float32: {4 * numbers:,} bytes ({4 * numbers / size:.1f}x)")
     print(
-        "bits: of an integer as it is; bits/weight: in the file, with the layer's biases, steps and sets of kept indices."
+        "bits: width of an integer; bits/weight: size in the file, with biases, steps and kept indices, per kept weight."
     )
 
 

@@ -1,4 +1,4 @@
-"""Writing a file so that it is never half there."""
+"""Atomic writing of files: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes bytes under a temporary name beside the file, and renames it once it is complete.
+    """Writes bytes to a temporary file in the same directory, and renames it when it is complete.
+
+    Args:
+      path: The file.
+      data: The bytes.
 
     Raises:
-      OSError: it cannot be written; nothing is left behind.
+      OSError: The file cannot be written. No temporary file remains.
     """
     check_writable(path)
     target = Path(path)
@@ -23,17 +27,22 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except OSError as error:  # speaks of the temporary name
+    except OSError as error:  # This error names the temporary file.
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Says early, before long work, what would keep a file from being written.
+    """Checks before long work that a file can be written.
+
+    Args:
+      path: The file.
 
     Raises:
-      FileNotFoundError, NotADirectoryError, IsADirectoryError: the directory does not exist, or the path is a directory.
+      FileNotFoundError: The directory of the file does not exist.
+      NotADirectoryError: The parent of the file is not a directory.
+      IsADirectoryError: The path is a directory.
     """
     target = Path(path)
     if target.is_dir():

@@ -1,112 +1,15 @@
-"""LeNet-300-100 on MNIST: ``python -m experiments.lenet300``.
-
-What the recipes came to on full MNIST: test error after precision reduction, ``rate_paper`` after pruning and after that, minutes for so
-many seeds on so many cores. More is in the README's table.
-
-    gnj        1.79 %   10x   45x  28, three seeds, one core
-    ghs        1.79 %    9x   40x  29, three seeds, one core
-    sparse_vd  1.87 %   23x  109x  19, three seeds, one core
-    dc         1.65 %    6x   41x   1, one seed, two cores
-    dns        1.84 %   32x  205x   2, one seed, one core
-    sws        1.85 %   13x   84x   8, one seed, one core
-"""
+"""LeNet-300-100 on MNIST: ``python -m experiments.lenet300``. The recipes and their results are in ``experiments/registry/recipes/lenet300.py``."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 
-from experiments.cli import command_line
-from experiments.io.data import EMBEDDED
-from experiments.pipeline.recipe import PlainRecipe, Recipe
+from experiments.cli import run
+from experiments.registry import EXPERIMENTS
 
-CHAIN = ("Dense_0", "Dense_1", "Dense_2")
-PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "feature_importance.gif", "log_dropout_rates.png")
-
-_FULL = Recipe(
-    epochs=180,
-    fine_tune_epochs=60,
-    fine_tune_learning_rate=2e-4,
-    warmup_epochs=50,
-    kl_weight=0.8,
-    fine_tune_kl_weight=0.1,
-)
-_EMBEDDED = dataclasses.replace(
-    _FULL,
-    epochs=100,
-    fine_tune_epochs=30,
-    batch_size=32,
-    learning_rate=1e-3,
-    fine_tune_learning_rate=2e-3,
-    kl_weight=1.0,
-    fine_tune_kl_weight=0.6,
-    log_variance_factor=4.0,
-    fine_tune_averaging_epochs=6,
-    max_pruning_change=0.01,
-    max_rounding_change=0.002,
-)
-
-_SPARSE = dataclasses.replace(
-    _FULL,
-    epochs=150,
-    fine_tune_epochs=25,
-    log_variance_factor=4.0,
-    kl_weight=0.6,
-    max_pruning_change=0.004,
-    max_rounding_change=0.0005,
-)
-
-_PRETRAINED = PlainRecipe(epochs=60, fine_tune_epochs=5, fine_tune_learning_rate=5e-4, pretrain_epochs=20)
-_LEVELS = (32, 32, 16)
-_PLAIN = {
-    "dc": {
-        "mnist": dataclasses.replace(
-            _PRETRAINED, weight_decay=0.03, dropout=0.1, levels=_LEVELS, kept=(0.075, 0.1, 0.4), rounds=3
-        ),
-    },
-    "dns": {
-        "mnist": dataclasses.replace(_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(5.5, 4.3, 1.3)),
-        # Gentler, since a few steps cannot make up for much; not tuned.
-        EMBEDDED: dataclasses.replace(_PRETRAINED, weight_decay=0.05, levels=_LEVELS, spread=(3.0, 2.5, 1.0)),
-    },
-    "sws": {
-        "mnist": dataclasses.replace(
-            _PRETRAINED,
-            epochs=90,
-            learning_rate=1e-3,
-            weight_decay=0.05,
-            dropout=0.1,
-            components=24,
-            zero_proportion=0.99999,
-            deviations=(0.024, 0.033, 0.013),
-            prior_weights=(0.03, 0.03, 0.002),
-            mixture_learning_rate=1e-4,
-        ),
-        # One round, since a few steps cannot make up for much; not tuned.
-        EMBEDDED: dataclasses.replace(_PRETRAINED, learning_rate=1e-3),
-    },
-}
-
-EXPERIMENT = command_line.Experiment(
-    name="lenet300",
-    title="LeNet-300-100",
-    model="LeNet300",
-    chain=CHAIN,
-    pictures=PICTURES,
-    recipes={
-        **_PLAIN,
-        # Longer, and with less of the KL, which fits better and prunes as much.
-        "gnj": {"mnist": dataclasses.replace(_FULL, epochs=260, kl_weight=0.7), EMBEDDED: _EMBEDDED},
-        # Its fine-tuning makes up for the loss of half of the groups that are left.
-        "ghs": {"mnist": dataclasses.replace(_FULL, max_pruning_change=0.13), EMBEDDED: _EMBEDDED},
-        "sparse_vd": {"mnist": _SPARSE, EMBEDDED: _EMBEDDED},
-    },
-    quick={"epochs": 3, "fine_tune_epochs": 1, "warmup_epochs": 0},
-)
-
-main = functools.partial(command_line.main, EXPERIMENT)
-
+EXPERIMENT = EXPERIMENTS["lenet300"]
+main = functools.partial(run.main, EXPERIMENT)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._tree import PyTree, map_named_layers, values_by_layer
-from bcdl_jax.compression.quantization import QuantizedLayer, integer_bits
+from bcdl_jax.compression.quantization import integer_bits
+from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 

@@ -1,6 +1,7 @@
-"""The compressed file: a params tree of integers in as few bytes as they can be coded in. FORMAT.md specifies it."""
+"""The compressed file: params trees of integers, entropy-coded. FORMAT.md specifies it byte by byte."""
 
-from bcdl_jax.codec.file import CompressedFileError, RecordSummary, decode, encode, load, save, summarize
+from bcdl_jax.codec.file import RecordSummary, decode, encode, load, save, summarize
+from bcdl_jax.codec.format import CompressedFileError
 
 __all__ = [
     "CompressedFileError",

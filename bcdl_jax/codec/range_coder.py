@@ -1,7 +1,7 @@
-"""A binary range coder: bits with 16-bit probabilities to bytes and back, in integer arithmetic alone.
+"""A binary range coder: bits with 16-bit probabilities to bytes and back, in integer arithmetic.
 
-The carry-propagating coder of LZMA [Pavlov 1998, after Martin 1979], but for the ending: as few bytes are written as tell the bits
-apart, and a decoder reads zeros beyond the end.
+It is the carry-propagating coder of LZMA [Pavlov 1998, after Martin 1979] with another ending: the encoder drops the zero bytes at the
+end, and the decoder reads zeros beyond the end.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ _MASK = (1 << 32) - 1
 
 
 class Encoder:
-    """Takes bits, gives bytes."""
+    """Encodes bits to bytes."""
 
     def __init__(self) -> None:
         self._low, self._range = 0, _MASK
-        self._cache, self._pending = 0, 0  # the last byte, and how many 0xFF after it, that a carry may still change
+        # The last byte and the number of bytes 0xFF after it. A carry may still change them.
+        self._cache, self._pending = 0, 0
         self._started = False
         self._out = bytearray()
 
     def encode(self, bits: Sequence[int], probabilities: Sequence[int]) -> None:
-        """Codes bits (0 or 1), each with the probability that it is 1, in units of 2^-16, from 1 to 65535."""
+        """Encodes bits.
+
+        Args:
+          bits: The bits, 0 or 1.
+          probabilities: For each bit, the probability that it is 1, in units of 2^-16, from 1 to 65535.
+        """
         low, size = self._low, self._range
         for bit, probability in zip(bits, probabilities, strict=True):
             bound = (size >> PROBABILITY_BITS) * probability
@@ -39,7 +45,7 @@ class Encoder:
         self._low, self._range = low, size
 
     def encode_raw(self, value: int, bits: int) -> None:
-        """Codes the lowest ``bits`` bits of a number, highest first, at one bit each."""
+        """Encodes the lowest ``bits`` bits of a number, highest first, each with probability 1/2."""
         for place in range(bits - 1, -1, -1):
             self._range >>= 1
             if value >> place & 1:
@@ -49,7 +55,7 @@ class Encoder:
                 self._low = self._shift(self._low)
 
     def copy(self) -> Encoder:
-        """A coder in the same state, to go back to."""
+        """A second encoder in the same state."""
         other = Encoder()
         other.__dict__.update(self.__dict__)
         other._out = bytearray(self._out)
@@ -57,7 +63,7 @@ class Encoder:
 
     @property
     def bits_written(self) -> float:
-        """How much information was put in so far."""
+        """The amount of information encoded so far, in bits."""
         return 8 * (len(self._out) + self._pending + self._started) + 32 - math.log2(self._range)
 
     def _shift(self, low: int) -> int:
@@ -72,8 +78,8 @@ class Encoder:
         return (low << 8) & _MASK
 
     def finish(self) -> bytes:
-        """The bytes of all that was coded. The coder can't be used afterwards."""
-        # Of all numbers in [low, low + range) the one with the most zeros at its end.
+        """The bytes of all encoded bits. The encoder cannot be used afterwards."""
+        # The number in [low, low + range) with the most zeros at its end gives the fewest bytes.
         for zeros in range(32, -1, -1):
             value = -(-self._low >> zeros) << zeros
             if value < self._low + self._range:
@@ -81,12 +87,12 @@ class Encoder:
         self._low = value
         for _ in range(5):
             self._low = self._shift(self._low)
-        # Not more than the decoder reads ahead, so that a stream that was cut short shows.
+        # The decoder reads 4 bytes ahead. If more zeros were dropped, it could not detect a truncated stream.
         return bytes(self._out[:-4] + self._out[-4:].rstrip(b"\0"))
 
 
 class Decoder:
-    """Takes bytes, gives the bits back, if asked with the same probabilities in the same order."""
+    """Decodes the bits from the bytes of an ``Encoder``, given the same probabilities in the same order."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._place = data, 4
@@ -95,21 +101,21 @@ class Decoder:
 
     @property
     def bits_read(self) -> float:
-        """How much information was taken out so far."""
+        """The amount of information decoded so far, in bits."""
         return 8 * (self._place - 4) + 32 - math.log2(self._range)
 
     @property
     def bytes_left(self) -> int:
-        """How many bytes were not read at all."""
+        """The number of bytes that were not read."""
         return max(0, len(self._data) - self._place)
 
     @property
     def bytes_beyond_the_end(self) -> int:
-        """How many bytes were read after the last one: at most 4 if the data is whole."""
+        """The number of bytes read after the last one, at most 4 if the data is complete."""
         return max(0, self._place - len(self._data))
 
     def decode(self, probabilities: Iterable[int]) -> list[int]:
-        """The next bits, one for each probability."""
+        """Decodes the next bits, one for each probability."""
         code, size, data, place, length = self._code, self._range, self._data, self._place, len(self._data)
         bits = []
         for probability in probabilities:
@@ -129,7 +135,7 @@ class Decoder:
         return bits
 
     def decode_raw(self, bits: int) -> int:
-        """The next number of that many bits."""
+        """Decodes a number of ``bits`` bits that ``encode_raw`` wrote."""
         value = 0
         for _ in range(bits):
             self._range >>= 1

@@ -1,4 +1,4 @@
-"""From a trained deterministic network to a variational one, and back."""
+"""Conversions between a variational network and its plain twin, a deterministic network with the same layers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree, check_not_stacked, layer_name, path_name, plain_layers
-from bcdl_jax.compression.quantization import QuantizedLayer
+from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 
 def from_trained(params: PyTree, trained: PyTree) -> PyTree:
-    """Variational params whose means are a trained net's weights.
+    """Sets the posterior means of a variational network to the weights of a trained plain network.
 
-    The posterior means are set such that the mean network computes what the trained one does: the kernel (and the bias of a convolution) is
-    divided by the mean of its group scale. Everything else, such as variances, stays as in ``params``.
+    The network with mean weights then computes the same outputs as the trained one. For this, the kernel (and the bias of a convolution) is
+    divided by the mean of its group scale. Variances and scales stay as in ``params``.
 
     Args:
-      params: fresh params of the variational network, from ``model.init``.
-      trained: params of its deterministic twin: the same tree with ``{"kernel": ..., "bias": ...}`` in place of each variational layer.
-        ``{"Dense_0/kernel": ...}``, with paths as keys, works too.
+      params: The params of the variational network, from ``model.init``.
+      trained: The params of the plain twin: the same tree with ``{"kernel": ..., "bias": ...}`` in place of each variational layer, or a flat
+        mapping whose keys are paths, ``{"Dense_0/kernel": ...}``.
 
     Returns:
-      A tree like ``params``. Parameters that have no posterior are copied from ``trained``.
+      A tree like ``params``. Parameters without a posterior are copied from ``trained``.
 
     Raises:
-      ValueError: ``trained`` lacks an array, has one too many, or one of another shape; the path is named. Or a layer of ``params`` is
-        several, stacked.
+      ValueError: ``trained`` lacks an array, has an extra array, or has an array of another shape; the error names its path. Or a node of
+        ``params`` holds several stacked layers.
     """
     given = _flatten(trained)
     used: set[str] = set()
@@ -65,17 +65,17 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
 
 
 def mean_weights(params: PyTree) -> PyTree:
-    """The weights of the deterministic twin, built of plain layers such as ``flax.linen.Dense`` and ``Conv``.
+    """The params of the plain twin, a network of layers such as ``flax.linen.Dense`` and ``Conv``.
 
     Args:
-      params: a tree with variational layers, pruned or not, or with layers of reduced precision. Other parameters stay as they are.
+      params: A tree with variational layers, pruned or not, or with quantised layers. Other parameters stay as they are.
 
     Returns:
-      The tree with ``{"kernel": ..., "bias": ...}`` in place of each such layer: posterior means, or the rounded weights; zero where
-      pruned, so that ``shrink`` can cut the twin.
+      The tree with ``{"kernel": ..., "bias": ...}`` in place of each such layer: the posterior means or the rounded weights, exactly zero
+      where pruned, so that ``shrink`` can cut the twin.
 
     Raises:
-      ValueError: a variational layer was shrunk, and so has lost what its moments need.
+      ValueError: A variational layer was shrunk, which removes arrays that its moments need.
     """
 
     def weights(layer: Any) -> dict[str, jax.Array]:
@@ -85,7 +85,7 @@ def mean_weights(params: PyTree) -> PyTree:
             and layer.kernel_mean.size
         ):
             raise ValueError(
-                "params hold a variational layer that was shrunk; take mean_weights first, and shrink the twin."
+                "params holds a variational layer that was shrunk; take mean_weights first, then shrink the plain twin."
             )
         kernel, bias = layer.mean_weights()
         return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
@@ -95,13 +95,14 @@ def mean_weights(params: PyTree) -> PyTree:
 
 @jax.jit
 def weight_variances(params: PyTree) -> PyTree:
-    """Posterior variances of the weights of the plain twin, a tree like that of ``mean_weights``.
+    """The posterior variances of the params of the plain twin, in a tree with the structure of ``mean_weights(params)``.
 
     Args:
       params: A tree with variational layers, pruned or not. Other parameters have variance 0.
 
     Returns:
-      The tree with ``{"kernel": ..., "bias": ...}`` in place of each variational layer: variances of kernel * scale, zero where pruned.
+      The tree with ``{"kernel": ..., "bias": ...}`` in place of each variational layer: the variances of the weights and biases in use,
+      zero where pruned.
 
     Raises:
       ValueError: The tree holds no variational layer.
@@ -116,7 +117,7 @@ def weight_variances(params: PyTree) -> PyTree:
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
-    """Arrays by path, joined by "/"."""
+    """The arrays of a nested tree by their paths, joined by "/"."""
     flat: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         if isinstance(value, Mapping | list | tuple):

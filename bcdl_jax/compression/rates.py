@@ -1,4 +1,4 @@
-"""How much smaller: compression rates of a pruned or quantised params tree against the float32 network."""
+"""Compression rates: the size of the whole network in float32, divided by the size of a pruned or quantised params tree."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree, find_single_layers
-from bcdl_jax.compression.quantization import QuantizedLayer
+from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.posterior import Posterior
 
 _FLOAT_BITS = 32
+_Layer = Posterior | QuantizedLayer
 
 
 @jax.jit
 def rate_paper(params: PyTree) -> jax.Array:
-    """The paper's rate: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
+    """The rate of the paper's table: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
 
-    Counts kernels only. A kept weight takes 32 bits after pruning and its layer's bits after precision reduction; where weights were pruned
-    one by one, as many bits more for its index. So the paper charges methods without groups, as far as its table tells: twice the bits after
-    pruning, and a quarter of that after precision reduction, which indices of 32 bits would not allow. Infinite if nothing is kept, never NaN.
+    It counts kernels alone. A kept weight takes 32 bits after pruning, and its layer's bits after precision reduction. In a layer with pruned
+    single weights, each kept weight takes the same number of bits again for its index. The paper does not state the size of an index. Its table
+    suggests this rule: methods that prune single weights pay twice the bits after pruning, and a quarter of that after precision reduction,
+    which is less than an index of 32 bits would take.
 
     Args:
-      params: tree with variational_layers or quantised layers.
+      params: A tree with variational or quantised layers.
+
+    Returns:
+      The rate, a scalar. It is infinite if nothing is kept, and never NaN.
 
     Raises:
-      ValueError: there are neither.
+      ValueError: The tree holds no such layer.
     """
     layers = _layers(params).values()
     # A Python float: the bits of a large network exceed 32-bit integers.
@@ -38,17 +43,19 @@ def rate_paper(params: PyTree) -> jax.Array:
 
 @jax.jit
 def rate_paper_maximum(params: PyTree) -> jax.Array:
-    """The paper's maximum rate: bits of all weights in float32 / those of the kept weights under an ideal entropy code [L17 section 4.2].
+    """The paper's maximum rate: bits of all weights in float32 / bits of the kept weights under an ideal entropy code [L17 section 4.2].
 
-    The steps, or levels, of a layer are its clusters. A kept weight takes the entropy of its layer's clusters, in bits; where weights were
-    pruned one by one, the positions take the entropy of kept or not for every weight. As in the paper's estimate, kernels alone are counted, and
-    neither code tables nor steps; the real size is that of the file. Infinite if nothing is kept.
+    A kept weight takes the entropy of its layer's integers in bits. If single weights were pruned, every weight also takes the entropy of being
+    kept or pruned. As in the paper's estimate, this counts kernels alone, without code tables and steps. ``codec.save`` writes a real file.
 
     Args:
-      params: tree with quantised layers.
+      params: A tree with quantised layers.
+
+    Returns:
+      The rate, a scalar. It is infinite if nothing is kept.
 
     Raises:
-      ValueError: there are none.
+      ValueError: The tree holds no quantised layer.
     """
     layers = find_single_layers(params, QuantizedLayer).values()
     before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
@@ -69,7 +76,7 @@ def _entropy_bits(layer: QuantizedLayer) -> jax.Array:
 
 
 def _entropy(counts: jax.Array) -> jax.Array:
-    """Of as many symbols, together, in bits."""
+    """The entropy of a sequence in bits, from the number of times that each symbol occurs."""
     total = jnp.sum(counts)
     shares = jnp.where(counts > 0, counts, 1) / jnp.maximum(total, 1)
     return jnp.sum(jnp.where(counts > 0, -counts * jnp.log2(shares), 0))
@@ -77,17 +84,24 @@ def _entropy(counts: jax.Array) -> jax.Array:
 
 @jax.jit
 def rate(params: PyTree) -> jax.Array:
-    """The rate with everything counted: bits of all parameters in float32 / bits of all that must be stored.
+    """The rate that counts everything: bits of all parameters in float32 / bits that must be stored.
 
-    Stored are the kept weights and biases at their layer's bits (32 after pruning alone), one 32-bit step, or the levels, for each quantised array, one bit
-    per group for the set of kept groups of every layer that lost any, and parameters outside the variational layers at 32 bits. Where
-    weights were pruned one by one, their set takes one bit per weight, or 32 bits per kept weight if that is less.
+    The stored bits are the sum of:
+
+    * kept weights and biases: their layer's bits each, or 32 before precision reduction;
+    * steps: 32 bits for each quantised array, or 32 bits for each of its levels;
+    * the set of kept groups: one bit per group, in each layer that lost a group;
+    * the set of kept weights, in a layer that prunes single weights: one bit per weight, or 32 bits per kept weight if that is less;
+    * parameters outside the variational layers: 32 bits each.
 
     Args:
-      params: tree with variational_layers or quantised layers.
+      params: A tree with variational or quantised layers.
+
+    Returns:
+      The rate, a scalar.
 
     Raises:
-      ValueError: there are neither.
+      ValueError: The tree holds no such layer.
     """
     layers = _layers(params).values()
     outside = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)]
@@ -101,49 +115,58 @@ def rate(params: PyTree) -> jax.Array:
 
 @jax.jit
 def layer_bits(params: PyTree) -> dict[str, jax.Array]:
-    """Bits per kept weight of each layer, int32 by layer name."""
+    """The number of bits per kept weight of each layer.
+
+    Args:
+      params: A tree with variational or quantised layers.
+
+    Returns:
+      The bits by layer name, int32: 32 for a variational layer.
+
+    Raises:
+      ValueError: The tree holds no such layer.
+    """
     return {name: jnp.asarray(_bits(layer), jnp.int32) for name, layer in _layers(params).items()}
 
 
-Layer = Posterior | QuantizedLayer
-
-
 def _is_layer(node: Any) -> bool:
-    return isinstance(node, Posterior | QuantizedLayer)
+    return isinstance(node, _Layer)
 
 
-def _layers(params: PyTree) -> dict[str, Layer]:
+def _layers(params: PyTree) -> dict[str, _Layer]:
     return find_single_layers(params, (Posterior, QuantizedLayer))
 
 
-def _bits(layer: Layer) -> jax.Array | int:
+def _bits(layer: _Layer) -> jax.Array | int:
     return layer.kernel_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
 
 
-def _kernel_bits(layer: Layer) -> jax.Array:
+def _kernel_bits(layer: _Layer) -> jax.Array:
     return layer.kept_weights() * _bits(layer)
 
 
-def _index_bits(layer: Layer) -> jax.Array | int:
+def _index_bits(layer: _Layer) -> jax.Array | int:
+    """The bits of all indices in the paper's count: none as long as no weight is pruned."""
     if not layer.prunes_weights:
         return 0
     kept = layer.kept_weights()
     return jnp.where(kept < math.prod(layer.kernel_shape), kept * _bits(layer), 0)
 
 
-def _bias_size(layer: Layer) -> int:
+def _bias_size(layer: _Layer) -> int:
     bias = layer.bias if isinstance(layer, QuantizedLayer) else layer.bias_mean
     return 0 if bias is None else bias.size
 
 
-def _bias_bits(layer: Layer) -> jax.Array | int:
+def _bias_bits(layer: _Layer) -> jax.Array | int:
     if not _bias_size(layer):
         return 0
     bits: Any = layer.bias_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
     return jnp.sum(layer.output_mask > 0, dtype=jnp.float32) * bits
 
 
-def _overhead_bits(layer: Layer) -> jax.Array | int:
+def _overhead_bits(layer: _Layer) -> jax.Array | int:
+    """The bits of steps or levels, and of the set of kept groups or weights."""
     steps = 0
     if isinstance(layer, QuantizedLayer):
         steps = (_bias_size(layer) > 0) + (1 if layer.kernel_levels is None else layer.kernel_levels.size)

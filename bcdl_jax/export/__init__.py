@@ -1,8 +1,9 @@
-"""Networks and weights for other runtimes and frameworks."""
+"""Networks and weights as files for other runtimes and frameworks."""
 
 from bcdl_jax.export.onnx import export_onnx
-from bcdl_jax.export.safetensors import export_safetensors, torch_state_dict
+from bcdl_jax.export.safetensors import export_safetensors
 from bcdl_jax.export.stablehlo import export_stablehlo, load_stablehlo
+from bcdl_jax.export.torch import torch_state_dict
 
 __all__ = [
     "export_onnx",

@@ -1,11 +1,12 @@
-"""Running a network elsewhere: as ONNX, for onnxruntime and whatever else reads it."""
+"""Networks as ONNX, for onnxruntime and other runtimes."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,39 +15,40 @@ import jax.numpy as jnp
 from jax import lax
 
 from bcdl_jax._atomic_file import check_writable, write_atomically
-from bcdl_jax.export.stablehlo import any_batch_or_error, inputs_of_any_batch
-from bcdl_jax.graph.program import CUSTOM, Rule, Step, evaluate_elementwise, trace
-
-PyTree = Any
+from bcdl_jax._tree import PyTree
+from bcdl_jax.export.symbolic_batch import batch_size_errors, symbolic_inputs
+from bcdl_jax.graph.primitives import CUSTOM, evaluate_elementwise
+from bcdl_jax.graph.program import Rule, Step
+from bcdl_jax.graph.tracing import trace
 
 
 def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], params: PyTree, example_inputs: Any) -> int:
-    """Writes a network, its params inside, as ONNX. Needs ``jax2onnx`` (``pip install -e '.[onnx]'``).
+    """Writes a network with its params as ONNX. Needs ``jax2onnx`` (``pip install -e '.[onnx]'``).
 
     Args:
-      path: the file. It is written under a temporary name and then renamed.
-      apply: ``apply(params, *inputs)``, such as the small function of ``shrink``.
-      params: its params.
-      example_inputs: a tuple of inputs, or a single array, for their shapes and dtypes. The leading axis of the first array, wherever it stands in
-        front, becomes a batch of any size.
+      path: The file. It is written under a temporary name and then renamed.
+      apply: The network, ``apply(params, *inputs)``, such as the small function from ``shrink``.
+      params: The params of the network.
+      example_inputs: A tuple of inputs, or a single array, for their shapes and dtypes. The first array begins with the batch axis. It and
+        each other leading axis of the same length get a variable size.
 
     Returns:
       The number of bytes of the file.
 
     Raises:
-      ValueError: an input has no leading axis, or the network cannot run at any batch size.
-      OSError: the file cannot be written.
+      ValueError: The first input has no leading axis, or the network does not run at every batch size.
+      OSError: The file cannot be written.
       ModuleNotFoundError: jax2onnx is not installed.
-      NotImplementedError: the network uses a primitive that has no counterpart in ONNX, or whose conversion fails; what was said of it follows.
+      NotImplementedError: A primitive of the network has no counterpart in ONNX, or its conversion fails.
     """
     try:
-        from jax2onnx import to_onnx  # takes seconds
+        from jax2onnx import to_onnx  # This import takes seconds.
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("export_onnx needs jax2onnx: pip install -e '.[onnx]'.") from error
     check_writable(path)
-    inputs = inputs_of_any_batch(example_inputs)
-    # Traced before the conversion, which puts primitives of its own in the place of many functions of JAX and Flax.
-    with any_batch_or_error():
+    inputs = symbolic_inputs(example_inputs)
+    # jax2onnx replaces many functions of JAX and Flax by primitives of its own, so the network is traced before the conversion.
+    with batch_size_errors():
         program = trace(lambda *arguments: apply(params, *arguments), *inputs)
     rules: dict[str, Rule] = {
         "conv_general_dilated": _convolution,
@@ -58,24 +60,33 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
     def run(*leaves: jax.Array) -> PyTree:
         return program.run(leaves, rules)
 
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of types that no reader needs
     try:
-        model = to_onnx(run, jax.tree.leaves(inputs), model_name="network")
+        with _only_errors_logged("onnx_ir"):
+            model = to_onnx(run, jax.tree.leaves(inputs), model_name="network")
     except Exception as error:
         names = ", ".join(sorted({step.name for step in program.steps}))
         raise NotImplementedError(
-            f"The network could not be written as ONNX; it consists of {names}. {error}"
+            f"The network could not be converted to ONNX; its primitives are {names}. {error}"
         ) from error
-    finally:
-        logger.setLevel(level)
     data = model.SerializeToString()
     write_atomically(path, data)
     return len(data)
 
 
+@contextlib.contextmanager
+def _only_errors_logged(name: str) -> Iterator[None]:
+    """Silences the warnings of a logger: onnx_ir warns of types that no reader needs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _without_custom_derivative(step: Step, *operands: jax.Array) -> Any:
+    """Runs an elementwise function with a custom derivative as its primitives: ONNX has no such functions."""
     inside = step.params["call_jaxpr"]
     if not step.elementwise or len(step.outputs) != 1:
         return None
@@ -84,7 +95,10 @@ def _without_custom_derivative(step: Step, *operands: jax.Array) -> Any:
 
 
 def _convolution(step: Step, values: jax.Array, kernel: jax.Array) -> jax.Array | None:
-    """A three-dimensional convolution, which jax2onnx does not know, as a two-dimensional one that reads all planes of the window as channels."""
+    """Runs a three-dimensional convolution as a two-dimensional one, which reads the planes of the window as channels.
+
+    jax2onnx does not support three-dimensional convolutions.
+    """
     params = step.params
     numbers = params["dimension_numbers"]
     groups = params["feature_group_count"]
@@ -119,29 +133,39 @@ def _convolution(step: Step, values: jax.Array, kernel: jax.Array) -> jax.Array 
     return outputs.transpose([place[axis] for axis in range(5)])
 
 
-def _max_pool(step: Step, values: jax.Array) -> jax.Array | None:
-    """The primitive pools over all axes; pooling over the inner ones alone is what ONNX knows."""
+def _max_pool(step: Step, values: jax.Array) -> jax.Array:
     return _pool(step, values, nn.max_pool, -jnp.inf)
 
 
-def _sum_pool(step: Step, values: jax.Array) -> jax.Array | None:
-    pooled = _pool(step, values, nn.avg_pool, 0)
-    return None if pooled is None else pooled * math.prod(step.params["window_dimensions"])
+def _sum_pool(step: Step, values: jax.Array) -> jax.Array:
+    return _pool(step, values, nn.avg_pool, 0) * math.prod(step.params["window_dimensions"])
 
 
-def _pool(step: Step, values: jax.Array, pool: Callable[..., jax.Array], neutral: float) -> jax.Array | None:
+def _pool(step: Step, values: jax.Array, pool: Callable[..., jax.Array], neutral: float) -> jax.Array:
+    """Runs a window reduction over all axes as a pooling over the inner axes, the only one that ONNX has.
+
+    Args:
+      step: The window reduction.
+      values: Its operand.
+      pool: The pooling function of Flax.
+      neutral: The value that padding adds to a window without effect.
+    """
     params = step.params
     window, strides, padding = (params[name] for name in ("window_dimensions", "window_strides", "padding"))
     dilations = {*params["base_dilation"], *params.get("window_dilation", (1,))}
     if dilations != {1} or any(min(pair) < 0 for pair in padding) or not jnp.issubdtype(values.dtype, jnp.floating):
-        raise NotImplementedError(f"{step.name} of {values.dtype} with dilation or negative padding.")
+        raise NotImplementedError(
+            f"{step.name} of {values.dtype} cannot be converted; it must be of floats, without dilation and without negative padding."
+        )
     others = [axis for axis in range(values.ndim) if (window[axis], strides[axis], *padding[axis]) == (1, 1, 0, 0)]
     others = [others[0], others[-1]] if len(others) > 1 else []
     axes = [axis for axis in range(values.ndim) if axis not in others]
     if not others or not axes:
-        raise NotImplementedError(f"{step.name} over all of {values.ndim} axes.")
+        raise NotImplementedError(
+            f"{step.name} of {values.ndim} axes with window {window} cannot be converted; it needs two axes without pooling and one more."
+        )
     order = [others[0], *axes, others[1]]
-    if any(map(any, padding)):  # jax2onnx passes over the padding of a pool
+    if any(map(any, padding)):  # jax2onnx ignores the padding of a pooling.
         values = jnp.pad(values, padding, constant_values=neutral)
     pooled = pool(
         values.transpose(order),

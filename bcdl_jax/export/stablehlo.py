@@ -1,19 +1,18 @@
-"""Running a network elsewhere: as StableHLO, which needs JAX alone and none of the code that made it."""
+"""Networks as StableHLO, which runs with JAX alone, without the code of the model."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from bcdl_jax._atomic_file import check_writable, write_atomically
+from bcdl_jax._tree import PyTree
+from bcdl_jax.export.symbolic_batch import batch_size_errors, symbolic_inputs
 
-PyTree = Any
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -25,29 +24,31 @@ def export_stablehlo(
     *,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> int:
-    """Writes a network, its params inside, as serialised StableHLO. Needs ``flatbuffers`` (``pip install -e '.[export]'``).
+    """Writes a network with its params as serialised StableHLO. Needs ``flatbuffers`` (``pip install -e '.[export]'``).
 
     Args:
-      path: the file. It is written under a temporary name and then renamed.
-      apply: ``apply(params, *inputs)``, such as the small function of ``shrink``.
-      params: its params.
-      example_inputs: a tuple of inputs, or a single array, for their shapes and dtypes. The leading axis of the first array, wherever it stands in
-        front, becomes a batch of any size.
-      platforms: where it shall run, of "cpu", "cuda", "rocm" and "tpu".
+      path: The file. It is written under a temporary name and then renamed.
+      apply: The network, ``apply(params, *inputs)``, such as the small function from ``shrink``.
+      params: The params of the network.
+      example_inputs: A tuple of inputs, or a single array, for their shapes and dtypes. The first array begins with the batch axis. It and
+        each other leading axis of the same length get a variable size.
+      platforms: The platforms on which the file shall run, of "cpu", "cuda", "rocm" and "tpu".
 
     Returns:
-      The number of bytes of the file. A file runs on the version of JAX that made it and on newer ones.
+      The number of bytes of the file. The file runs on the version of JAX that wrote it and on newer ones.
 
     Raises:
-      ValueError: an input has no leading axis, a platform is unknown, or the network cannot run at any batch size.
-      OSError: the file cannot be written.
+      ValueError: The first input has no leading axis, a platform is unknown, or the network does not run at every batch size.
+      OSError: The file cannot be written.
     """
-    if unknown := sorted({*platforms} - {*PLATFORMS}) or not platforms:
-        raise ValueError(f"platforms are {unknown or 'empty'}; allowed are {', '.join(PLATFORMS)}.")
+    unknown = sorted({*platforms} - {*PLATFORMS})
+    if unknown or not platforms:
+        given = f"has the unknown entries {unknown}" if unknown else "is empty"
+        raise ValueError(f"platforms {given}; allowed are {', '.join(PLATFORMS)}.")
     check_writable(path)
-    inputs = inputs_of_any_batch(example_inputs)
+    inputs = symbolic_inputs(example_inputs)
     function = jax.jit(lambda *arguments: apply(params, *arguments))
-    with any_batch_or_error():
+    with batch_size_errors():
         exported = jax.export.export(function, platforms=tuple(platforms))(*inputs)
     data = bytes(exported.serialize())
     write_atomically(path, data)
@@ -55,53 +56,25 @@ def export_stablehlo(
 
 
 def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., PyTree]:
-    """The network of such a file, as a jitted function of the inputs.
+    """Loads the network from a file that ``export_stablehlo`` wrote.
 
-    It is no more than ``jax.export.deserialize(bytes).call``, so a program that only has JAX can do the same.
+    A program that has JAX alone can do the same with ``jax.export.deserialize(bytearray(data)).call``.
+
+    Args:
+      path: The file.
+
+    Returns:
+      A jitted function of the inputs.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is no such file, or a damaged one.
+      OSError: The file cannot be read.
+      ValueError: The file is of another kind, or damaged.
     """
     data = bytearray(Path(path).read_bytes())
     try:
         exported = jax.export.deserialize(data)
     except ImportError:
         raise
-    except Exception as error:  # whatever the reader of the format stumbles over
+    except Exception as error:  # The deserialiser documents no types of errors.
         raise ValueError(f"{path} is not a file of export_stablehlo, or it is damaged ({error}).") from error
     return jax.jit(exported.call)
-
-
-@contextlib.contextmanager
-def any_batch_or_error() -> Iterator[None]:
-    """Turns what a model says to a batch of unknown size into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"The network cannot be traced for any batch size, so it cannot be exported: {detail}"
-        ) from error
-
-
-def inputs_of_any_batch(example_inputs: Any) -> tuple[PyTree, ...]:
-    """Shapes and dtypes of the inputs, with "batch" in place of the leading axis of the first array, wherever it stands in front.
-
-    Raises:
-      ValueError: an input has no leading axis.
-    """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    leaves = jax.tree.leaves(inputs)
-    if not leaves or not np.ndim(leaves[0]):
-        begin = "begin with a scalar" if leaves else "are empty"
-        raise ValueError(f"example_inputs {begin}; they must begin with an array whose leading axis is the batch.")
-    size = np.shape(leaves[0])[0]
-    (batch,) = jax.export.symbolic_shape("batch")
-
-    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = np.shape(leaf)
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
-        return jax.ShapeDtypeStruct((batch, *shape[1:]) if shape and shape[0] == size else shape, dtype)
-
-    return jax.tree.map(struct, inputs)

@@ -1,4 +1,4 @@
-"""Variational Linen layers, and the products that they are made of."""
+"""Variational Linen layers, max pooling, and the linear maps that the layers apply."""
 
 from bcdl_jax.nn.layers import Conv, Dense
 from bcdl_jax.nn.linear_maps import ConvolutionMap

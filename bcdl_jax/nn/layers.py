@@ -1,4 +1,4 @@
-"""Variational Linen layers with the look of ``flax.linen.Dense`` and ``flax.linen.Conv``."""
+"""Variational Linen layers with the interface of ``flax.linen.Dense`` and ``flax.linen.Conv``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bcdl_jax.priors.posterior import GroupAxis, Posterior, WeightsNode
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Padding = str | int | Sequence[int | tuple[int, int]]
 
-# Same default initialisers as flax.linen: a variational layer starts where its deterministic twin would.
+# The default initialisers of flax.linen, so that a variational layer starts at the weights of its deterministic twin.
 _KERNEL_INIT = nn.initializers.lecun_normal()
 _BIAS_INIT = nn.initializers.zeros_init()
 
@@ -28,7 +28,7 @@ _PAD_MODES: dict[str, Literal["wrap", "reflect"]] = {"CIRCULAR": "wrap", "REFLEC
 
 
 class _VariationalLayer(nn.Module):
-    """What dense layers and convolutions share: the posterior in the params tree, and the choice between mean and sample."""
+    """The common part of dense layers and convolutions: the posterior in the params tree, and the choice between mean and sample."""
 
     def _posterior(
         self: Any, kernel_shape: tuple[int, ...], group_axis: GroupAxis, feature_group_count: int = 1
@@ -41,12 +41,12 @@ class _VariationalLayer(nn.Module):
 
         if not self.has_variable("params", NODE_ENTRY):
             return self.param(NODE_ENTRY, create)
-        # Not self.param, which would insist on the leaves of a fresh posterior: the tree may hold another kind of node, such as a
-        # quantised layer, and is trusted for everything but the shape of its kernel.
+        # self.param would require the leaves of a fresh posterior. The tree may also hold another kind of node, such as a quantised layer,
+        # so only the shape of the kernel is checked.
         node: WeightsNode = self.get_variable("params", NODE_ENTRY)
         if node.kernel_shape != kernel_shape:
             raise ValueError(
-                f"{self._where()} was given a posterior with kernel shape {node.kernel_shape}; this input and these features need {kernel_shape}."
+                f"{self._label()} was given a posterior with kernel shape {node.kernel_shape}; its inputs and features need {kernel_shape}."
             )
         return node
 
@@ -58,19 +58,19 @@ class _VariationalLayer(nn.Module):
             return apply_mean(node, inputs, linear_map)
         if not isinstance(node, Posterior):
             raise ValueError(
-                f"{self._where()} holds a {type(node).__name__}, which has no noise to sample; use deterministic=True."
+                f"{self._label()} holds a {type(node).__name__}, which has no noise to sample; use deterministic=True."
             )
         if not self.has_rng("noise"):
             raise ValueError(
-                f'{self._where()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True.'
+                f'{self._label()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True.'
             )
         return apply_sampled(node, inputs, self.make_rng("noise"), linear_map)
 
     def _check_features(self, features: int) -> None:
         if not isinstance(features, int | np.integer) or features < 1:
-            raise ValueError(f"{self._where()} has features {features}; it must be an int of at least 1.")
+            raise ValueError(f"{self._label()} has features {features}; it must be an int of at least 1.")
 
-    def _where(self) -> str:
+    def _label(self) -> str:
         return f"Layer {'/'.join(self.path) or type(self).__name__}"
 
 
@@ -78,14 +78,14 @@ class Dense(_VariationalLayer):
     """A dense layer with a posterior over its weights and one group scale per input unit.
 
     Attributes:
-      features: number of output units.
-      family: prior and posterior, ``GroupNormalJeffreys()`` unless given.
-      use_bias: whether to add a bias.
-      dtype: of the computation; inferred from inputs and parameters if None.
-      param_dtype: of the parameters.
-      precision: of the matrix product, see ``jax.lax.Precision``.
-      kernel_init: initialiser of the means of the weights, called with (key, [in, out], param_dtype).
-      bias_init: initialiser of the means of the biases.
+      features: The number of output units.
+      family: The prior and the form of the posterior.
+      use_bias: True to add a bias.
+      dtype: The dtype of the computation. None for the promoted dtype of inputs and parameters.
+      param_dtype: The dtype of the parameters.
+      precision: The precision of the matrix product, see ``jax.lax.Precision``.
+      kernel_init: The initialiser of the means of the weights, called with (key, (in, out), param_dtype).
+      bias_init: The initialiser of the means of the biases, called with (key, (out,), param_dtype).
     """
 
     features: int
@@ -102,18 +102,19 @@ class Dense(_VariationalLayer):
         """Applies the layer.
 
         Args:
-          inputs: [examples, ..., in].
+          inputs: The inputs, [examples, ..., in]. The axes between the first and the last share the example's scales.
           deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``.
 
         Returns:
-          [examples, ..., features].
+          The outputs, [examples, ..., features].
 
         Raises:
-          ValueError: the inputs have fewer than two axes, or there is no noise key.
+          ValueError: The inputs have fewer than two axes, ``features`` is not a positive int, the posterior has another kernel shape, or
+            there is no posterior or no noise key to sample with.
         """
         inputs = jnp.asarray(inputs)
         if inputs.ndim < 2:
-            raise ValueError(f"{self._where()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
+            raise ValueError(f"{self._label()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
         self._check_features(self.features)
         node = self._posterior((inputs.shape[-1], self.features), "input")
         return self._apply(node, inputs, self.dtype, deterministic, DenseMap(self.precision))
@@ -123,14 +124,14 @@ class Conv(_VariationalLayer):
     """A convolution over one, two, three or more spatial axes, channels last, with one group scale per output channel.
 
     Attributes:
-      features: number of output channels.
-      kernel_size: the window, one number per spatial axis; an int for one axis.
-      strides: an int for all axes, or one per axis; None is 1.
-      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one axis), an int, or per axis an int or a (low, high) pair.
-      input_dilation: an int or one per axis.
-      kernel_dilation: an int or one per axis.
-      feature_group_count: number of groups that channels are split into; both channel counts must be multiples of it.
-      family, use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as for ``Dense``; the kernel is
+      features: The number of output channels.
+      kernel_size: The shape of the window, one number per spatial axis. An int for one spatial axis.
+      strides: The strides, an int for all axes or one per axis. None for 1.
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one spatial axis), an int, or an int or a (low, high) pair per axis.
+      input_dilation: The dilation of the inputs, an int for all axes or one per axis. None for 1.
+      kernel_dilation: The dilation of the kernel, an int for all axes or one per axis. None for 1.
+      feature_group_count: The number of groups that the channels are split into. Both channel counts must be multiples of it.
+      family, use_bias, dtype, param_dtype, precision, kernel_init, bias_init: The same settings as for ``Dense``. The kernel has shape
         [*kernel_size, in / feature_group_count, features].
     """
 
@@ -154,28 +155,29 @@ class Conv(_VariationalLayer):
         """Applies the layer.
 
         Args:
-          inputs: [examples, ..., *spatial, in]; axes between the first and the spatial ones share the example's scales.
+          inputs: The inputs, [examples, ..., *spatial, in]. The axes between the first and the spatial ones share the example's scales.
           deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``.
 
         Returns:
-          [examples, ..., *spatial out, features].
+          The outputs, [examples, ..., *spatial out, features].
 
         Raises:
-          ValueError: too few axes, a setting with the wrong number of entries, channels that do not divide, or no noise key.
+          ValueError: The inputs have too few axes, a setting has a wrong value or number of entries, the posterior has another kernel shape,
+            or there is no posterior or no noise key to sample with.
         """
         inputs = jnp.asarray(inputs)
         window = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         rank = len(window)
         if inputs.ndim < rank + 2:
             raise ValueError(
-                f"{self._where()} was given inputs of shape {inputs.shape}; with kernel_size {window} it needs "
+                f"{self._label()} was given inputs of shape {inputs.shape}; with kernel_size {window} it needs "
                 f"[examples, ..., {rank} spatial axes, channels]."
             )
         self._check_features(self.features)
         for name, count in (("input", inputs.shape[-1]), ("output", self.features)):
             if self.feature_group_count < 1 or count % self.feature_group_count:
                 raise ValueError(
-                    f"{self._where()} has {count} {name} channels, which feature_group_count {self.feature_group_count} does not divide."
+                    f"{self._label()} has {count} {name} channels, which feature_group_count {self.feature_group_count} does not divide."
                 )
         strides, input_dilation, kernel_dilation = (
             self._per_axis(name, rank) for name in ("strides", "input_dilation", "kernel_dilation")
@@ -192,7 +194,7 @@ class Conv(_VariationalLayer):
             pad_mode, padding = _PAD_MODES[padding], [(length // 2, length - length // 2) for length in reach]
         elif padding == "SAME" and max(input_dilation) > 1:
             raise ValueError(
-                f"{self._where()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead."
+                f"{self._label()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead."
             )
         linear_map = ConvolutionMap(
             strides,
@@ -210,7 +212,7 @@ class Conv(_VariationalLayer):
         value = 1 if value is None else value
         values = (value,) * rank if isinstance(value, int) else tuple(value)
         if len(values) != rank or any(entry < 1 for entry in values):
-            raise ValueError(f"{self._where()} has {name} {value}; it must be a positive int, or {rank} of them.")
+            raise ValueError(f"{self._label()} has {name} {value}; it must be a positive int or {rank} positive ints.")
         return values
 
     def _padding(self, rank: int) -> str | list[tuple[int, int]]:
@@ -219,13 +221,13 @@ class Conv(_VariationalLayer):
             allowed = ["SAME", "VALID", *_PAD_MODES, *(["CAUSAL"] if rank == 1 else [])]
             if padding not in allowed:
                 raise ValueError(
-                    f"{self._where()} has padding {padding!r}; allowed are {', '.join(allowed)}, ints and (low, high) pairs."
+                    f"{self._label()} has padding {padding!r}; allowed are {', '.join(allowed)}, ints and (low, high) pairs."
                 )
             return [(0, 0)] * rank if padding == "VALID" else padding
         entries = [padding] * rank if isinstance(padding, int) else list(padding)
         pairs = [(entry, entry) if isinstance(entry, int) else tuple(entry) for entry in entries]
         if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
             raise ValueError(
-                f"{self._where()} has padding {padding!r}; it needs one int or (low, high) pair for each of {rank} axes."
+                f"{self._label()} has padding {padding!r}; it needs one int or (low, high) pair for each of {rank} axes."
             )
         return pairs  # type: ignore[return-value]

@@ -1,8 +1,8 @@
-"""The products of inputs and kernel that layers are made of, and the pair of them that a sampled layer needs.
+"""Linear maps of layers: the product of inputs and kernel, and the pair of products that a sampled layer needs.
 
-A sampled layer multiplies its inputs with the means of the kernel, and the squared inputs with the variances. A convolution shares what can be
-shared between the two: on a CPU both become matrix products with the same patches, of which the second squares the entries. In
-training that is several times as fast there as XLA's own convolutions, whose gradients are slow and which use one core inside of a loop.
+A sampled layer applies the means of the kernel to its inputs, and the variances of the kernel to its squared inputs. On a CPU, both products of
+a convolution become matrix products with the same patches; the second one squares their entries. Training is several times as fast in this form
+as with XLA's convolutions, whose gradients are slow on a CPU and which use only one core within a loop.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from bcdl_jax._backend import on_cpu
 
 
 class LinearMap(Protocol):
-    """A matrix product or a convolution: inputs [n, ..., in] and kernel [*window, in, out] give [n, ..., out]."""
+    """A matrix product or a convolution of inputs [n, ..., in] and a kernel [*window, in, out], with outputs [n, ..., out]."""
 
     def __call__(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array: ...
 
     def moments(self, inputs: jax.Array, mean: jax.Array, variance: jax.Array) -> Moments:
-        """Mean and variance of the outputs when the kernel has these means and variances, independent of each other."""
+        """Means and variances of the outputs, for a kernel of independent entries with these means and variances."""
         ...
 
 
 class Moments(NamedTuple):
-    """Means and variances of outputs [n, ..., out], with the axes in the order in which they were computed.
+    """Means and variances of outputs [n, ..., out], with their axes in the order in which they were computed.
 
     Attributes:
-      mean: the outputs, transposed by ``order``.
-      variance: likewise.
-      order: of the axes, as for ``jax.numpy.transpose``.
+      mean: The means of the outputs, transposed by ``order``.
+      variance: The variances of the outputs, transposed by ``order``.
+      order: The permutation of the axes, as for ``jax.numpy.transpose``.
     """
 
     mean: jax.Array
@@ -47,10 +47,10 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DenseMap:
-    """The product of a dense layer: [..., in] and [in, out] give [..., out].
+    """The matrix product of a dense layer: inputs [..., in], a kernel [in, out] and outputs [..., out].
 
     Attributes:
-      precision: of the matrix product, see ``jax.lax.Precision``.
+      precision: The precision of the matrix product, see ``jax.lax.Precision``.
     """
 
     precision: Any = None
@@ -64,16 +64,16 @@ class DenseMap:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionMap:
-    """The product of a convolution with channels last: [n, ..., *spatial, in] and [*window, in / feature groups, out].
+    """A convolution with channels last: inputs [n, ..., *spatial, in] and a kernel [*window, in / feature groups, out].
 
     Attributes:
-      strides: one per spatial axis, which says how many of them there are.
+      strides: The strides, one per spatial axis. Their number is the number of spatial axes.
       padding: "SAME", or a (low, high) pair per spatial axis.
-      input_dilation: one per spatial axis.
-      kernel_dilation: one per spatial axis.
-      feature_group_count: number of groups of a grouped convolution.
-      precision: see ``jax.lax.Precision``.
-      pad_mode: how ``padding`` fills the border, see ``jax.numpy.pad``; None for zeros.
+      input_dilation: The dilations of the inputs, one per spatial axis.
+      kernel_dilation: The dilations of the kernel, one per spatial axis.
+      feature_group_count: The number of feature groups of a grouped convolution.
+      precision: The precision of the products, see ``jax.lax.Precision``.
+      pad_mode: The mode of ``jax.numpy.pad`` that fills the border, or None for zeros.
     """
 
     strides: Sequence[int]
@@ -90,25 +90,25 @@ class ConvolutionMap:
         return outputs.reshape(*leading, *outputs.shape[1:])
 
     def moments(self, inputs: jax.Array, mean: jax.Array, variance: jax.Array) -> Moments:
-        if self._suits_convolution(mean):
+        if self._uses_xla_convolution(mean):
             return _two_products(self, inputs, mean, variance)
         matrix, product, order = self._product(inputs, mean.shape)
         return Moments(product(mean, matrix), product(variance, matrix * matrix), order)
 
     def in_training(self, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The same outputs as a call gives, in the form whose gradients are fast on a CPU."""
-        if self._suits_convolution(kernel):
+        """Computes the same outputs as a call, in the form whose gradients are fast on a CPU."""
+        if self._uses_xla_convolution(kernel):
             return self(inputs, kernel)
         matrix, product, order = self._product(inputs, kernel.shape)
         return product(kernel, matrix).transpose(np.argsort(order))
 
-    def _suits_convolution(self, kernel: jax.Array) -> bool:
+    def _uses_xla_convolution(self, kernel: jax.Array) -> bool:
         return not on_cpu() or self.feature_group_count > 1 or math.prod(kernel.shape) == 0
 
     def _product(
         self, inputs: jax.Array, kernel_shape: tuple[int, ...]
     ) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array], tuple[int, ...]]:
-        """The matrix of patches, the product of a kernel and such a matrix, and the order of the axes of its result."""
+        """The matrix of patches, a function that multiplies a kernel with such a matrix, and the order of the axes of its result."""
         images, leading, padding = self._images(inputs)
         patches = self._patches(images, kernel_shape[:-2], padding)
 
@@ -121,13 +121,13 @@ class ConvolutionMap:
         return patches.reshape(math.prod(kernel_shape[:-1]), -1), product, order
 
     def _images(self, inputs: jax.Array) -> tuple[jax.Array, tuple[int, ...], str | Sequence[tuple[int, int]]]:
-        """The inputs with all leading axes as one, the shape of these, and the padding that remains to be done."""
+        """The inputs with all leading axes merged into one, the shape of these axes, and the padding that is still to be applied."""
         rank = len(self.strides)
         leading, rest = inputs.shape[: -rank - 1], inputs.shape[-rank - 1 :]
         images = inputs.reshape(-1, *rest)
         if self.pad_mode is None:
             return images, leading, self.padding
-        images = jnp.pad(images, [(0, 0), *self.padding, (0, 0)], mode=self.pad_mode)  # type: ignore[list-item]
+        images = jnp.pad(images, [(0, 0), *self.padding, (0, 0)], mode=self.pad_mode)
         return images, leading, [(0, 0)] * rank
 
     def _convolve(self, images: jax.Array, kernel: jax.Array, padding: str | Sequence[tuple[int, int]]) -> jax.Array:
@@ -149,9 +149,9 @@ class ConvolutionMap:
         )
 
     def _patches(self, images: jax.Array, window: Sequence[int], padding: str | Sequence[tuple[int, int]]) -> jax.Array:
-        """[positions of the window, in, *spatial out, n].
+        """The patches, [positions of the window, in, *spatial out, n].
 
-        The examples come last, so that what is moved, forwards and backwards, are long rows of neighbouring numbers.
+        The examples come last, so that the forward and the backward pass copy long contiguous rows.
         """
         reach = [(size - 1) * dilation + 1 for size, dilation in zip(window, self.kernel_dilation, strict=True)]
         pads = (
@@ -182,5 +182,6 @@ class ConvolutionMap:
 
 
 def _two_products(linear_map: LinearMap, inputs: jax.Array, mean: jax.Array, variance: jax.Array) -> Moments:
+    """The moments from two calls of the linear map, with the axes in their usual order."""
     outputs = linear_map(inputs, mean)
     return Moments(outputs, linear_map(inputs * inputs, variance), tuple(range(outputs.ndim)))

@@ -13,27 +13,28 @@ from bcdl_jax._backend import on_cpu
 
 
 def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
-    """Maxima over windows that lie side by side, without padding: ``flax.linen.max_pool(inputs, window_shape, window_shape)``.
+    """Max pooling over adjacent windows without padding.
 
-    The values are the same. On a CPU the gradient is several times as fast, as it needs no scatter, and the work is done
-    in the order of axes in which a sampled ``Conv`` of this library leaves its outputs there. Where a maximum is reached more
-    than once, the gradient is spread evenly over these places; Flax gives it to the first.
+    The values are those of ``flax.linen.max_pool(inputs, window_shape, window_shape)``. On a CPU the gradient is several times as fast: it needs
+    no scatter, and it works in the order of axes that a sampled ``Conv`` of this library leaves there. If several entries of a window are equal to
+    its maximum, they share the gradient evenly. Flax assigns it to the first of them.
 
     Args:
-      inputs: [n, *spatial, channels].
-      window_shape: one number per spatial axis.
+      inputs: The inputs, [n, *spatial, channels].
+      window_shape: The shape of the window, one number per spatial axis.
 
     Returns:
-      [n, *spatial // window_shape, channels].
+      The maxima, [n, *spatial // window_shape, channels].
 
     Raises:
-      ValueError: ``window_shape`` does not name each spatial axis, or an entry is not between 1 and the axis' length.
+      ValueError: ``window_shape`` has another number of entries than there are spatial axes, or an entry is not between 1 and the length of its
+        axis.
     """
     window = tuple(int(size) for size in np.atleast_1d(window_shape))
     spatial = inputs.shape[1:-1]
     if len(window) != len(spatial) or any(not 1 <= size <= length for size, length in zip(window, spatial)):
         raise ValueError(
-            f"window_shape is {window} for inputs of shape {inputs.shape}; it must have {len(spatial)} entries, each between 1 and the axis' length."
+            f"window_shape is {window} for inputs of shape {inputs.shape}; it must have {len(spatial)} entries, each between 1 and the length of its axis."
         )
     if not on_cpu():
         return nn.max_pool(inputs, window, window)
@@ -45,8 +46,8 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     axes = tuple(range(2, 2 * len(window) + 1, 2))
     largest = jax.lax.stop_gradient(windows.max(axis=axes))
     is_largest = windows == jnp.expand_dims(largest, axes)
-    # The gradient of jnp.max divides by zero where the compiler computed the inputs a second time with other last bits, so that none is
-    # the largest. So the gradient is that of the last term, which is zero, and which divides by one at least.
+    # The compiler may compute the inputs a second time with other last bits, so that no entry is equal to the maximum. The gradient of
+    # jnp.max would then divide by zero. So the gradient comes from the last term, whose value is zero and whose divisor is at least one.
     count = jnp.maximum(jnp.sum(is_largest.astype(windows.dtype), axis=axes), 1)
-    gradient_alone = jnp.where(is_largest, windows - jax.lax.stop_gradient(windows), 0).sum(axis=axes) / count
-    return (largest + gradient_alone).transpose(examples_last)
+    gradient_term = jnp.where(is_largest, windows - jax.lax.stop_gradient(windows), 0).sum(axis=axes) / count
+    return (largest + gradient_term).transpose(examples_last)

@@ -1,10 +1,10 @@
-"""What a variational layer computes: pure functions of (posterior, inputs, key).
+"""The forward pass of a variational layer, as pure functions of (posterior, inputs, key).
 
-Sampling uses the local reparametrisation trick [Kingma et al. 2015, section 2.2]: the noise is drawn for the outputs, not for the weights.
-An *example* is an entry of the leading axis of the inputs; further leading axes (time, positions) share the example's group scales.
+Sampling uses the local reparametrisation trick [K15 section 2.2]: the noise is drawn for the outputs, not for the weights. An *example* is an
+entry of the leading axis of the inputs. Further leading axes (time, positions) share the example's group scales.
 
-The noise of example i depends on the key and on i alone, see ``noise``: not on the batch size, nor on how the batch is
-spread over devices.
+The noise of example i depends on the key and on i alone, see ``priors.noise``. It depends neither on the batch size nor on the way in which the
+batch is divided among devices.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bcdl_jax._arrays import of_rank
 from bcdl_jax.nn.linear_maps import LinearMap
 from bcdl_jax.priors.noise import example_normal
 from bcdl_jax.priors.posterior import Posterior, WeightsNode
@@ -22,40 +23,41 @@ _VARIANCE_FLOOR = 1e-8
 
 
 def apply_mean(node: WeightsNode, inputs: jax.Array, linear_map: LinearMap) -> jax.Array:
-    """The layer at its mean weights.
+    """Applies the layer with its mean weights.
 
     Args:
-      node: the posterior of a layer, or the quantised layer.
-      inputs: [examples, ..., in].
-      linear_map: the layer's product of inputs and kernel.
+      node: The posterior of a layer, or a quantised layer.
+      inputs: The inputs, [examples, ..., in].
+      linear_map: The layer's product of inputs and kernel.
 
     Returns:
-      [examples, ..., out]; exactly zero for pruned outputs.
+      The outputs, [examples, ..., out], exactly zero for pruned ones.
     """
     kernel, bias = node.mean_weights()
     outputs = linear_map(_masked(inputs, node.input_mask), kernel.astype(inputs.dtype))
-    return outputs if bias is None else outputs + bias.astype(inputs.dtype)
+    return outputs if bias is None else outputs + of_rank(bias.astype(inputs.dtype), outputs.ndim)
 
 
 def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linear_map: LinearMap) -> jax.Array:
-    """The layer with sampled weights and scales.
+    """Applies the layer with sampled weights and scales.
 
-    With x the inputs, W and S the means and variances of the kernel, b and s those of the bias, one z per example and group, and standard
-    normal e per output:
+    x are the inputs, W and S the means and variances of the kernel, b and s the means and variances of the bias. There is one z per example
+    and group, and one standard normal e per output:
 
       input groups (dense):          h = (xz) W + b + e sqrt((xz)^2 S + s)            [L17 eq. 9]
       output groups (convolution):   h = z (conv(x, W) + b + e sqrt(conv(x^2, S) + s))
 
-    The noise of a convolution is independent per position, as usual, so that it has the right distribution at each position but not jointly.
+    The noise e of a convolution is independent at each position. So the outputs have the exact distribution at each position, but not the exact
+    covariance between positions.
 
     Args:
-      posterior: of one layer.
-      inputs: [examples, ..., in].
-      key: a PRNG key.
-      linear_map: the layer's product of inputs and kernel.
+      posterior: The posterior of the layer.
+      inputs: The inputs, [examples, ..., in].
+      key: A PRNG key.
+      linear_map: The layer's product of inputs and kernel.
 
     Returns:
-      [examples, ..., out]; exactly zero for pruned outputs.
+      The outputs, [examples, ..., out], exactly zero for pruned ones.
     """
     dtype = inputs.dtype
     scale_key, noise_key = jax.random.split(key)
@@ -66,26 +68,26 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     inputs = _masked(inputs, posterior.input_mask)
     kernel_mean, kernel_variance = posterior.sampled_moments()
     mean, variance, order = linear_map.moments(inputs, kernel_mean.astype(dtype), kernel_variance.astype(dtype))
-
-    def ordered(values: jax.Array) -> jax.Array:
-        """What broadcasts against the outputs in the usual order of their axes, for the order of the moments."""
-        return values.reshape((1,) * (len(order) - values.ndim) + values.shape).transpose(order)
-
     if posterior.bias_mean is not None and posterior.bias_log_variance is not None:
-        mean += ordered(posterior.bias_mean.astype(dtype))
-        variance += ordered(jnp.exp(posterior.bias_log_variance).astype(dtype))
+        mean += _in_order(posterior.bias_mean.astype(dtype), order)
+        variance += _in_order(jnp.exp(posterior.bias_log_variance).astype(dtype), order)
     outputs = mean + _deviation(variance) * example_normal(noise_key, mean.shape, dtype, order)
     if posterior.group_axis == "output":
-        outputs = outputs * ordered(scale)
-    return _masked(outputs, ordered(posterior.output_mask)).transpose(np.argsort(order))
+        outputs = outputs * _in_order(scale, order)
+    return _masked(outputs, _in_order(posterior.output_mask, order)).transpose(np.argsort(order))
+
+
+def _in_order(values: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """Transposes values that broadcast against the outputs, such that they broadcast against outputs with this order of axes."""
+    return of_rank(values, len(order)).transpose(order)
 
 
 def _deviation(variance: jax.Array) -> jax.Array:
-    """The square root, with finite derivatives; exactly zero where there is no variance at all."""
+    """The standard deviation, with finite derivatives. It is exactly zero where the variance is zero."""
     wide = variance.astype(jnp.promote_types(variance.dtype, jnp.float32))
     return jnp.where(wide > 0, jnp.sqrt(jnp.maximum(wide, 0) + _VARIANCE_FLOOR), 0).astype(variance.dtype)
 
 
 def _masked(array: jax.Array, mask: jax.Array) -> jax.Array:
-    """Zero where the mask is not positive, also where the array is not finite."""
-    return jnp.where(mask > 0, array, 0)
+    """The array with exact zeros where the mask is not positive, even if the array is not finite there."""
+    return jnp.where(of_rank(mask > 0, array.ndim), array, 0)

@@ -6,7 +6,7 @@ from bcdl_jax.priors.horseshoe import GroupHorseshoe, GroupHorseshoePosterior
 from bcdl_jax.priors.kl import clip_variances, kl_divergence, kl_divergence_per_layer
 from bcdl_jax.priors.noise import example_normal
 from bcdl_jax.priors.normal_jeffreys import GroupNormalJeffreys, GroupNormalJeffreysPosterior
-from bcdl_jax.priors.posterior import Posterior, variational_layers
+from bcdl_jax.priors.posterior import Posterior, array_kinds, variational_layers
 from bcdl_jax.priors.sparse_variational_dropout import SparseVariationalDropout, SparseVariationalDropoutPosterior
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Posterior",
     "SparseVariationalDropout",
     "SparseVariationalDropoutPosterior",
+    "array_kinds",
     "balance_scales",
     "clip_variances",
     "example_normal",

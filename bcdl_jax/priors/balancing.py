@@ -1,4 +1,4 @@
-"""Where the magnitude of the weights lies: in the scales of the groups, or in the weights before scaling."""
+"""Moving the magnitude of the weights from the weights before scaling to the scales of the groups."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 @jax.jit
 def balance_scales(params: PyTree) -> PyTree:
-    """Moves the magnitude of each group's weights into the group's scale, which leaves the weights in use as they are distributed.
+    """Moves the magnitude of each group's weights into the group's scale. The weights in use keep their distribution.
 
-    A weight is w = w~ z with the prior w~ ~ N(0, 1), see ``Posterior``. In a trained net, or a fresh one with many inputs, w is far smaller
-    than 1, which costs several nats for every weight as long as z is near 1. Here z becomes as large as the weights of its group, and those
-    get a mean square of 1: of all ways to share the magnitude between the two the one of lowest KL under the normal-Jeffreys prior, to
-    which the magnitude of z makes no difference. Training gets there too, but slowly in networks of wide layers.
+    A weight is w = w~ z with the prior w~ ~ N(0, 1), see ``Posterior``. In a trained network, and in a fresh one with many inputs, w is far
+    smaller than 1. As long as z is near 1, this costs several nats for every weight. This function multiplies z by the root mean square of
+    the weights w~ of its group, and divides w~ by it. Under the normal-Jeffreys prior the magnitude of z costs nothing, so that no other
+    division of the magnitude has a lower KL. Training finds this division too, but slowly in networks with wide layers.
 
-    A horseshoe's log dropout rates grow by minus the logarithm of what its scales grow by: thresholds for scales that start at 1, as the
-    family's own one is, do not fit then.
+    The call changes the meaning of three settings:
 
-    The optimiser then moves weights near 1, and scales far below it: the former want steps several times larger, the latter smaller
-    (``scale_by_kind({"scale_mean": 0.02})``), unless they are learned as logarithms, as those of the horseshoe are. A limit of variances,
-    ``clip_var``, is one of weights near 1 then.
+    Thresholds: If the scales of a horseshoe grow by a factor, its log dropout rates fall by the logarithm of that factor. Thresholds for
+      scales that start at 1, such as the default threshold, do not fit any more.
+    Learning rates: The weights w~ are now near 1, and the scales far below 1. The weights need steps several times as large, and the scales
+      smaller ones (``train.scale_by_kind({"scale": 0.02})``). The horseshoe learns the logarithms of its scales and needs no smaller steps.
+    ``clip_var``: It limits the variance of w~, whose mean square is now 1.
 
     Args:
-      params: with variational layers. Those whose family has no scales stay as they are, as does what is pruned.
+      params: A tree with variational layers. Layers without scales and pruned groups stay as they are.
 
     Returns:
-      params of the same structure.
+      A tree of the same structure.
 
     Raises:
-      ValueError: the tree holds no variational layer.
+      ValueError: The tree holds no variational layer.
     """
     variational_layers(params)
     return map_layers(_balanced, params, Posterior)

@@ -1,4 +1,4 @@
-"""A family of priors and variational_layers: the configuration of a variational layer, and the posterior that its training starts from."""
+"""A family of priors and posteriors: the configuration of a variational layer, and the posterior that its training starts from."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _START_SPREAD = 0.01
 class Family(abc.ABC):
     """A prior and the form of its posterior, such as ``GroupNormalJeffreys()``. ``Dense`` and ``Conv`` take one as ``family``.
 
-    To add a prior, subclass ``Posterior`` and this class: name the posterior's type, the number of keys for its start values, and
-    implement ``start_fields``.
+    To add a prior, subclass ``Posterior``, then this class: set ``posterior_type`` to the new posterior and ``start_keys`` to the number of
+    PRNG keys that its start values need, and implement ``start_fields``. README.md of this folder shows a complete example.
 
     Attributes:
       clip_var: Largest posterior variance of the layer's weights and biases, or None for no limit. ``clip_variances`` enforces it after
@@ -51,6 +51,9 @@ class Family(abc.ABC):
           keys: ``start_keys`` PRNG keys.
           kernel: The means of the weights, for shape and dtype.
           groups: The number of groups.
+
+        Returns:
+          The values of the fields by their names.
         """
 
     def create(
@@ -67,10 +70,13 @@ class Family(abc.ABC):
 
         Args:
           key: A PRNG key for the start values.
-          kernel: The means of the weights, [*window, in / feature_group_count, out]: an initialiser's values, or those of a trained net.
+          kernel: The means of the weights, [*window, in / feature_group_count, out], from an initialiser or a trained network.
           bias: The means of the biases, [out], or None.
           group_axis: "input" for dense layers, "output" for convolutions.
-          feature_group_count: The number of groups of a grouped convolution.
+          feature_group_count: The number of feature groups of a grouped convolution.
+
+        Returns:
+          A posterior of type ``posterior_type``.
         """
         weights_key, *keys = jax.random.split(key, 1 + self.start_keys) if self.start_keys else [key]
         kernel_key, bias_key = jax.random.split(weights_key)
@@ -84,7 +90,7 @@ class Family(abc.ABC):
             output_mask=jnp.ones((features,), kernel.dtype),
             group_axis=group_axis,
             clip_var=self.clip_var,
-            **self.start_fields(keys, kernel, inputs if group_axis == "input" else features),  # type: ignore[arg-type]
+            **self.start_fields(keys, kernel, inputs if group_axis == "input" else features),
         )
 
 

@@ -1,12 +1,13 @@
-"""Group horseshoe: half-Cauchy scales of groups, times a half-Cauchy scale of the whole layer [Louizos et al. 2017, section 3.2].
+"""Group horseshoe: half-Cauchy scales of groups, times a half-Cauchy scale of the whole layer [L17 section 3.2].
 
-A weight is w = w~ z with w~ ~ N(0, 1) and z_g = s z~_g. Each half-Cauchy variable is the root of a product of a gamma and an inverse
-gamma variable:
+A weight of group g is w = w~ z_g with w~ ~ N(0, 1) and z_g = s z~_g. Each of the half-Cauchy variables s and z~_g is the square root of the
+product of a gamma and an inverse gamma variable:
 
     s    = sqrt(s_a s_b),      s_a  ~ Gamma(1/2, scale tau0^2),   s_b  ~ InverseGamma(1/2, 1)
     z~_g = sqrt(a_g b_g),      a_g  ~ Gamma(1/2, scale 1),        b_g  ~ InverseGamma(1/2, 1)
 
-All four have log-normal variational_layers LN(m, v), m and v being mean and variance of the logarithm, so that z is log-normal too.
+The approximate posterior of each of the four factors is log-normal, LN(m, v): m and v are the mean and the variance of the factor's
+logarithm. So the posterior of z is log-normal too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class GroupHorseshoePosterior(Posterior):
       layer_inverse_log_mean, layer_inverse_log_variance: Parameters of s_b, scalars.
       group_gamma_log_mean, group_gamma_log_variance: Parameters of a_g, [groups].
       group_inverse_log_mean, group_inverse_log_variance: Parameters of b_g, [groups].
-      tau0: Scale of the prior of s.
+      tau0: The scale of the half-Cauchy prior of s.
     """
 
     layer_gamma_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale"})
@@ -54,7 +55,10 @@ class GroupHorseshoePosterior(Posterior):
         return 2.0
 
     def kl_divergence(self) -> jax.Array:
-        """The KL of the scales of kept groups and, where any is kept, of the layer's, plus that of weights and biases [L17 section 3.2]."""
+        """The sum of three KLs: of the kept groups' scales, of the layer's scale if any group is kept, and of weights and biases.
+
+        [L17 section 3.2]
+        """
         groups = log_normal_kl_from_gamma(
             self.group_gamma_log_mean, self.group_gamma_log_variance, 1.0
         ) + log_normal_kl_from_inverse_gamma(self.group_inverse_log_mean, self.group_inverse_log_variance)
@@ -65,7 +69,7 @@ class GroupHorseshoePosterior(Posterior):
         return jnp.sum(jnp.where(kept, groups, 0)) + jnp.where(jnp.any(kept), layer, 0) + self.gaussian_kl()
 
     def log_dropout_rate(self) -> jax.Array:
-        """v - m of log z, [groups]: minus the logarithm of the mode of z, large where the group is close to zero [L17 section 3.2]."""
+        """The variance minus the mean of log z, [groups]. It is minus the logarithm of the mode of z [L17 section 3.2]."""
         mean, layer_variance, group_variance = self._log_scale()
         return layer_variance + group_variance - mean
 
@@ -80,10 +84,10 @@ class GroupHorseshoePosterior(Posterior):
         # One s per example: all groups of the layer share it.
         layer_noise = example_normal(layer_key, (num_examples, 1), mean.dtype)
         group_noise = example_normal(group_key, (num_examples, *mean.shape), mean.dtype)
-        return jnp.exp(mean + jnp.sqrt(layer_variance) * layer_noise + jnp.sqrt(group_variance) * group_noise)
+        return jnp.exp(mean[None] + jnp.sqrt(layer_variance) * layer_noise + jnp.sqrt(group_variance)[None] * group_noise)
 
     def with_scales_times(self, factor: jax.Array) -> Self:
-        # The common factor of the groups goes into the layer's scale, whose prior is almost flat.
+        # The prior of the layer's scale is almost flat, so the geometric mean of the factors goes there.
         kept = self.group_mask > 0
         log_factor = jnp.log(factor)
         shared = jnp.sum(jnp.where(kept, log_factor, 0)) / jnp.maximum(jnp.sum(kept), 1)
@@ -95,7 +99,7 @@ class GroupHorseshoePosterior(Posterior):
         )
 
     def _log_scale(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of log z: the mean [groups], and the variance that comes from s (a scalar) and from z~ [groups]."""
+        """The mean of log z, [groups], and the parts of its variance that s (a scalar) and z~ ([groups]) contribute."""
         mean = (
             self.layer_gamma_log_mean
             + self.layer_inverse_log_mean
@@ -111,11 +115,12 @@ class GroupHorseshoePosterior(Posterior):
 class GroupHorseshoe(Family):
     """The group horseshoe family: half-Cauchy scales of groups, times a half-Cauchy scale of the layer [L17 section 3.2].
 
-    All scales z start at 1: the factor s_a starts at the location of its prior, and s_b makes up for it. All log-variances start near -9.
+    All scales z start near 1: log s_a starts near its mode under the prior, log s_b near minus that value, and the logarithms of the groups'
+    factors near 0. All log-variances start near -9.
 
     Attributes:
-      tau0: Scale of the half-Cauchy prior of a layer's scale. A smaller value draws the layer's groups more strongly towards zero, together.
-      clip_var: Largest posterior variance of the layer's weights and biases, see ``Family``.
+      tau0: The scale of the half-Cauchy prior of a layer's scale. A smaller value draws all groups of the layer towards zero more strongly.
+      clip_var: The largest posterior variance of the layer's weights and biases, see ``Family``.
 
     Raises:
       ValueError: ``tau0`` or ``clip_var`` is not a positive finite number.
@@ -132,8 +137,8 @@ class GroupHorseshoe(Family):
             raise ValueError(f"tau0 is {self.tau0}; it must be a positive finite number.")
 
     def start_fields(self, keys: Sequence[jax.Array], kernel: jax.Array, groups: int) -> dict[str, jax.Array | float]:
-        likely = math.log(self.tau0**2 / 2)
-        means = {"layer_gamma": likely, "layer_inverse": -likely, "group_gamma": 0.0, "group_inverse": 0.0}
+        prior_mode = math.log(self.tau0**2 / 2)
+        means = {"layer_gamma": prior_mode, "layer_inverse": -prior_mode, "group_gamma": 0.0, "group_inverse": 0.0}
         fields: dict[str, jax.Array | float] = {"tau0": self.tau0}
         pairs = iter(zip(keys[::2], keys[1::2], strict=True))
         for factor, mean in means.items():
@@ -149,8 +154,8 @@ def log_normal_kl_from_gamma(log_mean: jax.Array, log_variance: jax.Array, scale
 
     Args:
       log_mean: The mean m of the logarithm.
-      log_variance: The logarithm of its variance v.
-      scale: Scale of the gamma distribution.
+      log_variance: The natural logarithm of the variance v of that logarithm.
+      scale: The scale of the gamma distribution.
     """
     log_scale = math.log(scale)
     ratio = jnp.exp(log_mean + jnp.exp(log_variance) / 2 - log_scale)
@@ -160,6 +165,6 @@ def log_normal_kl_from_gamma(log_mean: jax.Array, log_variance: jax.Array, scale
 def log_normal_kl_from_inverse_gamma(log_mean: jax.Array, log_variance: jax.Array) -> jax.Array:
     """KL(LN(m, v) || InverseGamma(1/2, 1)) in nats, elementwise: e^(v/2 - m) - (-m + log v + 1 + log 2)/2.
 
-    The inverse of such a variable is LN(-m, v), and Gamma(1/2, 1) under the prior.
+    The inverse of the variable has the distribution LN(-m, v), and Gamma(1/2, 1) under the prior.
     """
     return log_normal_kl_from_gamma(-log_mean, log_variance, 1.0)

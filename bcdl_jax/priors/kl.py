@@ -1,4 +1,4 @@
-"""The KL divergence of a whole network from its priors. It needs the params tree alone, no forward pass."""
+"""The KL divergence of a whole network from its priors. It needs only the params tree, and no forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 @jax.jit
 def kl_divergence_per_layer(params: PyTree) -> dict[str, jax.Array]:
-    """KL(q || prior) in nats of each variational layer, over the weights and groups that are kept.
+    """KL(q || prior) of each variational layer in nats, over the kept weights and groups.
+
+    Args:
+      params: A tree with variational layers.
+
+    Returns:
+      A scalar for each layer, by layer name.
 
     Raises:
       ValueError: The tree holds no variational layer.
@@ -21,7 +27,13 @@ def kl_divergence_per_layer(params: PyTree) -> dict[str, jax.Array]:
 
 @jax.jit
 def kl_divergence(params: PyTree) -> jax.Array:
-    """KL(q || prior) in nats, summed over all variational layers of the tree: a scalar.
+    """KL(q || prior) in nats, summed over all variational layers of the tree.
+
+    Args:
+      params: A tree with variational layers.
+
+    Returns:
+      A scalar.
 
     Raises:
       ValueError: The tree holds no variational layer.
@@ -31,7 +43,13 @@ def kl_divergence(params: PyTree) -> jax.Array:
 
 @jax.jit
 def clip_variances(params: PyTree) -> PyTree:
-    """Reduces the variances of every layer, stacked or not, to at most its family's ``clip_var``. Call it after each optimiser step.
+    """Reduces the variances of every layer to at most its family's ``clip_var``. Call it after each optimiser step.
+
+    Args:
+      params: A tree with variational layers, stacked or not.
+
+    Returns:
+      A tree of the same structure.
 
     Raises:
       ValueError: The tree holds no variational layer.

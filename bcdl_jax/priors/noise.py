@@ -1,10 +1,11 @@
-"""Standard normal noise whose every number depends only on the key, the example and the position within the example.
+"""Standard normal noise. Each number depends on the key, the index of the example and the position within the example alone.
 
-The generator is the counter-based one behind ``jax.random``, Threefry-2x32 with 20 rounds [Salmon et al. 2011], with the
-example's index and the position within the example as its two counters. Its two words become one normal number by the
-transform of [Box and Muller 1958]. Both are written out here for speed: on a CPU, ``jax.random`` runs the rounds as a loop of
-small kernels; XLA's cosine is slow there; and XLA computes a value again for each of its uses unless the last step to it is a costly one,
-such as the division at the end, thanks to which the gradient finds the noise where the forward pass left it.
+The generator is Threefry-2x32 with 20 rounds [Salmon et al. 2011], the counter-based generator of ``jax.random``. Its two counters are the
+index of the example and the position within the example. The transform of [Box and Muller 1958] turns its two words into one normal number.
+
+Both are written out here, since they are faster on a CPU in this form. ``jax.random`` runs the rounds as a loop of small kernels. XLA's
+cosine is slow. XLA also computes a value again for each of its uses, unless the last operation is expensive. The division at the end is such
+an operation, so that the gradient reads the noise that the forward pass stored.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ _PARITY = 0x1BD11BDA
 def example_normal(
     key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32, order: Sequence[int] | None = None
 ) -> jax.Array:
-    """Independent standard normal numbers.
+    """Draws independent standard normal numbers.
 
     Args:
-      key: a PRNG key of any kind.
-      shape: of the result, with less than 2^32 examples and less than 2^32 numbers for each.
-      dtype: of the result; the numbers are drawn in float32.
-      order: of the axes, as for ``jax.numpy.transpose``, applied to an array [examples, ...]; that order if it is None.
+      key: A PRNG key of any kind, typed or raw.
+      shape: The shape of the result, with its axes in the given ``order``. There are fewer than 2^32 examples, and fewer than 2^32 numbers
+        for each of them.
+      dtype: The dtype of the result. The numbers are drawn in float32.
+      order: The permutation of the axes, as for ``jax.numpy.transpose``, that turns an array [examples, ...] into the result. None for
+        [examples, ...].
 
     Returns:
-      An array of that shape. The numbers of example i are the same whatever the number of examples, and whatever the order.
+      An array of shape ``shape``. The numbers of example i depend neither on the number of examples nor on ``order``.
     """
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     if data.shape[-1] != 2:  # not a Threefry key
@@ -45,8 +48,8 @@ def example_normal(
         stride *= shape[place]
     first, second = threefry_2x32(data[0], data[1], example, position)
     radius = jnp.sqrt(-2 * jnp.log(2 - _one_to_two(first)))
-    # cos(pi turn) = sin(angle) for a turn in [-1, 1) and an angle in [-pi / 2, pi / 2], by a rational function that was
-    # fitted to 3e-9 there.
+    # cos(pi turn) = sin(angle), for a turn in [-1, 1) and an angle in [-pi / 2, pi / 2]. The rational function below is a fit to the sine
+    # on that interval, with an error of at most 3e-9.
     turn = 2 * _one_to_two(second) - 3
     angle = math.pi * (0.5 - jnp.abs(turn))
     square = angle * angle
@@ -56,14 +59,14 @@ def example_normal(
 
 
 def _one_to_two(bits: jax.Array) -> jax.Array:
-    """23 random bits as the fraction of a number in [1, 2)."""
+    """Uniform numbers in [1, 2), whose fractions are 23 random bits."""
     return jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32)
 
 
 def threefry_2x32(
     key_0: jax.Array, key_1: jax.Array, counter_0: jax.Array, counter_1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Two random 32-bit words for each pair of counters, elementwise, all uint32."""
+    """Two random words for each pair of counters, elementwise. All arrays are uint32."""
     keys = (key_0, key_1, key_0 ^ key_1 ^ jnp.uint32(_PARITY))
     left, right = counter_0 + keys[0], counter_1 + keys[1]
     for block in range(5):

@@ -1,4 +1,4 @@
-"""Group normal-Jeffreys: the scale-mixture prior p(z) proportional to 1/|z|, w | z ~ N(0, z^2) [Louizos et al. 2017, section 3.1]."""
+"""Group normal-Jeffreys: the scale-mixture prior p(z) proportional to 1/|z|, w | z ~ N(0, z^2) [L17 section 3.1]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bcdl_jax.priors.family import START_LOG_VARIANCE, Family, near
 from bcdl_jax.priors.noise import example_normal
 from bcdl_jax.priors.posterior import Posterior
 
-# Constants of the fit to KL(N(1, alpha) || log-uniform) [Molchanov et al. 2017, eq. 14]; off by at most 0.009 nats.
+# Constants of the fit to KL(N(1, alpha) || log-uniform) [M17 eq. 14], whose error is at most 0.009 nats.
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
 
 
@@ -34,12 +34,12 @@ class GroupNormalJeffreysPosterior(Posterior):
         return -1.0
 
     def kl_divergence(self) -> jax.Array:
-        """Sum over kept groups of the KL of z, plus the KL of weights and biases given z [L17 eq. 8, with M17 eq. 14]."""
+        """The KL of z, summed over the kept groups, plus the KL of weights and biases given z [L17 eq. 8, with M17 eq. 14]."""
         scale_kl = log_uniform_kl(self.log_dropout_rate())
         return jnp.sum(jnp.where(self.group_mask > 0, scale_kl, 0)) + self.gaussian_kl()
 
     def log_dropout_rate(self) -> jax.Array:
-        """log alpha = log(Var[z] / E[z]^2), [groups]: large where the noise of the scale drowns its mean [L17 section 3.1]."""
+        """log alpha = log(Var[z] / E[z]^2), [groups]: large if the noise of the scale exceeds its mean [L17 section 3.1]."""
         # In float32 at least: 1e-8 is zero in float16.
         wide = jnp.promote_types(self.scale_mean.dtype, jnp.float32)
         return self.scale_log_variance.astype(wide) - jnp.log(self.scale_mean.astype(wide) ** 2 + 1e-8)
@@ -49,7 +49,7 @@ class GroupNormalJeffreysPosterior(Posterior):
 
     def sample_scale(self, key: jax.Array, num_examples: int) -> jax.Array:
         noise = example_normal(key, (num_examples, *self.scale_mean.shape), self.scale_mean.dtype)
-        return self.scale_mean + jnp.exp(0.5 * self.scale_log_variance) * noise
+        return self.scale_mean[None] + jnp.exp(0.5 * self.scale_log_variance)[None] * noise
 
     def with_scales_times(self, factor: jax.Array) -> Self:
         return self.with_weights_divided_by(factor).replace(
@@ -65,7 +65,7 @@ class GroupNormalJeffreys(Family):
     The means of the scales start near 1, and their log-variances near -9, each with a standard deviation of 0.01.
 
     Attributes:
-      clip_var: Largest posterior variance of the layer's weights and biases, see ``Family``.
+      clip_var: The largest posterior variance of the layer's weights and biases, see ``Family``.
 
     Raises:
       ValueError: ``clip_var`` is not a positive finite number.
@@ -82,8 +82,8 @@ class GroupNormalJeffreys(Family):
 
 
 def log_uniform_kl(log_alpha: jax.Array) -> jax.Array:
-    """KL(N(m, alpha m^2) || p(z) prop. to 1/|z|) in nats, elementwise, by the fit of [Molchanov et al. 2017, eq. 14].
+    """KL(N(m, alpha m^2) || p(z) prop. to 1/|z|) in nats, elementwise, from the fit of [M17 eq. 14].
 
-    The constant of the fit makes the value go to 0 for large alpha.
+    The KL has no finite constant, since the prior is improper. The fit chooses the constant such that the value tends to 0 for large alpha.
     """
     return _K1 - _K1 * jax.nn.sigmoid(_K2 + _K3 * log_alpha) + 0.5 * jax.nn.softplus(-log_alpha)

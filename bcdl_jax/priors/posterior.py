@@ -15,11 +15,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax._arrays import of_rank
 from bcdl_jax._tree import PyTree, find_single_layers
 
 GroupAxis = Literal["input", "output"]
-# The role of an array of a posterior: a mean of weights or biases, the logarithm of any variance, a location parameter of the group
-# scales, or a mask of what is kept. Each array field declares its kind as metadata.
+# The role of an array of a posterior: means of weights or biases, logarithms of any variances, location parameters of the group scales,
+# or a mask. Each array field declares its kind as metadata.
 Kind = Literal["mean", "log_variance", "scale", "mask"]
 
 
@@ -55,8 +56,8 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
       input_mask: Mask of the inputs, [in]. An input whose entry is not positive is pruned. The mask is a leaf of the tree, so that it can
         be batched and sharded like the other arrays; its gradient is zero.
       output_mask: Mask of the outputs, [out], in the same form.
-      group_axis: The side whose mask is the mask of this layer's groups.
-      clip_var: Largest variance of weights and biases, kept by ``clip_variances``, or None for no limit.
+      group_axis: The side of the groups, "input" or "output".
+      clip_var: The largest variance of weights and biases, which ``clip_variances`` enforces, or None for no limit.
     """
 
     kernel_mean: jax.Array = flax.struct.field(metadata={"kind": "mean"})
@@ -68,18 +69,14 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
     group_axis: GroupAxis = flax.struct.field(pytree_node=False)
     clip_var: float | None = flax.struct.field(pytree_node=False)
 
-    @property
-    def prunes_weights(self) -> bool:
-        """Whether the family prunes single weights. Each kept weight is then stored with its index."""
-        return False
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for field in dataclasses.fields(cls):
-            if field.metadata.get("pytree_node", True) and field.metadata.get("kind") not in get_args(Kind):
+            kind = field.metadata.get("kind")
+            if field.metadata.get("pytree_node", True) and kind not in get_args(Kind):
                 raise TypeError(
-                    f"Field {field.name} of {cls.__name__} has no kind; declare it as flax.struct.field(metadata={{'kind': kind}}), "
-                    f"where kind is one of {', '.join(get_args(Kind))}."
+                    f"Field {field.name} of {cls.__name__} has {'no kind' if kind is None else f'kind {kind!r}'}; declare it as "
+                    f"flax.struct.field(metadata={{'kind': kind}}), where kind is one of {', '.join(get_args(Kind))}."
                 )
 
     # The methods that each family implements.
@@ -87,11 +84,11 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
     @property
     @abc.abstractmethod
     def default_threshold(self) -> float:
-        """A log dropout rate above which a group carries next to nothing. Progress reports use it; the final choice should not."""
+        """A log dropout rate above which a group carries almost no signal, for progress reports. Pruning should use chosen thresholds."""
 
     @abc.abstractmethod
     def kl_divergence(self) -> jax.Array:
-        """KL(q || prior) in nats, summed over everything that is kept: a scalar."""
+        """KL(q || prior) in nats, a scalar: the sum over all kept weights, biases and scales."""
 
     @abc.abstractmethod
     def log_dropout_rate(self) -> jax.Array:
@@ -108,21 +105,26 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
     # Defaults for families whose units are the groups.
 
     @property
+    def prunes_weights(self) -> bool:
+        """True for a family that prunes single weights. Each kept weight is then stored with its index."""
+        return False
+
+    @property
     def unit_mask(self) -> jax.Array:
-        """Mask of the units, which are pruned one by one: the groups, [groups], or the weights, of the kernel's shape."""
+        """Mask of the units, which pruning removes as a whole: the groups, [groups], or the weights, of the kernel's shape."""
         return self.group_mask
 
     def group_scores(self) -> jax.Array:
-        """The pruning score of each group, [groups], for pictures."""
+        """The pruning score of each group, [groups]. Plots of groups use it."""
         return self.log_dropout_rate()
 
     def log_noise_to_signal(self) -> jax.Array:
-        """log(sum of Var[w] / sum of E[w]^2) over the weights of each unit, of the shape of ``unit_mask``; 1e9 without a signal.
+        """log(sum of Var[w] / sum of E[w]^2) over the weights of each unit, of the shape of ``unit_mask``.
 
-        Unlike a log dropout rate, this score counts the noise of w~ as well as that of z, and it does not depend on how the magnitude is
-        divided between the two.
+        A unit without signal has the score 1e9. Unlike a log dropout rate, this score counts the noise of both w~ and z, and it does not
+        depend on the division of the magnitude between the two.
         """
-        # In float32 at least, moments and sums included: ties would be pruned together.
+        # In float32 at least: rounding to float16 would make scores equal, and units with equal scores are pruned together.
         wide = jnp.promote_types(self.dtype, jnp.float32)
         mean, variance = jax.tree.map(lambda leaf: leaf.astype(wide), self).kernel_moments()
         own = mean.ndim - (2 if self.group_axis == "input" else 1)
@@ -139,7 +141,7 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
         return self.replace(**{side: self.group_mask * keep.astype(self.group_mask.dtype)})
 
     def inputs_read_by(self, outputs: jax.Array) -> jax.Array:
-        """The inputs that any of the kept ``outputs`` reads, [in] of bool. ``outputs`` is [out] of bool."""
+        """Mask of the inputs that any of the kept ``outputs`` reads, [in] of bool. ``outputs`` is [out] of bool."""
         return jnp.broadcast_to(jnp.any(outputs), self.input_mask.shape)
 
     def with_masks(self, inputs: jax.Array, outputs: jax.Array) -> Self:
@@ -177,8 +179,8 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
         return kernel_mask(self.kernel_shape, self.input_mask, self.output_mask)
 
     def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
-        """An array [groups] in a shape that broadcasts against the kernel."""
-        return per_group[:, None] if self.group_axis == "input" else per_group
+        """Reshapes an array [groups] such that it broadcasts against the kernel."""
+        return of_rank(per_group[:, None] if self.group_axis == "input" else per_group, self.kernel_mean.ndim)
 
     def kept_weights(self) -> jax.Array:
         """The number of kept entries of the kernel: a scalar of float32, since an int32 may be too small."""
@@ -211,16 +213,16 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
 
     def with_weights_divided_by(self, factor: jax.Array) -> Self:
         """The posterior with w~, and the biases that share its scales, divided by ``factor`` [groups] > 0."""
-        spread, bias_part = self.spread_over_kernel(factor), {}
+        spread, bias = self.spread_over_kernel(factor), {}
         if self.group_axis == "output" and self.bias_mean is not None and self.bias_log_variance is not None:
-            bias_part = {
+            bias = {
                 "bias_mean": self.bias_mean / factor,
                 "bias_log_variance": self.bias_log_variance - 2 * jnp.log(factor),
             }
         return self.replace(
             kernel_mean=self.kernel_mean / spread,
             kernel_log_variance=self.kernel_log_variance - 2 * jnp.log(spread),
-            **bias_part,
+            **bias,
         )
 
     def clip_variances(self) -> Self:
@@ -234,7 +236,7 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
         )
 
     def gaussian_kl(self) -> jax.Array:
-        """KL of the Gaussian w~ and biases from N(0, 1), summed over everything that is kept. All families with scales share this part.
+        """KL of the Gaussian w~ and biases from N(0, 1), summed over the kept entries. All families with scales share this part.
 
         KL(N(m, s2) || N(0, 1)) = (s2 + m^2 - 1 - log s2) / 2.
         """
@@ -242,19 +244,23 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
         return kernel_kl + self.gaussian_bias_kl()
 
     def gaussian_bias_kl(self) -> jax.Array:
-        """The part of ``gaussian_kl`` that the biases have; 0 without a bias."""
+        """The part of ``gaussian_kl`` that comes from the biases, or 0 for a layer without bias."""
         if self.bias_mean is None or self.bias_log_variance is None:
             return jnp.zeros(())
         return _sum_standard_normal_kl(self.bias_mean, self.bias_log_variance, self.output_mask > 0)
 
 
 def variational_layers(params: PyTree) -> dict[str, Posterior]:
-    """The posterior of each variational layer by layer name, in the order of the tree.
+    """Finds the posteriors of all variational layers.
 
-    The name is the path of the layer's module, joined by "/".
+    Args:
+      params: A tree with variational layers. They are found by the type of their nodes.
+
+    Returns:
+      The posteriors by layer name, in the order of the tree. The name is the path of the layer's module, joined by "/".
 
     Raises:
-      ValueError: The tree holds no variational layer, or one node is several layers, stacked.
+      ValueError: The tree holds no variational layer, or a node holds several stacked layers.
     """
     return find_single_layers(params, Posterior)
 
@@ -265,7 +271,7 @@ def array_kinds(node: Posterior) -> dict[str, Kind]:
 
 
 def log_ratio(noise: jax.Array, signal: jax.Array) -> jax.Array:
-    """log(noise / signal); 1e9 where the signal is 0, so that such a unit is pruned first, and at a finite threshold."""
+    """log(noise / signal). It is 1e9 where the signal is 0, so that a finite threshold prunes such a unit, and prunes it first."""
     return jnp.where(signal > 0, jnp.log(noise) - jnp.log(jnp.where(signal > 0, signal, 1)), 1e9)
 
 
@@ -273,12 +279,13 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
     """The entries of a kernel [*window, in / feature groups, out] that connect kept inputs [in] with kept outputs [out].
 
     Returns:
-      An array of bool [in / feature groups, out]. It is the same for all positions of the window.
+      An array of bool that broadcasts against the kernel: [1, ..., in / feature groups, out], the same for all positions of the window.
     """
     inputs, features = kernel_shape[-2:]
     feature_groups = input_mask.shape[-1] // inputs
     kept_inputs = (input_mask > 0).reshape(feature_groups, inputs)
-    return jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & (output_mask > 0)
+    mask = jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & of_rank(output_mask > 0, 2)
+    return of_rank(mask, len(kernel_shape))
 
 
 def _product_moments(

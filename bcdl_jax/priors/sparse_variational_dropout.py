@@ -1,4 +1,4 @@
-"""Sparse variational dropout: a log-uniform prior on every single weight, which are pruned one by one [Molchanov et al. 2017]."""
+"""Sparse variational dropout: a log-uniform prior on every single weight, and pruning of single weights [M17]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax._arrays import of_rank
 from bcdl_jax.priors.family import Family
 from bcdl_jax.priors.normal_jeffreys import log_uniform_kl
 from bcdl_jax.priors.posterior import Posterior
@@ -19,7 +20,7 @@ class SparseVariationalDropoutPosterior(Posterior):
     """q(w) = N(mean, variance) for each weight, without group scales. ``Posterior`` documents the shared fields.
 
     The variance is a parameter of its own, the additive form of [M17 section 4.2]: alpha = variance / mean^2. Biases are Gaussian with
-    the prior N(0, 1), as in the other families. Pruning removes single weights; an input that loses all of its weights is masked too.
+    the prior N(0, 1), as in the other families. Pruning removes single weights. An input that loses all of its weights is masked too.
 
     Attributes:
       weight_mask: Mask of the weights, of the kernel's shape. A weight whose entry is not positive is pruned.
@@ -44,7 +45,7 @@ class SparseVariationalDropoutPosterior(Posterior):
         return super().kernel_mask & (self.weight_mask > 0)
 
     def kl_divergence(self) -> jax.Array:
-        """The KL of every kept weight from the log-uniform prior [M17 eq. 14], and that of the biases from N(0, 1)."""
+        """The KL of the kept weights from the log-uniform prior [M17 eq. 14], plus the KL of the biases from N(0, 1)."""
         weights_kl = jnp.where(self.kernel_mask, log_uniform_kl(self.log_dropout_rate()), 0)
         return jnp.sum(weights_kl) + self.gaussian_bias_kl()
 
@@ -69,7 +70,7 @@ class SparseVariationalDropoutPosterior(Posterior):
         return jnp.where(kept, self.kernel_mean, 0), jnp.where(kept, jnp.exp(self.kernel_log_variance), 0)
 
     def scale_moments(self) -> tuple[jax.Array, jax.Array]:
-        """1 and 0: there are no scales."""
+        """Means of 1 and variances of 0, since the family has no scales."""
         groups = self.group_mask.shape
         return jnp.ones(groups, self.dtype), jnp.zeros(groups, self.dtype)
 
@@ -82,7 +83,7 @@ class SparseVariationalDropoutPosterior(Posterior):
         return pruned.with_masks(self.input_mask > 0, self.output_mask > 0)
 
     def inputs_read_by(self, outputs: jax.Array) -> jax.Array:
-        read = jnp.any((self.weight_mask > 0) & outputs, axis=tuple(range(self.kernel_mean.ndim - 2)))
+        read = jnp.any((self.weight_mask > 0) & of_rank(outputs, self.weight_mask.ndim), axis=tuple(range(self.kernel_mean.ndim - 2)))
         return jnp.any(self._by_feature_group(read), axis=-1).T.ravel()
 
     def with_masks(self, inputs: jax.Array, outputs: jax.Array) -> Self:
@@ -90,7 +91,7 @@ class SparseVariationalDropoutPosterior(Posterior):
         return masked.replace(weight_mask=masked.kernel_mask.astype(self.weight_mask.dtype))
 
     def _by_feature_group(self, connections: jax.Array) -> jax.Array:
-        """[in / feature groups, out] as [in / feature groups, feature groups, out / feature groups]."""
+        """Reshapes [in / feature groups, out] to [in / feature groups, feature groups, out / feature groups]."""
         inputs = self.kernel_shape[-2]
         return connections.reshape(inputs, self.input_mask.shape[-1] // inputs, -1)
 
@@ -99,10 +100,11 @@ class SparseVariationalDropoutPosterior(Posterior):
 class SparseVariationalDropout(Family):
     """The family of sparse variational dropout: a log-uniform prior on every single weight [M17].
 
-    A network that is trained from scratch needs a warm-up of the KL, or all weights are pruned before they are of use [M17 section 5].
+    A network that is trained from scratch needs a warm-up of the KL. Without it, all weights lose their signal before they are trained
+    [M17 section 5].
 
     Attributes:
-      clip_var: Largest posterior variance of the layer's weights and biases, see ``Family``. The paper has no limit.
+      clip_var: The largest posterior variance of the layer's weights and biases, see ``Family``. The paper has no limit.
 
     Raises:
       ValueError: ``clip_var`` is not a positive finite number.

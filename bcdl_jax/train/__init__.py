@@ -1,32 +1,32 @@
-"""Training: the objective, a pure step, epochs, many seeds, many devices, and networks that shrink while they train."""
+"""Training: the objective, a pure step, epochs, many seeds, many devices, and networks that shrink while they are trained."""
 
 from bcdl_jax.train.averaging import ParamsEmaState, averaged_params, params_ema
 from bcdl_jax.train.batches import epoch_rows, take_batch
-from bcdl_jax.train.ensemble import EnsembleReport, EpochReport, compile_ensemble, each_seed, train_ensemble
+from bcdl_jax.train.ensemble import compile_ensemble, train_ensemble
+from bcdl_jax.train.kinds import parameter_kinds, scale_by_kind
+from bcdl_jax.train.loop import make_train_epoch, make_train_loop
 from bcdl_jax.train.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
 from bcdl_jax.train.objective import kl_warmup, negative_elbo
 from bcdl_jax.train.pmap import make_pmap_train_step
+from bcdl_jax.train.reports import EnsembleReport, EpochReport
+from bcdl_jax.train.seeds import each_seed, select_seed, stack_seeds
 from bcdl_jax.train.settings import make_step_by_setting, with_setting
-from bcdl_jax.train.step import (
-    TrainState,
-    create_train_state,
-    keep_masks,
-    make_train_epoch,
-    make_train_loop,
-    make_train_step,
-    parameter_kinds,
-    scale_by_kind,
-    select_seed,
-    stack_seeds,
+from bcdl_jax.train.state import TrainState, create_train_state
+from bcdl_jax.train.step import keep_masks, make_train_step
+from bcdl_jax.train.while_shrinking import (
+    ShrinkingConfig,
+    ShrunkTraining,
+    leave_out_pruned,
+    prune_and_shrink,
+    prune_state,
 )
-from bcdl_jax.train.while_shrinking import Shrinking, SmallTraining, leave_out_pruned, prune_and_shrink, prune_state
 
 __all__ = [
     "EnsembleReport",
     "EpochReport",
     "ParamsEmaState",
-    "Shrinking",
-    "SmallTraining",
+    "ShrinkingConfig",
+    "ShrunkTraining",
     "TrainState",
     "averaged_params",
     "compile_ensemble",

@@ -1,4 +1,4 @@
-"""A running average of the parameters, as an optax transform."""
+"""A moving average of the params, as an optax transform."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from bcdl_jax._tree import PyTree
 
 
 class ParamsEmaState(NamedTuple):
-    """Attributes: steps: updates so far, int32. average: of the params after each of them."""
+    """The state of ``params_ema``.
+
+    Attributes:
+      steps: The number of updates so far, int32.
+      average: The average of the params after each update, a tree like the params.
+    """
 
     steps: jax.Array
     average: PyTree
 
 
 def params_ema(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential moving average of the params; updates pass through it unchanged.
+    """Keeps an exponential moving average of the params in the optimiser's state. The updates themselves stay unchanged.
 
-    To be chained last, so that it sees the final updates: ``optax.chain(optax.adam(1e-3), params_ema(0.999))``. At a constant
-    learning rate the average lies closer to the optimum than the params, which wander around it [Polyak and Juditsky 1992]. It is
-    in the optimiser's state, see ``averaged_params``.
+    Chain it last, so that it receives the final updates: ``optax.chain(optax.adam(1e-3), params_ema(0.999))``. With a constant learning
+    rate the params move around the optimum, and their average lies closer to it [Polyak and Juditsky 1992]. ``averaged_params`` reads the
+    average.
 
     Args:
-      decay: weight of the past, from 0 to less than 1. Over the first updates it is steps / (steps + 1) while that is less, so that the
-        start values do not linger.
+      decay: The weight of the past, from 0 to less than 1. The first updates use the smaller weight steps / (steps + 1), so that the
+        start values soon lose their influence.
 
     Raises:
-      ValueError: ``decay`` is out of range; (at an update) no params were passed.
+      ValueError: ``decay`` is out of range. Or (at an update) ``params`` is None.
     """
     if not 0 <= decay < 1:
         raise ValueError(f"decay is {decay}; it must be at least 0 and less than 1.")
@@ -55,10 +60,13 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
 
 def averaged_params(optimizer_state: PyTree) -> PyTree:
-    """The average out of an optimiser's state.
+    """The average of the params that an optimiser's state holds.
+
+    Args:
+      optimizer_state: The state of an optimiser with one ``params_ema``.
 
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: The state holds no average, or more than one.
     """
     states = [
         part
@@ -66,5 +74,7 @@ def averaged_params(optimizer_state: PyTree) -> PyTree:
         if isinstance(part, ParamsEmaState)
     ]
     if len(states) != 1:
-        raise ValueError(f"optimizer_state holds {len(states)} averages of params; it must hold one, of params_ema.")
+        raise ValueError(
+            f"optimizer_state holds {len(states)} averages of params; it must hold exactly one, from params_ema."
+        )
     return states[0].average

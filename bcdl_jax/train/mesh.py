@@ -1,8 +1,8 @@
-"""Training on many devices, of one process or many: where states and data lie decides how a program runs.
+"""Training on many devices of one process or of many. The placement of states and data determines how a program runs.
 
-The plain training step, made for one device, is compiled by ``jax.jit`` for all of them: with the examples of a batch spread over a mesh
-and the parameters on every device, XLA itself sums the gradients. The noise of an example depends on its place in the batch alone
-(see ``noise``), so that one device and many compute the same up to the order of sums.
+``jax.jit`` compiles the plain training step of one device for all devices of a mesh. The examples of a batch are spread over the mesh, the
+params lie on every device, and XLA sums the gradients. The noise of an example depends only on its place in the batch (see
+``priors.noise``), so that one device and many compute the same up to the order of sums.
 
     mesh = bcdl_jax.train.make_mesh()
     step = bcdl_jax.train.make_train_step(negative_log_likelihood, optimizer, num_examples=num_examples)
@@ -33,11 +33,12 @@ def make_mesh(*, seed: int = 1, devices: Sequence[jax.Device] | None = None) -> 
     """A grid of devices with the axes "seed" and "data".
 
     Args:
-      seed: over how many parts the seeds of an ensemble are spread; within each, the examples are spread over the rest.
-      devices: all devices of all processes if None.
+      seed: The length of the axis "seed", over which the seeds of an ensemble are spread. The axis "data" spreads the examples of each
+        seed over the other devices.
+      devices: The devices of the mesh; all devices of all processes if None.
 
     Raises:
-      ValueError: the number of devices is not a multiple of ``seed``.
+      ValueError: The number of devices is not a multiple of ``seed``.
     """
     devices = jax.devices() if devices is None else devices
     if seed < 1 or len(devices) % seed:
@@ -47,38 +48,24 @@ def make_mesh(*, seed: int = 1, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def place_state(state: PyTree, mesh: Mesh, *, stacked: bool = False, shard_params: bool = False) -> PyTree:
-    """Puts a state (or any tree of arrays that all processes hold alike) on the devices of a mesh.
+    """Copies a state to the devices of a mesh.
 
     Args:
-      state: tree of arrays.
-      mesh: from ``make_mesh``.
-      stacked: the leading axis of every array counts seeds, and is spread over "seed".
-      shard_params: spread every array over "data" too, along its longest axis that divides, so that a network and its optimiser take
-        1/devices of the memory each. By default every device has all of it.
+      state: A tree of arrays that is the same in all processes.
+      mesh: The mesh, from ``make_mesh``.
+      stacked: True if the leading axis of every array counts seeds. It is then spread over the axis "seed".
+      shard_params: True to spread every array over the axis "data" too, along its longest axis whose length is a multiple of it. The
+        network and its optimiser then take 1 / devices of the memory on each device. False to put all of it on every device.
 
     Returns:
-      A copy of the tree, to be given to a function from ``jit_step``.
+      A copy of the tree, for a function from ``jit_step``.
 
     Raises:
-      ValueError: the number of stacked seeds is not a multiple of the axis "seed".
+      ValueError: The number of stacked seeds is not a multiple of the axis "seed".
     """
 
     def place(array: Any) -> jax.Array:
-        shape = jnp.shape(array)
-        spec: list[str | None] = [None] * len(shape)
-        if stacked:
-            if not shape or shape[0] % mesh.shape[SEED]:
-                raise ValueError(
-                    f"The state has an array of shape {shape}; its leading axis must count the seeds, a multiple of {mesh.shape[SEED]}."
-                )
-            spec[0] = SEED
-        if shard_params:
-            dividing = [
-                axis for axis in range(int(stacked), len(shape)) if shape[axis] and shape[axis] % mesh.shape[DATA] == 0
-            ]
-            if dividing:
-                spec[max(dividing, key=lambda axis: shape[axis])] = DATA
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        sharding = NamedSharding(mesh, _partition(jnp.shape(array), mesh, stacked, shard_params))
         if is_key(array):
             return jax.random.wrap_key_data(
                 _spread(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array)
@@ -88,12 +75,30 @@ def place_state(state: PyTree, mesh: Mesh, *, stacked: bool = False, shard_param
     return jax.tree.map(place, state)
 
 
+def _partition(shape: tuple[int, ...], mesh: Mesh, stacked: bool, shard_params: bool) -> PartitionSpec:
+    """The axis of the mesh that each axis of an array of a state is spread over, see ``place_state``."""
+    spec: list[str | None] = [None] * len(shape)
+    if stacked:
+        if not shape or shape[0] % mesh.shape[SEED]:
+            raise ValueError(
+                f"state has an array of shape {shape}; its leading axis must count the seeds, a multiple of {mesh.shape[SEED]}."
+            )
+        spec[0] = SEED
+    if shard_params:
+        dividing = [
+            axis for axis in range(int(stacked), len(shape)) if shape[axis] and shape[axis] % mesh.shape[DATA] == 0
+        ]
+        if dividing:
+            spec[max(dividing, key=lambda axis: shape[axis])] = DATA
+    return PartitionSpec(*spec)
+
+
 def process_rows(mesh: Mesh, examples: int) -> slice:
-    """The rows of the whole data that this process has to hold: all of them if there is one process.
+    """The rows of the whole data that this process must hold. A single process holds all rows.
 
     Args:
-      mesh: from ``make_mesh``.
-      examples: of all processes together.
+      mesh: The mesh, from ``make_mesh``.
+      examples: The number of examples of all processes together.
 
     Raises:
       ValueError: ``examples`` is not a multiple of the axis "data".
@@ -108,12 +113,12 @@ def process_rows(mesh: Mesh, examples: int) -> slice:
 
 
 def place_data(data: PyTree, mesh: Mesh, *, examples: int | None = None) -> PyTree:
-    """Spreads examples over the axis "data" of a mesh, keeping their types (images stay uint8).
+    """Spreads examples over the axis "data" of a mesh. The arrays keep their types, so that images stay uint8.
 
     Args:
-      data: tree of arrays [rows, ...] on the host, those of ``process_rows``.
-      mesh: from ``make_mesh``.
-      examples: of all processes together; those of ``data`` if None, which is right for one process.
+      data: A tree of arrays [rows, ...] on the host: the rows from ``process_rows``.
+      mesh: The mesh, from ``make_mesh``.
+      examples: The number of examples of all processes together. None stands for the examples of ``data``, which suits a single process.
 
     Returns:
       A tree of arrays [examples, ...].
@@ -136,20 +141,27 @@ def place_data(data: PyTree, mesh: Mesh, *, examples: int | None = None) -> PyTr
 
 
 def replicated(state: PyTree) -> NamedSharding | None:
-    """On every device of the mesh that a state lies on, for ``jax.jit(..., out_shardings=...)``; None if it lies on no mesh."""
+    """The sharding that puts a whole array on every device of the mesh of a state, for ``jax.jit(..., out_shardings=...)``.
+
+    Args:
+      state: A tree of arrays, all on the same mesh or all on no mesh.
+
+    Returns:
+      The sharding, or None if the state lies on no mesh.
+    """
     sharding = jax.tree.leaves(state)[0].sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
 
 def jit_step(function: Callable[..., tuple[PyTree, PyTree]], state: PyTree) -> Callable[..., tuple[PyTree, PyTree]]:
-    """Compiles ``function(state, ...) -> (state, metrics)`` for where the state lies, one device or a mesh.
+    """Compiles ``function(state, ...) -> (state, metrics)`` for the placement of a state, on one device or on a mesh.
 
     Args:
-      function: a step or an epoch, also under ``jax.vmap`` over seeds.
-      state: as it will be given, from ``place_state`` for a mesh.
+      function: A step or an epoch, possibly under ``jax.vmap`` over seeds.
+      state: A state with the placement of the later ones; for a mesh, from ``place_state``.
 
     Returns:
-      The compiled function. The new state takes over the buffers of the old one and lies where it lay; metrics are on every device.
+      The compiled function. The new state takes over the buffers and the placement of the old one. The metrics are on every device.
     """
     if replicated(state) is None:
         return jax.jit(function, donate_argnums=0)
@@ -158,9 +170,13 @@ def jit_step(function: Callable[..., tuple[PyTree, PyTree]], state: PyTree) -> C
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Copies whole arrays to this process's host from a tree that may be spread over the devices of many processes.
+    """Copies whole arrays to the host of this process. Every process must call this function.
 
-    Every process must call it. Keys come back as keys on the default device.
+    Args:
+      tree: A tree of arrays, possibly spread over the devices of many processes.
+
+    Returns:
+      A tree of NumPy arrays. Typed PRNG keys stay keys, on the default device.
     """
     everywhere = replicated(tree)
     whole = tree if everywhere is None else jax.jit(lambda arrays: arrays, out_shardings=everywhere)(tree)
@@ -176,6 +192,7 @@ def fetch(tree: PyTree) -> PyTree:
 
 
 def _spread(array: Any, sharding: NamedSharding) -> jax.Array:
-    """Each process puts its part on its devices; a copy, so that giving the result away leaves the original alone."""
+    """An array with the given sharding. Each process puts its part on its devices."""
+    # A copy, so that the array survives the donation of the result.
     host = np.array(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

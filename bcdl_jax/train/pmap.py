@@ -1,4 +1,4 @@
-"""Training on the devices of one process by ``jax.pmap``, for programs that are built on it; see ``mesh`` for the usual way."""
+"""Training on the devices of one process with ``jax.pmap``, for programs that are built on it. ``mesh`` has the usual way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.train.batches import count_examples
-from bcdl_jax.train.step import Metrics, NegativeLogLikelihood, TrainState, make_train_step
+from bcdl_jax.train.state import Metrics, NegativeLogLikelihood, TrainState
+from bcdl_jax.train.step import make_train_step
 
 _AXIS = "data"
 
@@ -24,18 +25,18 @@ def make_pmap_train_step(
     devices: Sequence[jax.Device] | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The training step with each batch spread over devices: ``step(state, batch) -> (state, metrics)``, already compiled.
+    """The compiled training step ``step(state, batch) -> (state, metrics)`` that spreads each batch over devices.
 
-    Every device has noise of its own, so that with noise the result is another draw than that of ``make_train_step``.
+    Every device draws its own noise. The result therefore differs from the result of ``make_train_step`` as one draw differs from another.
 
     Args:
-      negative_log_likelihood: as for ``make_train_step``.
-      optimizer: as for ``make_train_step``.
-      devices: those of this process if None.
-      **options: as for ``make_train_step``.
+      negative_log_likelihood: The function for ``make_train_step``.
+      optimizer: The optimiser for ``make_train_step``.
+      devices: The devices to use; the devices of this process if None.
+      **options: The other arguments of ``make_train_step``.
 
     Returns:
-      The step; it raises ValueError for a batch whose size is not a multiple of the number of devices.
+      The compiled step. It raises ValueError for a batch whose size is not a multiple of the number of devices.
     """
     devices = jax.local_devices() if devices is None else list(devices)
     step = make_train_step(average_over(_AXIS, negative_log_likelihood), optimizer, **options)
@@ -46,22 +47,23 @@ def make_pmap_train_step(
         size = count_examples(batch)
         if size % len(devices):
             raise ValueError(f"batch has {size} examples; it must be a multiple of the {len(devices)} devices.")
-        parts = jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch)
-        return on_all(state, jax.device_put(parts, spread))  # wherever it lay: pmap itself moves nothing
+        per_device = jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch)
+        # The batch may lie on any device, and pmap itself moves nothing.
+        return on_all(state, jax.device_put(per_device, spread))
 
     return pmap_step
 
 
 def average_over(axis_name: str, negative_log_likelihood: NegativeLogLikelihood) -> NegativeLogLikelihood:
-    """The likelihood of a batch of which each device along a mapped axis has a part.
+    """The likelihood of a batch that is spread over the devices of a mapped axis.
 
-    Value and gradient are averaged over the axis; the KL, which every device computes alike, stays outside and is counted once. The
-    gradient is taken on each device before averaging, not through the average: what the derivative of a sum over devices
-    is depends on how the program is mapped, and is n_devices times too large in some.
+    The value and the gradient are averaged over the axis. The KL is the same on every device; it is computed outside this function and
+    counted once. Each device takes its gradient before the average. The gradient of the average itself would depend on how the program
+    is mapped, and would be n_devices times too large in some programs.
 
     Args:
-      axis_name: of the ``jax.pmap`` around it.
-      negative_log_likelihood: (params, batch, key) -> mean over the batch, a scalar.
+      axis_name: The name of the axis of the surrounding ``jax.pmap``.
+      negative_log_likelihood: A function (params, batch, key) -> mean over the batch, a scalar.
     """
 
     def value_and_gradient(params: PyTree, batch: Any, key: jax.Array) -> tuple[jax.Array, PyTree]:

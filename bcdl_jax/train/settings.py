@@ -1,4 +1,4 @@
-"""Many settings at once: learning rates, KL weights and whatever else is a number, one per run of an ensemble.
+"""Many settings at once: one learning rate, KL weight or other number per run of an ensemble.
 
     def make_step(setting):
         optimizer = optax.adam(setting["learning_rate"])
@@ -11,10 +11,11 @@
         for weight in (0.1, 1.0)
     ]
     step = bcdl_jax.train.make_step_by_setting(make_step)
-    train = jax.jit(jax.vmap(bcdl_jax.train.make_train_epoch(step, batch_size=128), in_axes=(0, None)))
+    epoch = bcdl_jax.train.make_train_epoch(step, batch_size=128)
+    train = jax.jit(bcdl_jax.train.each_seed(epoch))
     states, metrics = train(bcdl_jax.train.stack_seeds(states), data)
 
-or the same ``step`` in ``train_ensemble``, with a report for each.
+``train_ensemble`` takes the same ``step`` and reports on every setting.
 """
 
 from __future__ import annotations
@@ -27,35 +28,33 @@ import jax.numpy as jnp
 import optax
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.train.step import Metrics, TrainState
+from bcdl_jax.train.state import Metrics, TrainState, TrainStep
 
 
 class SettingState(NamedTuple):
-    """In place of an optimiser's state, that state and the setting of the run, so that both are stacked, saved and cut together."""
+    """The state of an optimiser together with the setting of its run, so that both are stacked, saved and cut together."""
 
     setting: PyTree
     optimizer_state: optax.OptState
 
 
 def with_setting(state: TrainState, setting: PyTree) -> TrainState:
-    """A state, from ``create_train_state``, that carries the setting of its run.
+    """A state that carries the setting of its run.
 
     Args:
-      state: of one run. The state of the optimiser must not depend on the setting.
-      setting: tree of numbers.
+      state: The state of one run, from ``create_train_state``. The state of its optimiser must not depend on the setting.
+      setting: A tree of numbers.
     """
     numbers = jax.tree.map(jnp.asarray, setting)
     return state.replace(optimizer_state=SettingState(numbers, state.optimizer_state))
 
 
-def make_step_by_setting(
-    make_step: Callable[[PyTree], Callable[[TrainState, Any], tuple[TrainState, Metrics]]],
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The training step of states that carry a setting.
+def make_step_by_setting(make_step: Callable[[PyTree], TrainStep]) -> TrainStep:
+    """The training step for states that carry a setting.
 
     Args:
-      make_step: setting -> ``step(state, batch)``, mostly by ``make_train_step``. The numbers of the setting are traced: they may be
-        used in arithmetic, as a learning rate, within a schedule, but not in an ``if``.
+      make_step: A function from the setting to ``step(state, batch)``, such as a call of ``make_train_step``. The numbers of the setting
+        are traced: they may appear in arithmetic, in a learning rate and in a schedule, but not in an ``if``.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

@@ -1,15 +1,15 @@
-"""Training that shrinks: what is safely gone is masked and then left out of params, optimiser state and step.
+"""Training while the network shrinks: groups that can be pruned are masked, then left out of the params, the optimiser and the step.
 
-    shrinking = bcdl_jax.train.Shrinking(negative_log_likelihood, make_step, thresholds=3.0, chain=chain)
+    shrinking = bcdl_jax.train.ShrinkingConfig(negative_log_likelihood, make_step, thresholds=3.0, chain=chain)
     state = bcdl_jax.train.prune_state(state, 3.0, chain)
     small = bcdl_jax.train.leave_out_pruned(shrinking, state, batch)
     train_epoch = jax.jit(bcdl_jax.train.make_train_epoch(small.step, batch_size=128))
     small_state, metrics = train_epoch(small.state, data)
     state = small.expand(small_state)
 
-``train_ensemble(..., shrinking=shrinking)`` does so by itself, between epochs. A small step computes what the step at full size computes
-on the masked params, with the same noise for what is kept. The small form follows from the state at full size alone, so that
-such a state is all that must be saved.
+``train_ensemble(..., shrinking=shrinking)`` shrinks networks between epochs. The small step computes the same as the full-size step
+on the masked params, with the same noise for the kept groups. The small form follows from the full-size state alone, so that saving the
+full-size state is enough.
 """
 
 from __future__ import annotations
@@ -17,85 +17,93 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.compression.pruning import Score, Thresholds, log_dropout_rate, prune
-from bcdl_jax.graph.program import multiply_adds_by_owner, trace
+from bcdl_jax.compression.pruning import Thresholds, prune
+from bcdl_jax.compression.scores import Score, log_dropout_rate
+from bcdl_jax.graph.counting import multiply_adds_by_owner
+from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.posterior import Posterior, variational_layers
-from bcdl_jax.shrinking.network import ShrinkReport, cut, expand, shrink
+from bcdl_jax.shrinking import ShrinkReport, cut, expand, shrink
 from bcdl_jax.train.averaging import ParamsEmaState
-from bcdl_jax.train.step import NegativeLogLikelihood, TrainState, TrainStep, keep_masks
+from bcdl_jax.train.parts import is_posterior, parts
+from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep
+from bcdl_jax.train.step import keep_masks
 
 
 @dataclasses.dataclass(frozen=True)
-class Shrinking:
-    """How a network shrinks while it is trained.
+class ShrinkingConfig:
+    """When and how a network shrinks while it is trained.
+
+    A pruning check finds the groups that can be pruned and masks them. The network shrinks after a check if that saves enough.
 
     Attributes:
-      negative_log_likelihood: that of the training step.
-      make_step: from a negative log-likelihood to the training step, such as
-        ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``; called again for every smaller network.
-      thresholds: scores above which a group is safely gone, as for ``prune``; or a function from params to them, such as
-        ``choose_thresholds`` with a small ``max_increase`` and the same score. Be more careful than in pruning: what is masked in training never comes back.
-      chain, score: as for ``prune``.
-      first: epochs before the first look at the groups. The next ones follow after 2, 3, 4, 6, 8, 12, 16, 24 times as many and so on: a
-        net loses its groups ever more slowly.
-      regular: whether they follow after 2, 3, 4, 5, 6 times as many and so on instead: for a net that loses groups as long as they are taken.
-      leave_out: whether ``train_ensemble`` leaves out what is gone; otherwise it is only masked, whatever it would save, and all goes on at
-        full size: where a step is so fast that compiling smaller ones takes longer than they save, as on a GPU.
-      least_saving: share of the multiply-adds that a further shrinking must save, since each compiles a new program.
-      multiple_of: kept widths are rounded up to a multiple of it, see ``shrink``.
+      negative_log_likelihood: The function of the training step.
+      make_step: A function from a negative log-likelihood to the training step, such as
+        ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``. Each smaller network calls it again.
+      thresholds: The score above which a group can be pruned, or one for each layer, see ``prune``; or a function from the params to
+        them, such as ``choose_thresholds`` with a small ``max_increase`` and the same score. Choose them more carefully than the final
+        thresholds: a group that is masked in training stays masked.
+      chain: The order of the layers, see ``prune``.
+      first_check: The number of epochs before the first pruning check. The next checks follow after 2, 3, 4, 6, 8, 12, 16, 24, ... times as
+        many epochs, since a network loses its groups more and more slowly.
+      least_saving: The share of the multiply-adds that a further shrinking must save, since each one compiles a new program.
+      multiple_of: A number to whose multiples the kept widths are rounded up, see ``shrink``.
+      score: The score of the groups, see ``prune``.
+      regular_checks: True for a pruning check after every ``first_check`` epochs, for a network that loses groups throughout its training.
+      leave_out: True to leave out masked groups in ``train_ensemble``; False to mask them only and to train at full size. False suits a
+        device on which compiling a smaller step takes longer than the step saves, such as a GPU.
 
     Raises:
-      ValueError: a number is out of range.
+      ValueError: A number is out of range.
     """
 
     negative_log_likelihood: NegativeLogLikelihood
     make_step: Callable[[NegativeLogLikelihood], TrainStep]
     thresholds: Thresholds | Callable[[PyTree], Thresholds]
     chain: Sequence[str] = ()
-    first: int = 1
+    first_check: int = 1
     least_saving: float = 0.25
     multiple_of: int = 8
     score: Score = log_dropout_rate
-    regular: bool = False
+    regular_checks: bool = False
     leave_out: bool = True
 
     def __post_init__(self):
-        for name in ("first", "multiple_of"):
+        for name in ("first_check", "multiple_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.least_saving < 1:
             raise ValueError(f"least_saving is {self.least_saving}; it must be at least 0 and less than 1.")
 
-    def is_settled(self, epochs: int) -> bool:
-        """Whether the looks are so rare after so many epochs that a program for the size of the time pays, beside that of the step.
-
-        It follows from the epochs alone, so that a run that was cut short goes on the same way.
-        """
-        return epochs > 4 * self.first and not self.regular
-
     def is_due(self, epochs: int) -> bool:
-        """Whether to look at the groups after so many epochs."""
-        times, rest = divmod(epochs, self.first)
+        """True if a pruning check follows once this number of epochs is complete."""
+        times, rest = divmod(epochs, self.first_check)
         while times > 3 and times % 2 == 0:
             times //= 2
-        return rest == 0 and (times > 0 if self.regular else times in (1, 2, 3))
+        return rest == 0 and (times > 0 if self.regular_checks else times in (1, 2, 3))
+
+    def is_settled(self, epochs: int) -> bool:
+        """True once pruning checks are so rare that compiling the validation error for the shrunk network saves time.
+
+        The answer depends on the number of complete epochs alone, so that a resumed run measures the error in the same way.
+        """
+        return epochs > 4 * self.first_check and not self.regular_checks
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallTraining:
+class ShrunkTraining:
     """The training of a shrunk network.
 
     Attributes:
-      step: the training step on small states.
-      state: the small state.
-      whole: the state at full size that it was cut from.
-      report: of ``shrink``.
+      step: The training step for small states.
+      state: The small state.
+      whole: The full-size state that the small state was cut from.
+      report: The report of ``shrink``.
     """
 
     step: TrainStep
@@ -104,7 +112,7 @@ class SmallTraining:
     report: ShrinkReport
 
     def expand(self, state: TrainState) -> TrainState:
-        """A small state at full size: the masked rest has the values it had when it was cut away."""
+        """The full-size form of a small state. The groups that are left out have the values from before the cut."""
         return expand(state, self.report, into=self.whole)
 
     def __str__(self) -> str:
@@ -113,13 +121,20 @@ class SmallTraining:
             for name, layer in variational_layers(self.state.params).items()
         )
         before, after = self.report.multiply_adds
-        return f"trained on as {sizes}; multiply-adds {before:,} -> {after:,}."
+        return f"training continues with {sizes}; multiply-adds {before:,} -> {after:,}."
 
 
 def prune_state(
     state: TrainState, thresholds: Thresholds, chain: Sequence[str] | None = None, score: Score = log_dropout_rate
 ) -> TrainState:
-    """The state with its params pruned, see ``prune``, and with the same masks in the averages of ``params_ema``."""
+    """Prunes the params of a state, and puts the same masks into the averages of ``params_ema``.
+
+    Args:
+      state: The state of one seed, at full size.
+      thresholds: The thresholds for ``prune``.
+      chain: The order of the layers for ``prune``.
+      score: The score for ``prune``.
+    """
     params = prune(state.params, thresholds, chain, score)
 
     def with_masks(part: Any) -> Any:
@@ -132,21 +147,28 @@ def prune_state(
     return state.replace(params=params, optimizer_state=optimizer_state)
 
 
-def _is_average(part: Any) -> bool:
+def _is_average(part: Any) -> TypeGuard[ParamsEmaState]:
     return isinstance(part, ParamsEmaState)
 
 
-def leave_out_pruned(shrinking: Shrinking, state: TrainState, batch: PyTree) -> SmallTraining | None:
-    """Leaves out what the masks of the params say is pruned.
+def mask_further(shrinking: ShrinkingConfig, state: TrainState) -> TrainState:
+    """Masks the groups of a full-size state that can be pruned. Returns ``state`` itself if a layer would lose its last group."""
+    thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
+    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score)
+    return masked if all(float(layer.kept_weights()) > 0 for layer in _layers(masked)) else state
+
+
+def leave_out_pruned(shrinking: ShrinkingConfig, state: TrainState, batch: PyTree) -> ShrunkTraining | None:
+    """Leaves out the groups that the masks of the params prune.
 
     Args:
-      shrinking: see ``Shrinking``.
-      state: of one seed.
-      batch: an example batch of the training data.
+      shrinking: The configuration.
+      state: The state of one seed.
+      batch: An example batch of the training data.
 
     Returns:
-      The small training, or None if nothing is masked, or nothing is left of a layer, or the family prunes single weights: a unit that
-      has lost all of its weights still has a bias, which is trained, so that it cannot be folded into what reads it.
+      The small training. None if nothing is masked, or a layer has no group left. None too if the family prunes single weights: a unit that
+      has lost all of its weights still has a bias that is trained, so that the unit cannot be folded into the next layer.
     """
     if any(layer.prunes_weights for layer in _layers(state)):
         return None
@@ -154,7 +176,7 @@ def leave_out_pruned(shrinking: Shrinking, state: TrainState, batch: PyTree) -> 
     if all(bool(jnp.all(mask > 0)) for mask in masks) or not all(bool(jnp.any(mask > 0)) for mask in masks):
         return None
 
-    # One more than the likelihood, since shrink compares outputs relative to their size, and a good fit brings it close to 0.
+    # One more than the likelihood: shrink compares outputs relative to their size, and a good fit brings the likelihood close to 0.
     def shifted(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
         return 1 + shrinking.negative_log_likelihood(params, batch, key)
 
@@ -163,57 +185,27 @@ def leave_out_pruned(shrinking: Shrinking, state: TrainState, batch: PyTree) -> 
     def small_likelihood(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
         return small_shifted(params, batch, key) - 1
 
-    return SmallTraining(shrinking.make_step(small_likelihood), cut(state, report), state, report)
-
-
-def shrink_measure(
-    measure: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree
-) -> Callable[[PyTree, PyTree], jax.Array]:
-    """A measure of the params, such as a validation error, compiled without what their masks say is pruned.
-
-    Args:
-      measure: ``measure(params, data)``, a pure function.
-      params: at full size, of one seed.
-      data: tree of arrays [examples, ...]; the first two are the example to trace with.
-
-    Returns:
-      A function of params at full size with the same masks, and of data. It computes all of the network where the measure is not one of
-      examples along the leading axes alone, or differs on the example, as a tie decided the other way makes it do.
-    """
-    try:
-        small, small_params, report = shrink(measure, params, (jax.tree.map(lambda array: array[:2], data),))
-        jax.eval_shape(small, small_params, data)
-    except (ValueError, TypeError, IndexError):
-        return jax.jit(measure)
-    compiled = jax.jit(small)
-    return lambda params, data: compiled(cut(params, report), data)
-
-
-def mask_further(shrinking: Shrinking, state: TrainState) -> TrainState:
-    """The state of one seed, at full size, with the groups masked that are safely gone; as it was if nothing would be left of a layer."""
-    thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
-    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score)
-    return masked if all(float(layer.kept_weights()) > 0 for layer in _layers(masked)) else state
+    return ShrunkTraining(shrinking.make_step(small_likelihood), cut(state, report), state, report)
 
 
 def prune_and_shrink(
-    shrinking: Shrinking, state: TrainState, batch: PyTree, current: SmallTraining | None = None
-) -> SmallTraining | None:
-    """Masks the groups that are safely gone, and leaves them out, where that pays.
+    shrinking: ShrinkingConfig, state: TrainState, batch: PyTree, current: ShrunkTraining | None = None
+) -> ShrunkTraining | None:
+    """Makes a pruning check: masks the groups that can be pruned, and leaves them out if that saves enough.
 
     Args:
-      shrinking: see ``Shrinking``.
-      state: of one seed, at full size.
-      batch: an example batch of the training data.
-      current: the small training that the state comes from, if any.
+      shrinking: The configuration.
+      state: The state of one seed, at full size.
+      batch: An example batch of the training data.
+      current: The small training that the state comes from, or None if it was trained at full size.
 
     Returns:
-      The smaller training, or None if it would not save ``least_saving`` of the multiply-adds, or the family prunes single weights.
+      The smaller training. None if it would not save ``least_saving`` of the multiply-adds, or the family prunes single weights.
     """
     if any(layer.prunes_weights for layer in _layers(state)):
         return None
     masked = mask_further(shrinking, state)
-    # A first look, since tracing a network takes seconds.
+    # This comparison comes first, since tracing a network takes seconds.
     shares = [
         float(new.kept_weights()) / max(1.0, float(old.kept_weights()))
         for new, old in zip(_layers(masked), _layers(state), strict=True)
@@ -227,32 +219,55 @@ def prune_and_shrink(
     return small if small.report.multiply_adds[1] <= (1 - shrinking.least_saving) * before else None
 
 
-# Of the saving that is asked for, how much an estimate must promise: folding and rounding up are not in it.
-_PROMISED = 0.8
+# The share of ``least_saving`` that an estimate must reach. The estimate counts neither folding nor rounding up to ``multiple_of``.
+_ESTIMATED_SHARE = 0.8
 
 
-def _may_save(shrinking: Shrinking, state: TrainState, masked: TrainState, batch: PyTree) -> bool:
-    """Whether the masks leave out enough multiply-adds, going by the share of each layer in those at full size: a trace, in place of a shrinking.
+def _may_save(shrinking: ShrinkingConfig, state: TrainState, masked: TrainState, batch: PyTree) -> bool:
+    """True if the new masks seem to save enough multiply-adds.
 
-    Products that are no layer's do not count: what is promised in vain costs a shrinking, what is refused in error costs all that it saves.
+    The estimate needs a trace of the full-size network, but no shrinking: each layer's multiply-adds are multiplied by the share of its
+    kept weights. Products outside the layers do not count. If the estimate is too high, one shrinking is tried in vain; if it were too
+    low, a useful shrinking would be missed.
     """
-    nodes = jax.tree.leaves(state.params, is_leaf=lambda node: isinstance(node, Posterior))
+    nodes = parts(state.params)
     owners = [
-        number if isinstance(node, Posterior) else None
-        for number, node in enumerate(nodes)
-        for _ in jax.tree.leaves(node)
+        number if is_posterior(node) else None for number, node in enumerate(nodes) for _ in jax.tree.leaves(node)
     ]
     program = trace(shrinking.negative_log_likelihood, state.params, batch, state.key)
     owners += [None] * (len(program.inputs) - len(owners))
     totals = multiply_adds_by_owner(program, owners)
-    numbers = [number for number, node in enumerate(nodes) if isinstance(node, Posterior)]
+    numbers = [number for number, node in enumerate(nodes) if is_posterior(node)]
 
     def estimate(layers: list[Posterior]) -> float:
         kept = [float(layer.kept_weights()) / math.prod(layer.kernel_shape) for layer in layers]
         return sum(totals[number] * share for number, share in zip(numbers, kept, strict=True))
 
-    promised = 1 - estimate(_layers(masked)) / max(1.0, estimate(_layers(state)))
-    return promised >= _PROMISED * shrinking.least_saving
+    saving = 1 - estimate(_layers(masked)) / max(1.0, estimate(_layers(state)))
+    return saving >= _ESTIMATED_SHARE * shrinking.least_saving
+
+
+def shrink_measure(
+    measure: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree
+) -> Callable[[PyTree, PyTree], jax.Array]:
+    """Compiles a measure of the params, such as a validation error, without the groups that the masks prune.
+
+    Args:
+      measure: A pure function ``measure(params, data)``.
+      params: The params of one seed, at full size.
+      data: A tree of arrays [examples, ...]. The first two examples serve to trace the measure.
+
+    Returns:
+      A function of the data and of full-size params with the same masks. It computes the whole network if the measure works on anything
+      but examples along the leading axes, or if its value on the two examples changes, as a tie that is decided the other way changes it.
+    """
+    try:
+        small, small_params, report = shrink(measure, params, (jax.tree.map(lambda array: array[:2], data),))
+        jax.eval_shape(small, small_params, data)
+    except (ValueError, TypeError, IndexError):
+        return jax.jit(measure)
+    compiled = jax.jit(small)
+    return lambda params, data: compiled(cut(params, report), data)
 
 
 def _layers(state: TrainState) -> list[Posterior]:

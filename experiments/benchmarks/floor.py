@@ -1,8 +1,8 @@
-"""The bare matrix products of a training step, and how fast this machine does them: a floor for the time of a step.
+"""The bare matrix products of a training step, and their time on this machine: a floor for the time of a step.
 
-A variational layer with inputs X [m, k], means W and variances V [k, n] takes two products forward, X W and X^2 V, two
-for the gradients of W and V, and two for the gradient of X where that is needed. A convolution counts as the products
-of its patches, its m being all positions of all examples.
+A variational layer with inputs X [m, k], means W and variances V [k, n] takes two products forward, X W and X^2 V, two for the gradients of
+W and V, and two for the gradient of X where it is needed. A convolution counts as the products of its patches, where m is the number of
+positions in all examples.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import numpy as np
 
 import bcdl_jax
 
-# Of one timing, by repetition, and of all timings of a layer, of which there are a few at least.
+# The least duration of one timing, which repeats the products; the least duration of all timings of a layer, and their least number.
 _SECONDS, _ALL_SECONDS, _FEWEST = 0.02, 0.4, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """The products of one layer: X is [m, k], its kernels are [k, n].
+    """The products of one layer with inputs X [m, k] and kernels [k, n].
 
     Attributes:
-      m: examples, times positions.
-      k: inputs, or numbers in a patch.
-      n: outputs.
-      input_gradient: whether the gradient of X is needed. The first dense layer needs it too, since its scales multiply
-        its inputs; a first convolution does not.
+      m: The number of examples, times the number of positions of a convolution.
+      k: The number of inputs, or of entries of a patch.
+      n: The number of outputs.
+      input_gradient: True if the gradient of X is needed. A first dense layer needs it, since its scales multiply its inputs; a first
+        convolution does not.
     """
 
     m: int
@@ -44,15 +44,20 @@ class Products:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions."""
+        """The number of multiplications and additions."""
         return 2 * self.m * self.k * self.n * (6 if self.input_gradient else 4)
 
 
 def products_of(model: nn.Module, images: jax.ShapeDtypeStruct) -> list[Products]:
-    """The products of every variational layer in a training step on images of this shape."""
+    """The products of every variational layer in a training step.
+
+    Args:
+      model: The network.
+      images: The shape and dtype of a batch of images.
+    """
     found: list[Products] = []
 
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def record(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         outputs = call(*args, **kwargs)
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, bcdl_jax.Conv | bcdl_jax.Dense):
@@ -62,35 +67,34 @@ def products_of(model: nn.Module, images: jax.ShapeDtypeStruct) -> list[Products
             found.append(Products(math.prod(outputs.shape[:-1]), patch, outputs.shape[-1], dense or bool(found)))
         return outputs
 
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(record):
         jax.eval_shape(model.init, jax.random.key(0), images)
     return found
 
 
 def floor_seconds(layers: Sequence[Products], dtype: str, device: str) -> list[dict[str, float]]:
-    """Measures the products of a step with each library at hand: the best of several repeats.
+    """Measures the products of a step with each available library. The fastest of several timings counts.
 
     Args:
-      layers: from ``products_of``.
-      dtype: "float32" or "bfloat16".
+      layers: The products of the layers, from ``products_of``.
+      dtype: The dtype of the products, "float32" or "bfloat16".
       device: "cpu" or "gpu".
 
     Returns:
-      For each layer its seconds by library: "XLA", "torch" where it is installed (on a GPU: with CUDA), "numpy" on a CPU
-      in float32.
+      The seconds of each layer by library: "XLA", "torch" if it is installed (on a GPU with CUDA), and "numpy" on a CPU in float32.
     """
     return [{library: _best(run) for library, run in _libraries(layer, dtype, device).items()} for layer in layers]
 
 
 def _pairs(arrays: Sequence[Any], input_gradient: bool) -> list[tuple[Any, Any]]:
-    """The factors of all products of a layer, from arrays of any of the libraries."""
+    """The factors of all products of a layer. The arrays may be of any library."""
     inputs, squares, means, variances, mean_slopes, variance_slopes = arrays
     pairs = [(inputs, means), (squares, variances), (inputs.T, mean_slopes), (squares.T, variance_slopes)]
     return pairs + ([(mean_slopes, means.T), (variance_slopes, variances.T)] if input_gradient else [])
 
 
 def _libraries(layer: Products, dtype: str, device: str) -> dict[str, Callable[[int], None]]:
-    """By library a function that does the layer's products so many times and waits for the last."""
+    """Functions by library. Each repeats the layer's products a given number of times and waits for the last one."""
     rng = np.random.default_rng(0)
     shapes = [(layer.m, layer.k)] * 2 + [(layer.k, layer.n)] * 2 + [(layer.m, layer.n)] * 2
     arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
@@ -101,7 +105,7 @@ def _libraries(layer: Products, dtype: str, device: str) -> dict[str, Callable[[
         import torch
 
         if device == "cpu" or torch.cuda.is_available():
-            torch.set_float32_matmul_precision("high")  # as XLA does on a GPU; without effect on a CPU
+            torch.set_float32_matmul_precision("high")  # XLA does the same on a GPU. On a CPU it has no effect.
             where = torch.device("cpu" if device == "cpu" else "cuda")
             tensors = [torch.from_numpy(array).to(where, getattr(torch, dtype)) for array in arrays]
             wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
@@ -110,6 +114,8 @@ def _libraries(layer: Products, dtype: str, device: str) -> dict[str, Callable[[
 
 
 def _with_xla(arrays: Sequence[jax.Array], input_gradient: bool) -> Callable[[int], None]:
+    """The function of XLA, with all products in one program."""
+
     def products(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         return [left @ right for left, right in _pairs(arrays, input_gradient)]
 
@@ -126,7 +132,7 @@ def _with_xla(arrays: Sequence[jax.Array], input_gradient: bool) -> Callable[[in
 def _into_buffers(
     pairs: Sequence[tuple[Any, Any]], matmul: Callable[..., Any], wait: Callable[[], None]
 ) -> Callable[[int], None]:
-    """With results that are written where the last ones were, so that no memory is asked for."""
+    """The function of a library that writes its results into the same buffers each time, so that it allocates no memory."""
     buffers = [matmul(left, right) for left, right in pairs]
 
     def run(times: int) -> None:
@@ -139,7 +145,7 @@ def _into_buffers(
 
 
 def _best(run: Callable[[int], None]) -> float:
-    """Seconds per call."""
+    """The least time of one repetition of ``run``, in seconds."""
     run(1)
     start = time.perf_counter()
     run(1)

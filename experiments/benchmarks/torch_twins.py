@@ -1,4 +1,4 @@
-"""The networks of ``experiments.models`` in PyTorch, for comparison: same layers, same start, same objective, same optimiser."""
+"""The networks of the experiments in PyTorch, for comparison: with the same layers, start values, objective and optimiser."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from bcdl_jax.priors import GroupNormalJeffreysPosterior
 
 
 class _Variational(nn.Module):
-    """What both kinds of layer share: the parameters, their KL divergence and the limit of the variances.
-
-    Args:
-      posterior: the start values.
-      kernel_order: the kernel's axes in PyTorch's order.
-    """
+    """The common part of both kinds of layer: the parameters, their KL divergence and the limit of the variances."""
 
     def __init__(self, posterior: GroupNormalJeffreysPosterior, kernel_order: tuple[int, ...]):
+        """Copies the start values.
+
+        Args:
+          posterior: The start values.
+          kernel_order: The kernel's axes in PyTorch's order.
+        """
         super().__init__()
 
         def parameter(value: Any, order: tuple[int, ...] = (0,)) -> nn.Parameter:
@@ -37,10 +38,12 @@ class _Variational(nn.Module):
         self.clip_var = posterior.clip_var
 
     def sample_scale(self, examples: int) -> torch.Tensor:
+        """One draw of the scales per example, [examples, groups]."""
         noise = torch.randn(examples, len(self.scale_mean), device=self.scale_mean.device)
         return self.scale_mean + torch.exp(0.5 * self.scale_log_variance) * noise
 
     def kl_divergence(self) -> torch.Tensor:
+        """The KL divergence from the normal-Jeffreys prior in nats, with the approximation of [M17 eq. 14] for the scales."""
         log_alpha = self.scale_log_variance - torch.log(self.scale_mean**2 + 1e-8)
         scale_kl = 0.63576 - 0.63576 * torch.sigmoid(1.87320 + 1.48695 * log_alpha) + 0.5 * F.softplus(-log_alpha)
         return (
@@ -51,13 +54,14 @@ class _Variational(nn.Module):
 
     @torch.no_grad()
     def clip_variances(self) -> None:
+        """Reduces the variances of weights and biases to at most ``clip_var``."""
         if self.clip_var is not None:
             self.kernel_log_variance.clamp_(max=math.log(self.clip_var))
             self.bias_log_variance.clamp_(max=math.log(self.clip_var))
 
 
 class VariationalLinear(_Variational):
-    """A dense layer with one scale per example and input; inputs [examples, in]."""
+    """A dense layer with one scale per example and input. Inputs are [examples, in]."""
 
     def __init__(self, posterior: GroupNormalJeffreysPosterior):
         super().__init__(posterior, (1, 0))
@@ -70,7 +74,7 @@ class VariationalLinear(_Variational):
 
 
 class VariationalConv2d(_Variational):
-    """A convolution with one scale per example and output channel; inputs [examples, in, height, width]."""
+    """A convolution with one scale per example and output channel. Inputs are [examples, in, height, width]."""
 
     def __init__(self, posterior: GroupNormalJeffreysPosterior, padding: int):
         super().__init__(posterior, (3, 2, 0, 1))
@@ -99,44 +103,43 @@ def network(
     pool_after: tuple[int, ...] = (),
     batch_norm: bool = False,
 ) -> nn.Sequential:
-    """Convolutions, each with batch norm and pooling where wanted, then dense layers; ReLU between all of them.
+    """A network of convolutions, then dense layers, with ReLU between all of them.
 
     Args:
-      variational_layers: start values by layer name ("Conv_0", ..., "Dense_0", ...), of numpy or JAX arrays.
-      padding: of the convolutions, at each side.
-      pool_after: numbers of the convolutions that a pooling of 2 x 2 follows.
-      batch_norm: whether each convolution is normalised. Moving averages, which training does not read, are not kept.
+      variational_layers: The start values by Flax's layer names ("Conv_0", ..., "Dense_0", ...), of NumPy or JAX arrays.
+      padding: The padding of the convolutions at each side.
+      pool_after: The indices of the convolutions that a pooling of 2 x 2 follows.
+      batch_norm: True to normalise the outputs of each convolution. Training does not read moving averages, so there are none.
 
     Returns:
-      From images [examples, channels, height, width] (without convolutions: any shape) to class scores [examples, classes].
+      A module from images [examples, channels, height, width] to class scores [examples, classes]. Without convolutions, the images may
+      have any shape.
     """
     layers: list[nn.Module] = []
     channels = None
-    convolutions = _numbered(variational_layers, "Conv")
-    for number, posterior in enumerate(convolutions):
+    for number, posterior in enumerate(_in_order(variational_layers, "Conv", "output")):
         channels = posterior.kernel_mean.shape[-1]
         layers.append(VariationalConv2d(posterior, padding))
         layers += [nn.BatchNorm2d(channels, track_running_stats=False)] if batch_norm else []
         layers.append(nn.ReLU())
         layers += [nn.MaxPool2d(2)] if number in pool_after else []
     layers.append(nn.Flatten())
-    for number, posterior in enumerate(_numbered(variational_layers, "Dense")):
+    for number, posterior in enumerate(_in_order(variational_layers, "Dense", "input")):
         first = _channels_first(posterior, channels) if number == 0 and channels is not None else posterior
         layers += [VariationalLinear(first), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def _numbered(
-    variational_layers: Mapping[str, GroupNormalJeffreysPosterior], kind: str
+def _in_order(
+    variational_layers: Mapping[str, GroupNormalJeffreysPosterior], kind: str, group_axis: str
 ) -> list[GroupNormalJeffreysPosterior]:
-    return [
-        variational_layers[f"{kind}_{number}"]
-        for number in range(sum(name.startswith(kind) for name in variational_layers))
-    ]
+    """The layers with this group axis, in the order of the numbers in Flax's names, where "Conv_10" follows "Conv_9"."""
+    count = sum(layer.group_axis == group_axis for layer in variational_layers.values())
+    return [variational_layers[f"{kind}_{number}"] for number in range(count)]
 
 
 def _channels_first(posterior: GroupNormalJeffreysPosterior, channels: int) -> GroupNormalJeffreysPosterior:
-    """The first dense layer after convolutions, its inputs brought from (position, channel) to (channel, position)."""
+    """The first dense layer after convolutions, with its inputs reordered from (position, channel) to (channel, position)."""
 
     def moved(value: Any) -> np.ndarray:
         value = np.asarray(value)
@@ -157,19 +160,22 @@ def epoch(
     dtype: str,
     compiled: bool,
 ) -> Callable[[], float]:
-    """Returns a function that trains one epoch and gives its mean loss.
+    """Builds the training of one epoch.
 
     Args:
-      net: from ``network``; trained in place.
-      images: [n, height, width, channels] of uint8.
-      labels: [n].
-      batch_size: examples per step.
-      learning_rate: of Adam.
-      device: "cpu" or "cuda".
-      dtype: of the computation, "float32" or "bfloat16" (autocast); parameters are float32.
-      compiled: whether the loss and its gradient go through ``torch.compile``; eager otherwise.
+      net: The network, from ``network``. It is trained in place.
+      images: The images, [n, height, width, channels] of uint8.
+      labels: The classes of the images, [n].
+      batch_size: The number of examples per step.
+      learning_rate: The learning rate of Adam.
+      device: The device, "cpu" or "cuda".
+      dtype: The dtype of the computation, "float32" or "bfloat16" (autocast). Parameters are float32.
+      compiled: True to compile the loss and its gradient with ``torch.compile``, False for eager PyTorch.
+
+    Returns:
+      A function that trains one epoch and returns its mean loss.
     """
-    torch.set_float32_matmul_precision("high")  # as XLA does on a GPU; without effect on a CPU
+    torch.set_float32_matmul_precision("high")  # XLA does the same on a GPU. On a CPU it has no effect.
     net.to(device)
     inputs = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
     targets = torch.from_numpy(labels.astype(np.int64)).to(device)

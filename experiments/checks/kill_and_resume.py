@@ -1,9 +1,9 @@
-"""Kills a run at random moments, goes on each time, and compares all its files with an undisturbed run's:
+"""Kills a run at random moments, resumes it each time, and compares all its files with those of an undisturbed run:
 ``python -m experiments.crash_test``.
 
-The run is a small but whole one: LeNet-300-100 on some of the embedded digits, two seeds, which shrinks while it is trained, is pruned,
-fine-tuned and rounded. Most kills are SIGKILL, some SIGTERM. Every third one waits for a checkpoint that is being written,
-every third for a network that has just shrunk; the others come after a random time.
+The run is small but complete: LeNet-300-100 on some of the embedded digits, with two seeds, which shrinks while it is trained, is pruned,
+fine-tuned and rounded. Most kills are SIGKILL, some SIGTERM. One third of them waits until a checkpoint is being written, one third until a
+network has just shrunk; the others come after a random time.
 """
 
 from __future__ import annotations
@@ -27,14 +27,23 @@ from experiments.runtime.errors import UserError
 
 _CHAIN = ("Dense_0", "Dense_1", "Dense_2")
 _LOG, _METRICS = "log.txt", "metrics.jsonl"
+# The entries of the metrics that differ from run to run.
 _OF_THE_MACHINE = ("images_per_second", "peak_memory_mb", "peak_device_memory_mb")
-_SHRUNK = b"trained on as"
+# A part of the line that a run prints when a network has shrunk.
+_SHRUNK = b"; multiply-adds "
 _LIMIT_SECONDS = 300
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much a run trains."""
+    """The size of a run.
+
+    Attributes:
+      examples: The number of training images.
+      epochs: The number of epochs before pruning.
+      fine_tune_epochs: The number of epochs of the fine-tuning.
+      seeds: The seeds of the run.
+    """
 
     examples: int
     epochs: int
@@ -47,20 +56,21 @@ SHORT = Size(examples=1400, epochs=4, fine_tune_epochs=1, seeds=(0,))
 
 
 def train(out: Path, size: Size) -> None:
-    """The run that is killed: starts, or goes on with what is in ``out``, and leaves its files there."""
-    from experiments.io import checkpoints, data, files, logs
-    from experiments.networks.models import LeNet300
-    from experiments.pipeline import bayesian as compress
+    """The run that is killed: starts it, or resumes the unfinished run in ``out``. Its files stay in ``out``."""
+    from experiments.io import checkpoints, data, files, logs, run_settings
+    from experiments.networks.lenet import LeNet300
+    from experiments.pipeline.bayesian import compress
+    from experiments.pipeline.context import RunContext
 
     digits = data.load(data.EMBEDDED)
-    # Every so many, since they are sorted by class.
+    # At even distances, since the images are sorted by class.
     rows = slice(None, None, len(digits.train) // size.examples)
     dataset = dataclasses.replace(digits, train=data.Split(digits.train.images[rows], digits.train.labels[rows]))
     recipe = Recipe(
         epochs=size.epochs,
         fine_tune_epochs=size.fine_tune_epochs,
         batch_size=50,
-        # So that groups are gone within some epochs.
+        # Groups are pruned within some epochs.
         learning_rate=5e-3,
         log_variance_factor=30.0,
         max_pruning_change=0.1,
@@ -70,22 +80,10 @@ def train(out: Path, size: Size) -> None:
         first_shrinking=2,
     )
     seeds = list(size.seeds)
-    settings = checkpoints.settings("crash_test", recipe, dataset, seeds)
+    settings = run_settings.settings("crash_test", recipe, dataset, seeds)
     out, kept = checkpoints.begin(str(out), settings, ["*.npz", "*.bcdl", logs.METRICS], logs.METRICS, 1, True, True)
     with logs.Logs(out) as log:
-        run = compress.compress(
-            LeNet300(),
-            dataset,
-            recipe,
-            chain=_CHAIN,
-            seeds=seeds,
-            out=out,
-            logs=log,
-            profile_steps=0,
-            thresholds=None,
-            pretrained=None,
-            checkpoints=kept,
-        )
+        run = compress(RunContext(LeNet300(), dataset, recipe, _CHAIN, seeds, out, log, kept), None)
     frames = {str(frame.epoch): frame.kernels | {"rates": frame.scores} for frame in run.snapshots}
     files.write_arrays(out / "frames.npz", frames)
     kept.remove()
@@ -93,7 +91,14 @@ def train(out: Path, size: Size) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A run in a process of its own."""
+    """A run in a process of its own.
+
+    Attributes:
+      popen: The process.
+      out: The output directory of the run.
+      log_start: The length of the log at the start of the process, in bytes.
+      start: The time of the start, in seconds of ``time.monotonic``.
+    """
 
     popen: subprocess.Popen[bytes]
     out: Path
@@ -101,12 +106,18 @@ class Process:
     start: float
 
     def log(self) -> bytes:
-        """What it has printed."""
+        """The output of this process so far."""
         return self.out.with_suffix(f".{_LOG}").read_bytes()[self.log_start :]
 
 
 def start(out: Path, size: Size, cache: Path) -> Process:
-    """Starts or resumes a run; compiled programs are kept in ``cache``."""
+    """Starts or resumes a run.
+
+    Args:
+      out: The output directory of the run.
+      size: The size of the run.
+      cache: The directory of compiled programs.
+    """
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -120,10 +131,17 @@ def start(out: Path, size: Size, cache: Path) -> Process:
 
 
 def wait(process: Process, until: Callable[[], bool]) -> bool:
-    """Waits until something is so; False if the process ended before.
+    """Waits for a condition or the end of the process.
+
+    Args:
+      process: The process.
+      until: The condition, which is tested again and again.
+
+    Returns:
+      True once the condition holds, False if the process ended before.
 
     Raises:
-      UserError: it failed, or takes too long.
+      UserError: The process failed, or took too long.
     """
     while process.popen.poll() is None:
         if until():
@@ -133,42 +151,48 @@ def wait(process: Process, until: Callable[[], bool]) -> bool:
             raise UserError(f"A run did not end within {_LIMIT_SECONDS} s; see {process.out}.")
         time.sleep(0.002)
     if process.popen.returncode:
-        raise UserError(f"A run failed:\n{process.log().decode(errors='replace')[-2000:]}")
+        raise _failure(process)
     return False
 
 
 def moments(process: Process, generator: random.Random, seconds: float) -> dict[str, Callable[[], bool]]:
-    """The moments to kill at, by name: conditions for ``wait``."""
+    """The moments to kill at, by name: conditions for ``wait``.
+
+    Args:
+      process: The process to kill.
+      generator: The source of random numbers.
+      seconds: The latest moment of a random kill, counted from the start of the process.
+    """
     directory = process.out / "checkpoints"
-    delay = generator.uniform(0.1, seconds)
-    write, moment = generator.randint(1, 2), generator.uniform(0, 0.2)
+    random_moment = generator.uniform(0.1, seconds)
+    number, delay = generator.randint(1, 2), generator.uniform(0, 0.2)
     writes: dict[str, float] = {}
     shrunk: list[float] = []
 
-    def being_written() -> bool:
+    def is_being_written() -> bool:
         for path in directory.glob(".writing*"):
             writes.setdefault(path.name, time.monotonic())
-        return len(writes) == write and time.monotonic() > max(writes.values()) + moment
+        return len(writes) == number and time.monotonic() > max(writes.values()) + delay
 
-    def just_shrunk() -> bool:
+    def has_shrunk() -> bool:
         if not shrunk and _SHRUNK in process.log():
             shrunk.append(time.monotonic())
-        return bool(shrunk) and time.monotonic() > shrunk[0] + moment
+        return bool(shrunk) and time.monotonic() > shrunk[0] + delay
 
     return {
-        "random": lambda: time.monotonic() > process.start + delay,
-        "checkpoint": being_written,
-        "shrink": just_shrunk,
+        "random": lambda: time.monotonic() > process.start + random_moment,
+        "checkpoint": is_being_written,
+        "shrink": has_shrunk,
     }
 
 
-def where(out: Path) -> str:
-    """Where a killed run stands, from its files."""
+def progress(out: Path) -> str:
+    """The progress of a killed run according to its files."""
     metrics = out / _METRICS
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     epoch = json.loads(lines[-1])["epoch"] if lines and lines[-1].endswith("}") else 0
     done = sorted(path for path in (out / "checkpoints").glob("0*") if (path / "about.json").exists())
-    text = f"epochs reported {epoch}"
+    text = f"last reported epoch {epoch}"
     if done:
         about = json.loads((done[-1] / "about.json").read_text())
         text += f", checkpoint {done[-1].name} of {about['phase']} step {about['facts']['step']}"
@@ -180,7 +204,7 @@ def where(out: Path) -> str:
 
 
 def differences(out: Path, expected: Path) -> list[str]:
-    """Names of the files that differ between two finished runs; what the metrics say of time and memory may differ."""
+    """The names of the files that differ between two finished runs. The speed and the memory in the metrics may differ."""
     names = {path.name for directory in (out, expected) for path in directory.iterdir()}
     return sorted(
         name
@@ -198,57 +222,84 @@ def _content(path: Path) -> Any:
 
 
 def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:
-    """Runs the test in a directory, prints a line per kill, and says whether all files were the same."""
+    """Kills and resumes runs, and prints a line for each kill and each finished run.
+
+    Args:
+      kills: The number of kills.
+      seed: The seed of the moments and the signals.
+      size: The size of a run.
+      directory: An empty directory for the files of the runs.
+
+    Returns:
+      True if the files of every finished run are those of the undisturbed run.
+    """
     generator = random.Random(seed)
     cache, expected = directory / "cache", directory / "undisturbed"
     begun = time.monotonic()
     wait(start(expected, size, cache), lambda: False)
-    print(f"undisturbed run: {time.monotonic() - begun:.1f} s, compiled anew", flush=True)
-    seconds, number, killed, same = (time.monotonic() - begun) / 2, 0, 0, True
-    finished = attempts = 0
+    print(f"undisturbed run: {time.monotonic() - begun:.1f} s, with compilation", flush=True)
+    # The latest moment of a random kill.
+    seconds = (time.monotonic() - begun) / 2
+    number = killed = finished = attempts = 0
+    same = True
     while killed < kills or finished < number:
         if finished == number:
             number += 1
         out = directory / f"run{number}"
         process = start(out, size, cache)
         if killed < kills:
-            choice = ("checkpoint", "shrink", "random")[attempts % 3]
+            moment = ("checkpoint", "shrink", "random")[attempts % 3]
             attempts += 1
-            with_signal = signal.SIGTERM if generator.random() < 0.25 else signal.SIGKILL
-            if wait(process, moments(process, generator, seconds)[choice]):
+            chosen = signal.SIGTERM if generator.random() < 0.25 else signal.SIGKILL
+            if wait(process, moments(process, generator, seconds)[moment]):
                 killed += 1
-                process.popen.send_signal(with_signal)
-                process.popen.wait()
-                moment = f"{time.monotonic() - process.start:.1f} s"
+                status, after = _kill(process, chosen)
                 print(
-                    f"kill {killed}: {with_signal.name} after {moment} ({choice}), status {process.popen.returncode}; run {number}: {where(out)}",
+                    f"kill {killed}: {chosen.name} after {after:.1f} s ({moment}), status {status}; run {number}: {progress(out)}",
                     flush=True,
                 )
-                if process.popen.returncode not in (-with_signal, 128 + with_signal):
-                    raise UserError(f"A run failed:\n{process.log().decode(errors='replace')[-2000:]}")
                 continue
         elif wait(process, lambda: False):
             continue
         finished += 1
-        wrong = differences(out, expected)
-        same = same and not wrong
-        print(
-            f"run {number} finished: {'differs in ' + ', '.join(wrong) if wrong else 'all files are the same'}",
-            flush=True,
-        )
-        # A whole run with the programs in the cache: later kills come within it.
+        differing = differences(out, expected)
+        same = same and not differing
+        outcome = f"differs in {', '.join(differing)}" if differing else "all files are the same"
+        print(f"run {number} finished: {outcome}", flush=True)
+        # Once the programs are in the cache, a run takes less time, and later kills come within it.
         seconds = min(seconds, time.monotonic() - process.start)
     print("PASS" if same else "FAIL", flush=True)
     return same
 
 
+def _kill(process: Process, chosen: signal.Signals) -> tuple[int, float]:
+    """Sends a signal and waits for the end of the process.
+
+    Returns:
+      The exit status, and the seconds from the start of the process to its end.
+
+    Raises:
+      UserError: The process ended with a status that is not the signal's.
+    """
+    process.popen.send_signal(chosen)
+    status = process.popen.wait()
+    seconds = time.monotonic() - process.start
+    if status not in (-chosen, 128 + chosen):
+        raise _failure(process)
+    return status, seconds
+
+
+def _failure(process: Process) -> UserError:
+    return UserError(f"A run failed:\n{process.log().decode(errors='replace')[-2000:]}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the test; returns the exit status."""
+    """Runs the test and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.crash_test", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (default: 0)")
-    parser.add_argument("--short", action="store_true", help="a run of fewer examples, epochs and seeds")
-    parser.add_argument("--train", metavar="DIR", help="be the run that is killed, with its files there")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and signals (default: 0)")
+    parser.add_argument("--short", action="store_true", help="use a run of fewer epochs and seeds")
+    parser.add_argument("--train", metavar="DIR", help="train as the run that is killed, with its files in DIR")
     args = parser.parse_args(arguments)
     size = SHORT if args.short else WHOLE
     try:

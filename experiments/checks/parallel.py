@@ -1,12 +1,12 @@
-"""Measures how far training on many devices is from training on one: ``python -m experiments.parallel_check``.
+"""Compares training on many devices with training on one: ``python -m experiments.parallel_check``.
 
-Trains dense and convolutional nets for 20 steps of plain gradient descent on one device, on 8 fake devices of one CPU (by ``jax.jit``
-with a mesh, and by ``jax.pmap``, without noise, since there each device has noise of its own), and in two processes that talk over
-loopback. Prints the largest difference of parameters and of raw gradients, each relative to the largest value of its array; more than
-1e-5 is a failure.
+Dense and convolutional networks are trained for 20 steps of plain gradient descent: on one device, on 8 fake devices of one CPU (with
+``jax.jit`` and a mesh, and with ``jax.pmap``), and in two processes that are connected over loopback. Training with ``jax.pmap`` has no
+noise here, since each device would draw its own. The largest difference of parameters and of gradients is printed, each relative to the
+largest value of its array. A difference of more than 1e-5 is a failure.
 
-Two of the nets have smooth activations. At the kink of a ReLU a difference in the last bit can become one of a whole gradient, and
-a run has a million units that may meet it. So the third net, LeNet-300-100 with its ReLUs, is computed in float64.
+Two of the networks have smooth activations. At the kink of a ReLU, a difference in the last bit can change a whole gradient, and a run
+passes a million units. The third network, LeNet-300-100 with ReLU, is therefore computed in float64.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import numpy as np
 import optax
 
 import bcdl_jax
-from bcdl_jax.train.batches import epoch_rows, take_batch
+from bcdl_jax.train import epoch_rows, take_batch
 from experiments.io.data import load
-from experiments.pipeline.bayesian import sampled_cross_entropy
+from experiments.pipeline.measures import sampled_cross_entropy
 from experiments.runtime import devices
 from experiments.runtime.errors import UserError
 
@@ -45,7 +45,7 @@ _SECONDS = 300
 
 
 class Dense(nn.Module):
-    """The sizes of LeNet-300-100."""
+    """A network with the sizes of LeNet-300-100."""
 
     activation: Callable[[jax.Array], jax.Array] = nn.tanh
     dtype: Any = jnp.float32
@@ -59,7 +59,7 @@ class Dense(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """Two convolutions with mean pooling, and two dense layers."""
+    """A network of two convolutions with mean pooling, and two dense layers."""
 
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -72,9 +72,16 @@ class Convolutional(nn.Module):
 
 
 class Training:
-    """Plain gradient descent of one net; the gradients of the last step stay in the state of the optimiser."""
+    """Plain gradient descent of one network. The gradients of the last step stay in the state of the optimiser."""
 
     def __init__(self, name: str, noise: bool, shards: int):
+        """Initialises the network.
+
+        Args:
+          name: The network, one of ``NETS``.
+          noise: True for sampled weights, False for their means.
+          shards: The number of devices that share a batch.
+        """
         model = {"dense": Dense(), "convolutional": Convolutional(), "relu": Dense(nn.relu, jnp.float64)}[name]
         train = load("mnist_5k").train
         rows = np.random.default_rng(0).permutation(len(train))[:EXAMPLES]
@@ -85,10 +92,10 @@ class Training:
             logits: Any = model.apply({"params": params}, batch[0])
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-        keep = optax.GradientTransformation(
+        record = optax.GradientTransformation(
             lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, *_: (gradients, gradients)
         )
-        self.optimizer = optax.chain(keep, optax.sgd(0.05))
+        self.optimizer = optax.chain(record, optax.sgd(0.05))
         self.likelihood = functools.partial(sampled_cross_entropy, model) if noise else mean_cross_entropy
         self.options: dict[str, Any] = {"num_examples": EXAMPLES, "kl_weight": 0.1}
         self.step = bcdl_jax.train.make_train_step(self.likelihood, self.optimizer, **self.options)
@@ -105,10 +112,11 @@ class Training:
         return take_batch(data, epoch_rows(state.key, epoch, EXAMPLES, BATCH, self.shards)[position], self.shards)
 
     def take_step(self, state: Any, data: Any) -> Any:
+        """The state after one step, and its metrics."""
         return self.step(state, self.batch(state, data))
 
     def run(self, step: Callable[[Any, Any], Any], state: Any, data: Any) -> dict[str, Any]:
-        """Parameters and gradients, after the first step and after all."""
+        """The parameters and gradients after the first and after the last step."""
         found = {}
         for number in range(STEPS):
             state, _ = step(state, data)
@@ -120,18 +128,20 @@ class Training:
         }
 
     def on_one_device(self) -> dict[str, Any]:
+        """Trains on one device."""
         state = self.start()
         return self.run(bcdl_jax.train.jit_step(self.take_step, state), state, jax.tree.map(jnp.asarray, self.data))
 
     def on_mesh(self) -> dict[str, Any]:
-        """On all devices of all processes, each process holding its share of the data."""
+        """Trains on all devices of all processes. Each process holds its share of the data."""
         mesh = bcdl_jax.train.make_mesh()
         rows = bcdl_jax.train.process_rows(mesh, EXAMPLES)
         data = bcdl_jax.train.place_data(jax.tree.map(lambda array: array[rows], self.data), mesh, examples=EXAMPLES)
         state = bcdl_jax.train.place_state(self.start(), mesh)
         return self.run(bcdl_jax.train.jit_step(self.take_step, state), state, data)
 
-    def by_pmap(self) -> dict[str, Any]:
+    def with_pmap(self) -> dict[str, Any]:
+        """Trains with ``jax.pmap`` on all devices of this process."""
         step = bcdl_jax.train.make_pmap_train_step(self.likelihood, self.optimizer, **self.options)
         batch = jax.jit(self.batch)
         return self.run(
@@ -140,7 +150,7 @@ class Training:
 
 
 def largest_difference(found: Any, expected: Any) -> float:
-    """max |a - b| / max |b| of an array, the largest over all arrays."""
+    """The largest max |a - b| / max |b| of all arrays of two trees, with a of ``found`` and b of ``expected``."""
 
     def of_array(a: np.ndarray, b: np.ndarray) -> float:
         difference, scale = np.abs(a.astype(np.float64) - b).max(), np.abs(b).max()
@@ -150,9 +160,17 @@ def largest_difference(found: Any, expected: Any) -> float:
 
 
 def measure(net: str, way: str) -> dict[str, Any]:
-    """Trains in one way and on one device, in this process."""
+    """Trains on many devices and on one, in this process.
+
+    Args:
+      net: The network, one of ``NETS``.
+      way: The way to use many devices, one of ``WAYS``.
+
+    Returns:
+      The largest differences, with the numbers of devices and processes.
+    """
     training = Training(net, noise=way != "pmap", shards=len(jax.devices()))
-    found = training.by_pmap() if way == "pmap" else training.on_mesh()
+    found = training.with_pmap() if way == "pmap" else training.on_mesh()
     expected = training.on_one_device()
     return {
         "net": net,
@@ -165,10 +183,10 @@ def measure(net: str, way: str) -> dict[str, Any]:
 
 
 def in_child_processes(net: str, way: str) -> dict[str, Any]:
-    """The measurement in processes of their own, since the number of fake devices is set before JAX starts.
+    """``measure`` in new processes, since the number of fake devices is set before JAX starts.
 
     Raises:
-      UserError: one of them failed, or took too long.
+      UserError: A process failed or took too long.
     """
     command = [sys.executable, "-m", "experiments.parallel_check", "--worker", "--nets", net, "--ways", way]
     count = PROCESSES if way == "processes" else 1
@@ -205,25 +223,29 @@ def in_child_processes(net: str, way: str) -> dict[str, Any]:
 
 
 def free_port() -> int:
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The parsed arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.parallel_check",
         description="Trains on one device and on many, and prints the largest relative differences of parameters and gradients.",
     )
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS, help="networks to train (default: all)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="ways to use many devices or processes (default: all)"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     devices.add_options(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the check; returns the exit status, 1 for a difference that is too large."""
+    """Runs the check and returns the exit status: 0, 1 for a difference that is too large, 2 for an error."""
     try:
         args = parse(arguments)
         devices.check(args)
@@ -231,17 +253,17 @@ def main(arguments: list[str] | None = None) -> int:
             devices.join(args)
             print(json.dumps(measure(args.nets[0], args.ways[0])))
             return 0
-        good = True
+        passed = True
         print(f"{'net':<15}{'way':<11}{'devices':>8}{'processes':>11}{'params':>10}{'gradients':>11}")
         for net in args.nets:
             for way in args.ways:
                 found = in_child_processes(net, way)
-                good &= max(found["params"], found["gradients"]) <= LARGEST_DIFFERENCE
+                passed &= max(found["params"], found["gradients"]) <= LARGEST_DIFFERENCE
                 print(
                     f"{net:<15}{way:<11}{found['devices']:>8}{found['processes']:>11}{found['params']:>10.1e}{found['gradients']:>11.1e}",
                     flush=True,
                 )
-        return 0 if good else 1
+        return 0 if passed else 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

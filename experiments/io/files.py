@@ -1,5 +1,5 @@
-"""The files of a run. Each is written under a temporary name and then renamed, so that none is ever half there; only
-metrics.jsonl grows, by whole lines."""
+"""The files of a run. Each is written under a temporary name and then renamed, so that no file is ever incomplete. Only metrics.jsonl
+grows, by whole lines."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from experiments.runtime.errors import UserError
 
 
 def prepare_out(out: str, overwrite: bool, names: list[str]) -> Path:
-    """Makes the output directory, or clears it of an earlier run's files.
+    """Makes the output directory, or removes an earlier run's files from it.
 
     Args:
-      out: the directory.
-      overwrite: whether an earlier run's files may be replaced.
-      names: patterns of the files that a run writes; no other file is ever removed.
+      out: The output directory.
+      overwrite: True to replace the files of an earlier run, False to refuse a directory that is not empty.
+      names: Patterns of the files that a run writes. No other file is ever removed.
 
     Raises:
-      UserError: it is not empty and ``overwrite`` is False, it is a file, or it cannot be written.
+      UserError: The directory is not empty and ``overwrite`` is False, it is a file, or it cannot be written.
     """
     check_out(out, overwrite)
     directory = Path(out)
@@ -42,14 +42,14 @@ def prepare_out(out: str, overwrite: bool, names: list[str]) -> Path:
 
 
 def remove(directory: Path, names: list[str]) -> None:
-    """Removes files by patterns of their names, and what a killed process left half-written of them."""
+    """Removes the files of a directory whose names fit one of the patterns, and their incomplete temporary files."""
     for name in names:
         for old in [*directory.glob(name), *directory.glob(f".{name}.{'[0-9a-f]' * 32}")]:
             old.unlink()
 
 
 def check_out(out: str, overwrite: bool) -> None:
-    """Raises UserError where ``prepare_out`` would refuse the directory as it stands; makes nothing."""
+    """Raises UserError if ``prepare_out`` would refuse the directory in its present state. Makes nothing."""
     directory = Path(out)
     try:
         if directory.exists() and not directory.is_dir():
@@ -61,7 +61,7 @@ def check_out(out: str, overwrite: bool) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls ``write`` with an open file that becomes ``path`` only once it is complete."""
+    """Calls ``write`` with an open temporary file, which is renamed to ``path`` once it is complete."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
@@ -74,12 +74,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value. Raises ValueError for a number that is not finite."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append_json_lines(path: Path, values: Sequence[Any]) -> None:
-    """Adds lines in a single write; where that fails, none of them is there."""
+    """Adds one line for each value. If that fails, none of the lines stays in the file."""
     text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
     with path.open("ab", buffering=0) as file:
         size = file.tell()
@@ -92,7 +93,7 @@ def append_json_lines(path: Path, values: Sequence[Any]) -> None:
 
 
 def write_arrays(path: Path, tree: Any) -> None:
-    """Writes a tree of arrays as .npz, under their paths: "Dense_0/kernel_mean". Integers take the smallest type that holds them."""
+    """Writes the arrays of a tree to an .npz file under their names, see ``named_arrays``. Integers get the smallest type that holds them."""
     arrays = named_arrays(tree)
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.signedinteger):
@@ -101,7 +102,7 @@ def write_arrays(path: Path, tree: Any) -> None:
 
 
 def named_arrays(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays of a tree by their paths: "Dense_0/kernel_mean"."""
+    """The arrays of a tree by name: the path without the entry "posterior", such as "Dense_0/kernel_mean"."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").replace("posterior/", ""): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -114,26 +115,32 @@ def _smallest_type(integers: np.ndarray) -> type[np.signedinteger]:
     return next(kind for kind in types if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
 
 
+# The entry of a file of weights that names the data set they were trained on.
 TRAINED_ON = "trained_on"
 
 
-def read_pretrained(path: str, dataset: str, full_train_sets: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Reads weights by "layer/kernel" and "layer/bias" from an .npz file.
+def read_pretrained(path: str, dataset: str, overlapping: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Reads pre-trained weights from an .npz file.
 
     Args:
-      path: the file; its optional entry "trained_on" names the data set that the weights were trained on.
-      dataset: the data set of this run.
-      full_train_sets: data sets of which this run's test images may be training images of the pretrained net.
+      path: The file. Its optional entry "trained_on" is the name of the data set that the weights were trained on.
+      dataset: The name of the data set of this run.
+      overlapping: The data sets whose test images are training images of another data set. On these only a network that was trained on
+        the same data set is accepted.
+
+    Returns:
+      The weights by name: "layer/kernel" and "layer/bias".
 
     Raises:
-      UserError: it cannot be read, holds what is not a finite number, or may have seen this run's test images.
+      UserError: The file cannot be read, holds an entry that is not a finite number, or the network may have been trained on test images
+        of this run.
     """
     try:
         with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise UserError(f"--pretrained {path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # of other kinds of files NumPy says that they might be unpickled
+    except Exception as error:  # NumPy reports other files as pickles, which would mislead the user.
         raise UserError(f"--pretrained {path} cannot be read as an .npz file of arrays.") from error
     trained_on = str(arrays.pop(TRAINED_ON)) if TRAINED_ON in arrays else None
     for name, array in arrays.items():
@@ -141,10 +148,10 @@ def read_pretrained(path: str, dataset: str, full_train_sets: tuple[str, ...]) -
             raise UserError(f"--pretrained {path} has {name} of type {array.dtype}; it must be an array of numbers.")
         if not np.isfinite(array).all():
             raise UserError(f"--pretrained {path} has {name} with a value that is not a finite number.")
-    if dataset in full_train_sets and trained_on != dataset:
-        says = f"says it was trained on {trained_on}" if trained_on else "does not say what it was trained on"
+    if dataset in overlapping and trained_on != dataset:
+        found = f"was trained on {trained_on}" if trained_on else f'has no entry "{TRAINED_ON}"'
         raise UserError(
-            f"--pretrained {path} {says}; on {dataset} only a net trained on {dataset} "
-            f'(entry "{TRAINED_ON}" in the file) is accepted, since all its digits, test digits too, are training images of full MNIST.'
+            f'--pretrained {path} {found}; --dataset {dataset} takes only a network whose entry "{TRAINED_ON}" is {dataset}, '
+            "since all its digits, the test digits too, are training images of full MNIST."
         )
     return arrays

@@ -1,5 +1,4 @@
-"""The metrics of a run: a line of metrics.jsonl for each epoch and seed, the same in TensorBoard event files where wanted,
-and a profile of a few steps."""
+"""The metrics of a run: one line of metrics.jsonl for each epoch and seed, optional TensorBoard event files, and a profile of a few steps."""
 
 from __future__ import annotations
 
@@ -23,20 +22,21 @@ WRITTEN = (METRICS, f"{TENSORBOARD}/seed*/events.out.tfevents.*", f"{PROFILE}/pl
 
 
 def check_tensorboard() -> None:
-    """Raises UserError where the library that writes event files is not installed."""
+    """Raises UserError if tensorboardX, which writes event files, is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise UserError("--tensorboard needs tensorboardX: pip install 'bcdl-jax[tensorboard]'.")
 
 
 class Logs:
-    """Writes the metrics of a run; a context manager that closes its files.
-
-    Args:
-      out: the output directory.
-      tensorboard: whether to write event files too, one directory for each seed, without TensorFlow.
-    """
+    """Writes the metrics of a run. A context manager that closes its files."""
 
     def __init__(self, out: Path, *, tensorboard: bool = False):
+        """Writes nothing yet.
+
+        Args:
+          out: The output directory.
+          tensorboard: True to write event files too, one directory for each seed. They need no TensorFlow.
+        """
         self._out, self._tensorboard = out, tensorboard
         self._writers: dict[int, Any] | None = None
         self._waiting: list[dict[str, Any]] = []
@@ -50,12 +50,14 @@ class Logs:
                 writer.close()
 
     def log_epoch(self, phase: str, metrics: Sequence[Mapping[str, Any]], *, images_per_second: float) -> None:
-        """Adds an epoch. Where that fails, on a full disk say, it warns, and the lines wait for the next time.
+        """Adds the metrics of one epoch.
+
+        If the file cannot be written, on a full disk for example, a warning is printed and the lines are written with those of the next epoch.
 
         Args:
-          phase: of the run, such as "train".
-          metrics: per seed, with the entries "epoch" and "seed"; values that are not finite become null.
-          images_per_second: that all seeds together went through.
+          phase: The phase of the run, such as "train".
+          metrics: The metrics of each seed, with the entries "epoch" and "seed". Values that are not finite become null.
+          images_per_second: The speed of the epoch, the images of all seeds together.
         """
         writers = self._event_writers() if self._tensorboard else {}
         speed = _jsonable(speed_and_memory(images_per_second))
@@ -65,22 +67,22 @@ class Logs:
             self.flush()
         except OSError as error:
             path = self._out / METRICS
-            print(f"warning: {path} could not be written ({error.strerror}); training goes on.", file=sys.stderr)
+            print(f"warning: {path} could not be written ({error.strerror}); training continues.", file=sys.stderr)
         if self._tensorboard:
             self._add_events(writers, lines)
 
     def flush(self) -> None:
-        """Writes the lines that wait, in one piece.
+        """Writes the lines that could not be written before.
 
         Raises:
-          OSError: it could not be done.
+          OSError: The file cannot be written.
         """
         if self._waiting:
             files.append_json_lines(self._out / METRICS, self._waiting)
             self._waiting = []
 
     def _event_writers(self) -> dict[int, Any]:
-        """By seed. A run that goes on writes its events anew, from the metrics up to there, so that none is there twice."""
+        """The writers of event files by seed. A resumed run writes all events again, from its metrics, so that no event is there twice."""
         if self._writers is None:
             self._writers, path = {}, self._out / METRICS
             if path.exists():
@@ -101,29 +103,33 @@ class Logs:
 
 
 def speed_and_memory(images_per_second: float) -> dict[str, float]:
-    """What a line of the metrics says of the machine and not of the training: it differs from one run to the next."""
+    """The entries of the metrics that depend on the machine: they differ from run to run, unlike those that depend on the training."""
     return {"images_per_second": round(images_per_second, 1)} | memory()
 
 
 def memory() -> dict[str, int]:
-    """Peak memory in MB so far: "peak_device_memory_mb", the largest of the devices, where they tell; else "peak_memory_mb" of the process."""
+    """The peak memory so far, in MB.
+
+    Returns:
+      "peak_device_memory_mb", the largest peak of all devices, if a device reports its memory; else "peak_memory_mb" of the process.
+    """
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     return {"peak_device_memory_mb": round(max(known) / 2**20)} if known else {"peak_memory_mb": process_memory()}
 
 
 def process_memory() -> int:
-    """Peak resident memory of the process in MB."""
+    """The peak resident memory of the process, in MB."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def profile(out: Path, run: Callable[[], Any]) -> None:
-    """Writes a JAX profile of ``run``, which is called once before, so that its compilation stays out of it.
+    """Writes a JAX profile of ``run``. The function is called once before, so that the profile does not contain its compilation.
 
     Args:
-      out: the output directory.
-      run: does a few steps and returns arrays to wait for.
+      out: The output directory.
+      run: A function that takes a few training steps and returns their arrays.
     """
     jax.block_until_ready(run())
     directory = out / PROFILE
@@ -137,6 +143,7 @@ def profile(out: Path, run: Callable[[], Any]) -> None:
 
 
 def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of nested metrics by path, without the epoch and the seed."""
     found: list[tuple[str, float]] = []
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -147,7 +154,7 @@ def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, fl
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON has no infinity."""
+    """The value with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _jsonable(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

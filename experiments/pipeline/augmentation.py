@@ -1,27 +1,27 @@
-"""Training images as they might as well have been: mirrored and moved at random."""
+"""Random changes of training images: mirroring and shifts."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.priors.noise import example_normal
+from bcdl_jax.priors import example_normal
 
 
 def augmented(images: jax.Array, key: jax.Array, *, mirror: bool = False, shift: int = 0) -> jax.Array:
-    """Images, each changed at random; how depends on the key and the image's place alone.
+    """Changes each image at random. The change depends on the key and on the image's index alone.
 
     Args:
-      images: [n, height, width, channels].
-      key: a PRNG key.
-      mirror: whether each is mirrored, left to right, with probability 1/2.
-      shift: by how many pixels each is moved at most, up or down and left or right; what comes in at an edge is what was there, reflected.
+      images: The images, [n, height, width, channels].
+      key: A PRNG key.
+      mirror: True to mirror each image left to right with probability 1/2.
+      shift: The largest shift along each axis, in pixels. Pixels that enter at an edge are reflections of the image at that edge.
 
     Returns:
-      An array like ``images``.
+      The changed images, of the shape and the dtype of ``images``.
 
     Raises:
-      ValueError: ``shift`` is negative, or not less than the height and the width.
+      ValueError: ``shift`` is negative, or not smaller than the height and the width of the images.
     """
     if not 0 <= shift < min(images.shape[1:3]):
         raise ValueError(
@@ -37,13 +37,13 @@ def _mirrored(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(chosen, images[:, :, ::-1], images)
 
 
-def _shifted(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
-    # Normal numbers as equally likely whole ones from -most to most.
+def _shifted(images: jax.Array, key: jax.Array, largest: int) -> jax.Array:
+    # Normal numbers become integers from -largest to largest, with equal probabilities.
     uniform = jax.scipy.stats.norm.cdf(example_normal(key, (images.shape[0], 2)))
-    moves = jnp.clip(jnp.floor(uniform * (2 * most + 1)), 0, 2 * most).astype(jnp.int32) - most
+    shifts = jnp.clip(jnp.floor(uniform * (2 * largest + 1)), 0, 2 * largest).astype(jnp.int32) - largest
     for axis in (1, 2):
         size = images.shape[axis]
-        places = jnp.abs(jnp.arange(size) + moves[:, axis - 1, None])
-        places = jnp.where(places >= size, 2 * (size - 1) - places, places)
-        images = jnp.take_along_axis(images, jnp.expand_dims(places, (3 - axis, 3)), axis)
+        indices = jnp.abs(jnp.arange(size) + shifts[:, axis - 1, None])
+        indices = jnp.where(indices >= size, 2 * (size - 1) - indices, indices)
+        images = jnp.take_along_axis(images, jnp.expand_dims(indices, (3 - axis, 3)), axis)
     return images

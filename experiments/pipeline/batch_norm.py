@@ -1,6 +1,7 @@
-"""Batch norm in the pre-training alone: it makes a deep network trainable, and is then made part of the convolutions before it.
+"""Batch norms in pre-training. They make a deep network trainable, and are folded into the convolutions before them afterwards.
 
-The variational network is the plain one that results. So it can lose channels, be coded and be run as any other, without further arrays.
+The variational network starts from the folded network. It has no batch norms, so its channels can be pruned and its weights coded like those
+of any other network.
 """
 
 from __future__ import annotations
@@ -14,57 +15,64 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Flax's own, which is not told in the params.
+# The defaults of ``nn.BatchNorm``. The params do not contain them.
 _EPSILON, _MOMENTUM = 1e-5, 0.99
-_PIECES, _AT_A_TIME = 8, 500
+# The largest number of batches that the statistics are computed from, and the number of images in each.
+_BATCHES, _BATCH_SIZE = 8, 500
 
 
 def with_batch_norm(twin: nn.Module) -> nn.Module | None:
-    """The plain network as it is pre-trained: with the batch norms that ``twin`` leaves out; None if it knows none."""
-    known = {field.name for field in dataclasses.fields(twin)}
-    return twin.clone(batch_norm=True) if "batch_norm" in known else None  # type: ignore[call-arg]
+    """The plain network with the batch norms that ``twin`` leaves out; None if its module has no field ``batch_norm``."""
+    names = {field.name for field in dataclasses.fields(twin)}
+    return twin.clone(batch_norm=True) if "batch_norm" in names else None  # type: ignore[call-arg]
 
 
 def cross_entropy(learner: nn.Module, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
-    """Mean cross-entropy in nats, normalised by the statistics of the batch itself; ``key`` is that of the dropout, if there is any."""
+    """The mean cross-entropy in nats, with norms by the statistics of the batch itself; ``key`` is the key of the dropout, if there is any."""
     logits, _ = _apply(learner, params, {}, images, {"dropout": key})
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def fold(learner: nn.Module, params: Any, images: jax.Array) -> Any:
-    """The params of the network without batch norms that computes the same.
+    """Folds the batch norms into the convolutions.
 
-    The statistics are means over batches of the images under these params: nothing lags behind, as moving averages do.
+    The statistics of the norms are means over batches of images under the final params. Moving averages would lag behind the params.
 
     Args:
-      learner: with batch norms, each named "BatchNorm_i" and following after "Conv_i".
-      params: of it.
-      images: of the training data, in any order; at most 4,000 of them are used.
+      learner: The network with batch norms. Each is named "BatchNorm_i" and follows the convolution "Conv_i".
+      params: The params of ``learner``.
+      images: The training images, in any order. At most 4,000 of them are used.
+
+    Returns:
+      The params of the network without batch norms that computes the same function.
     """
     return _fold(params, _statistics(learner, params, images))
 
 
 def _apply(learner: nn.Module, params: Any, statistics: Any, images: jax.Array, rngs: Any = None) -> Any:
     variables = {"params": params, **statistics}
-    drops = rngs is not None
-    return learner.apply(variables, images, deterministic=not drops, train=True, rngs=rngs, mutable=["batch_stats"])
+    has_dropout = rngs is not None
+    return learner.apply(
+        variables, images, deterministic=not has_dropout, train=True, rngs=rngs, mutable=["batch_stats"]
+    )
 
 
 def _statistics(learner: nn.Module, params: Any, images: jax.Array) -> Any:
-    # Every so many-th image, since they may be sorted by class.
-    size = min(_AT_A_TIME, len(images))
+    # A batch takes every stride-th image, since the images may be sorted by class.
+    size = min(_BATCH_SIZE, len(images))
     stride = len(images) // size
-    batches = [images[first::stride][:size] for first in range(min(_PIECES, stride))]
-    found = [_of_batch(learner, params, batch) for batch in batches]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(0), *found)
+    batches = [images[first::stride][:size] for first in range(min(_BATCHES, stride))]
+    statistics = [_batch_statistics(learner, params, batch) for batch in batches]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(0), *statistics)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _of_batch(learner: nn.Module, params: Any, images: jax.Array) -> Any:
+def _batch_statistics(learner: nn.Module, params: Any, images: jax.Array) -> Any:
     shapes = jax.eval_shape(lambda: _apply(learner, params, {}, images)[1])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    _, moved = _apply(learner, params, zeros, images)
-    return jax.tree.map(lambda leaf: leaf / (1 - _MOMENTUM), moved["batch_stats"])
+    # From zero, one step of the moving average is the statistics of the batch times 1 - momentum.
+    _, averages = _apply(learner, params, zeros, images)
+    return jax.tree.map(lambda leaf: leaf / (1 - _MOMENTUM), averages["batch_stats"])
 
 
 @jax.jit
@@ -73,10 +81,10 @@ def _fold(params: Any, statistics: Any) -> Any:
     for name, norm in params.items():
         if not name.startswith("BatchNorm"):
             continue
-        before = name.replace("BatchNorm", "Conv")
-        convolution = params[before]
+        preceding = name.replace("BatchNorm", "Conv")
+        convolution = params[preceding]
         factor = norm["scale"] / jnp.sqrt(statistics[name]["var"] + _EPSILON)
-        folded[before] = {
+        folded[preceding] = {
             "kernel": convolution["kernel"] * factor,
             "bias": (convolution["bias"] - statistics[name]["mean"]) * factor + norm["bias"],
         }

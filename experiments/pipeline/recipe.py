@@ -1,4 +1,4 @@
-"""How to train and compress, as data. Imports nothing: the command lines answer --help without waiting for JAX."""
+"""Recipes: the settings of training and compression. The module does not import JAX, so that --help prints at once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the recipes of all methods have.
+    """The settings that all methods share.
 
     Attributes:
-      epochs: of training before pruning, or while pruning.
-      fine_tune_epochs: after it.
-      batch_size: examples per step.
-      learning_rate: of Adam at the start; falls to 0 along a cosine.
-      fine_tune_learning_rate: of the fine-tuning: constant for variational networks, falling to 0 along a cosine for plain ones.
-      pretrain_epochs: of training the plain twin of the network, whose weights the training starts from; 0 starts it from scratch.
-      pretrain_learning_rate: of Adam at the start of the pre-training; falls to 0 along a cosine.
-      mirror: whether each training image is mirrored, left to right, half of the time.
-      shift: by how many pixels each training image is moved at random, at most, along either axis.
+      epochs: The number of epochs of training before pruning, or during pruning for plain methods.
+      fine_tune_epochs: The number of epochs after pruning.
+      batch_size: The number of examples per step.
+      learning_rate: The learning rate of Adam at the start of training. It falls to 0 along a cosine.
+      fine_tune_learning_rate: The learning rate of fine-tuning. It is constant for variational networks, and falls to 0 along a cosine for
+        plain ones.
+      pretrain_epochs: The number of epochs of pre-training, which trains the plain twin of the network. Training starts from its weights;
+        0 to start from scratch.
+      pretrain_learning_rate: The learning rate of Adam at the start of pre-training. It falls to 0 along a cosine.
+      mirror: True to mirror each training image left to right with probability 1/2.
+      shift: The largest random shift of a training image along each axis, in pixels.
     """
 
     epochs: int
@@ -35,28 +37,29 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Training):
-    """How to train and compress a variational network; every value was chosen on validation data.
+    """The settings of a variational network. Every value was chosen on validation data.
 
     Attributes:
-      kl_weight: weight of the KL once it is warmed up; Bayes' theorem gives 1, a weight below it trades some pruning for a better fit.
-      fine_tune_averaging_epochs: over about how many epochs the params are averaged; the average is what fine-tuning gives.
-      fine_tune_kl_weight: weight of the KL while fine-tuning, when the groups are chosen.
-      balanced: whether training starts with scales as large as the weights, see ``bcdl_jax.balance_scales``.
-      scale_factor: how many times larger the steps of the means of the scales are.
-      log_variance_factor: how many times larger the steps of all log-variances are.
-      fine_tune_log_variance_factor: likewise for the fine-tuning; 0 fine-tunes the means alone.
-      tau0: scale of the horseshoe prior of a layer, see ``bcdl_jax.GroupHorseshoe``.
-      warmup_epochs: over which the weight of the KL rises from 0 to ``kl_weight``.
-      score: what groups are pruned by, "log_dropout_rate" (the paper) or "log_noise_to_signal", the functions of ``bcdl_jax``.
-      max_pruning_change: how much pruning may change the predictions on the validation images, before fine-tuning, in nats
-        per example, see ``compress.measure_change``.
-      max_rounding_change: likewise for the rounding.
-      in_turn: whether the seeds are trained one after the other within each epoch, and not all in one program.
-      max_shrinking_change: how much leaving out groups, each time, may change the predictions on some of the training images, in nats per
-        example, while training goes on without them; None to train at full size throughout. Needs ``in_turn``.
-      first_shrinking: epochs before the first look at the groups; the next ones follow after 2, 3, 4, 6, 8, 12 times as many and so on.
-      regular_shrinking: whether they follow after 2, 3, 4, 5, 6 times as many instead.
-      least_shrinking_saving: share of the multiply-adds that leaving groups out must save, each time.
+      kl_weight: The weight of the KL divergence after its warm-up. Bayes' theorem gives 1; a smaller weight prunes less and fits better.
+      fine_tune_averaging_epochs: The number of epochs, approximately, over which fine-tuning averages the params. The average is its result.
+      fine_tune_kl_weight: The weight of the KL divergence in fine-tuning, after the groups are chosen.
+      balanced: True to balance the scales at the start of training, see ``bcdl_jax.balance_scales``.
+      scale_factor: The factor of the learning rate for the means of the scales.
+      log_variance_factor: The factor of the learning rate for all log-variances.
+      fine_tune_log_variance_factor: The factor of the learning rate for all log-variances in fine-tuning; 0 fine-tunes the means alone.
+      tau0: The scale of a layer's horseshoe prior, see ``bcdl_jax.GroupHorseshoe``.
+      warmup_epochs: The number of epochs in which the weight of the KL divergence rises from 0 to ``kl_weight``.
+      score: The score that groups are pruned by, the name of a function of ``bcdl_jax.compression``: "log_dropout_rate", the paper's score, or
+        "log_noise_to_signal".
+      max_pruning_change: The largest change of the predictions on the validation images that pruning may cause before fine-tuning, in nats per
+        example, see ``measures.measure_change``.
+      max_rounding_change: The largest change of the predictions on the validation images that rounding may cause, in nats per example.
+      in_turn: True to train the seeds one after the other within each epoch; False for one program for all seeds.
+      max_shrinking_change: The largest change of the predictions on some training images that each removal of groups may cause during
+        training, in nats per example; None to train at full size to the end. It needs ``in_turn``.
+      first_shrinking: The number of epochs before the first pruning check. The next checks follow after 2, 3, 4, 6, 8, 12, ... times as many.
+      regular_shrinking: True for checks after 2, 3, 4, 5, 6, ... times ``first_shrinking`` epochs instead.
+      least_shrinking_saving: The smallest share of the multiply-adds that each removal of groups must save.
     """
 
     kl_weight: float = 1.0
@@ -80,27 +83,30 @@ class Recipe(Training):
 
 @dataclasses.dataclass(frozen=True)
 class PlainRecipe(Training):
-    """How to compress a plain network, weight by weight; values were chosen on validation data where a comment does not say otherwise.
+    """The settings of a plain method, which compresses weight by weight. Values were chosen on validation data unless a comment says otherwise.
 
-    Fine-tuning trains the levels that the weights share, and the biases. Tuples hold a value per layer, in the order of the data flow, or one
-    per round of soft weight-sharing.
+    Fine-tuning trains the biases and the levels, the values that the weights of a layer share. Tuples hold one value per layer, in the order
+    of the data flow, or one per round of soft weight-sharing.
 
     Attributes:
-      weight_decay: of AdamW, relative to the learning rate, while pruning.
-      dropout: share of the hidden units that is left out at random in pre-training, and in soft weight-sharing; in the retraining of Deep
-        Compression less, by the root of the share of weights that are kept [Han et al. 2015, section 3.2].
-      levels: how many values the weights of each layer share (Deep Compression, Dynamic Network Surgery).
-      kept: shares of the weights that Deep Compression keeps.
-      rounds: in how many rounds of pruning and retraining Deep Compression gets there, each by the same factor.
-      last_round: share of the epochs that the last round takes, of Deep Compression and of soft weight-sharing; None for (rounds + 1) / (2 * rounds).
-      spread: of the thresholds of Dynamic Network Surgery, see ``bcdl_jax.baselines.surgery_thresholds``.
-      surgery_decay: the masks are updated at a step t with probability 1 / (1 + surgery_decay * t).
-      deviations: of the mixture of soft weight-sharing at the start of each round, see ``bcdl_jax.baselines.create_mixture``.
-      prior_weights: for each round, the weight of the mixture's -log p in the loss, 1 in theory [Ullrich et al. 2017 use 0.005].
-      components: of the mixture, beside the one at zero.
-      zero_proportion: of the component at zero.
-      means_learning_rate: of Adam for the means of the mixture.
-      mixture_learning_rate: of Adam for its precisions and proportions.
+      weight_decay: The weight decay of AdamW during pruning, relative to the learning rate.
+      dropout: The dropout rate of the hidden units in pre-training and in soft weight-sharing. In the retraining of Deep Compression it is
+        multiplied by the square root of the share of kept weights [H15 section 3.2].
+      levels: The numbers of levels per layer (Deep Compression, Dynamic Network Surgery).
+      kept: The shares of weights per layer that Deep Compression keeps.
+      rounds: The number of rounds of pruning and retraining in Deep Compression. Each round multiplies the share of kept weights by the same
+        factor.
+      last_round: The share of the epochs that the last round of Deep Compression and of soft weight-sharing takes; None for
+        (rounds + 1) / (2 * rounds).
+      spread: The spread of the thresholds of Dynamic Network Surgery per layer, see ``bcdl_jax.baselines.surgery_thresholds``.
+      surgery_decay: The decay of the updates of the masks. Step t updates them with probability 1 / (1 + surgery_decay * t).
+      deviations: The standard deviations of the mixture of soft weight-sharing at the start of each round, see
+        ``bcdl_jax.baselines.create_mixture``.
+      prior_weights: The weights of the mixture's -log p in the loss, per round. Theory gives 1; [U17] use 0.005.
+      components: The number of components of the mixture, without the component at zero.
+      zero_proportion: The mixing proportion of the component at zero.
+      means_learning_rate: The learning rate of Adam for the means of the mixture.
+      mixture_learning_rate: The learning rate of Adam for the precisions and the proportions of the mixture.
     """
 
     weight_decay: float = 0.0
@@ -122,7 +128,7 @@ class PlainRecipe(Training):
         if not self.deviations or len(self.deviations) != len(self.prior_weights):
             raise ValueError(
                 f"deviations has {len(self.deviations)} values and prior_weights {len(self.prior_weights)}; "
-                "each must have one for every round, and there must be a round."
+                "each must have one value per round, for at least one round."
             )
         if self.last_round is not None and not 0 < self.last_round <= 1:
-            raise ValueError(f"last_round is {self.last_round}; it must be above 0 and at most 1.")
+            raise ValueError(f"last_round is {self.last_round}; it must be more than 0 and at most 1.")

@@ -1,4 +1,4 @@
-"""What the Bayesian way adds: the likelihood and the calibration of predictions, from sampled weights and from their means."""
+"""Probabilities that a network predicts, from sampled weights and from mean weights, and their likelihood and calibration."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import jax
 import jax.numpy as jnp
 
 import bcdl_jax
-from experiments.io.data import pieces
+from experiments.io.data import chunks
 
 SAMPLES = 30
 _BINS = 15
-_AT_A_TIME = 500
+_CHUNK = 500
 
 
 def sampled_probabilities(
     model: nn.Module, params: Any, images: jax.Array, key: jax.Array, samples: int = SAMPLES
 ) -> jax.Array:
-    """The mean of the predicted probabilities over sampled weights, [examples, classes].
+    """The predicted probabilities, averaged over sampled weights.
 
     Args:
-      model: variational.
-      params: its variational_layers; what is masked is left out first.
-      images: to predict.
-      key: of the samples.
-      samples: how many.
+      model: The variational network.
+      params: Its params. Masked groups are left out before the samples are drawn, which is faster.
+      images: The images to predict, [examples, height, width, channels].
+      key: The PRNG key of the samples.
+      samples: The number of samples per image.
+
+    Returns:
+      The mean probabilities, [examples, classes].
     """
 
     def logits(params: Any, images: jax.Array, key: jax.Array) -> Any:
@@ -36,45 +39,48 @@ def sampled_probabilities(
     small_logits, small, _ = bcdl_jax.shrink(logits, params, (images[:2], key))
 
     @jax.jit
-    def piece(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+    def predict(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
         def add(number: jax.Array, total: jax.Array) -> jax.Array:
             return total + jax.nn.softmax(small_logits(params, images, jax.random.fold_in(key, number)))
 
         start = jnp.zeros(jax.eval_shape(small_logits, params, images, key).shape)
         return jax.lax.fori_loop(0, samples, add, start) / samples
 
-    starts = range(0, len(images), _AT_A_TIME)
+    starts = range(0, len(images), _CHUNK)
     return jnp.concatenate(
-        [piece(small, images[first : first + _AT_A_TIME], jax.random.fold_in(key, first)) for first in starts]
+        [predict(small, images[first : first + _CHUNK], jax.random.fold_in(key, first)) for first in starts]
     )
 
 
 def mean_probabilities(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    """From params and images to the probabilities at the mean weights, [examples, classes]."""
+    """Builds ``mean_probabilities(model)(params, images)``, the probabilities at the mean weights, [examples, classes]."""
 
     @jax.jit
-    def piece(params: Any, images: jax.Array) -> jax.Array:
+    def predict(params: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, images)
         return jax.nn.softmax(logits)
 
     def probabilities(params: Any, images: jax.Array) -> jax.Array:
-        return jnp.concatenate([piece(params, images[some]) for some in pieces(len(images))])
+        return jnp.concatenate([predict(params, images[rows]) for rows in chunks(len(images))])
 
     return probabilities
 
 
 @jax.jit
 def quality(probabilities: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    """How good predicted probabilities are.
+    """The error, the likelihood and the calibration of predicted probabilities.
+
+    The expected calibration error [Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, ICML 2017, eq. 3] groups the
+    predictions by their largest probability, the confidence, into 15 bins of equal width. It is the mean over the bins, weighted by their
+    numbers of examples, of the distance between the mean confidence and the share of right predictions.
 
     Args:
-      probabilities: [examples, classes].
-      labels: [examples], ints.
+      probabilities: The predicted probabilities, [examples, classes].
+      labels: The classes of the examples, ints, [examples].
 
     Returns:
-      "error" in percent; "nll", the mean negative log-likelihood in nats; and "ece", the expected calibration error in percent: over 15 bins of
-      equal width of the largest probability, the mean distance between it and the share of right predictions, weighted by the bins' examples
-      [Guo et al. 2017, eq. 3].
+      Scalars by name: "error", the share of wrong predictions in percent; "nll", the mean negative log-likelihood in nats; "ece", the
+      expected calibration error in percent.
     """
     confidence, predicted = jnp.max(probabilities, axis=-1), jnp.argmax(probabilities, axis=-1)
     right = (predicted == labels).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Pictures of a run: weights and feature importance over the epochs as GIFs, scores of the groups as histograms."""
+"""Pictures of a run (GIFs of the weights and of the feature importance, histograms of the scores), and the bars of the inference benchmark."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
 from experiments.io.files import write_atomically
-from experiments.pipeline.bayesian import Snapshot
+from experiments.pipeline.snapshots import Snapshot
 
 _MILLISECONDS_PER_FRAME = 150
 _MILLISECONDS_LAST_FRAME = 2500
-# Zero, and so a pruned weight, is white.
+# White is zero, and so the colour of pruned weights.
 _SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c4161c"])
 _BAR_COLORS = ("#c9c9c9", "#1f3fbf", "#c4161c")
 _DIGITS = (0, 3, 4, 7, 8)
-# Scores beyond are of groups without a signal, which ``bcdl_jax.compression.log_noise_to_signal`` sets to 1e9.
+# Groups without a signal have larger scores: ``bcdl_jax.compression.log_noise_to_signal`` gives them 1e9.
 _FAR = 1e8
 
 
@@ -43,14 +43,14 @@ def draw(
     """Draws the pictures of one seed.
 
     Args:
-      out: directory to write to.
-      snapshots: in the order of the epochs.
-      thresholds: by layer name, in the order of the layers: a group is drawn as pruned where its score is not below.
-      images: of uint8; [n, 28, 28, 1] where the feature importance is drawn, for which five digits are taken from them.
-      labels: [n].
-      seed: for the titles.
-      only: names of the GIFs to make; log_dropout_rates.png is made in any case.
-      score: what the groups were pruned by, in words.
+      out: The directory to write to.
+      snapshots: The snapshots, in the order of the epochs.
+      thresholds: The thresholds by layer name, in the order of the layers. A group counts as pruned if its score is not below its threshold.
+      images: The test images, uint8. For the feature importance, which shows five digits, they must be [n, 28, 28, 1].
+      labels: The labels of the images, [n].
+      seed: The seed, for the titles.
+      only: The names of the GIFs to draw; log_dropout_rates.png is always drawn.
+      score: The name of the score that the groups were pruned by, in words.
     """
     names = list(thresholds)
     for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
@@ -62,14 +62,15 @@ def draw(
         else:
             kernels_gif(path, snapshots, name, thresholds[name], number, seed)
     if "feature_importance.gif" in only:
-        digits = np.stack(
-            [
-                images[np.flatnonzero(labels == digit)[0], ..., 0] if np.any(labels == digit) else images[digit, ..., 0]
-                for digit in _DIGITS
-            ]
-        )
+        digits = np.stack([_example(images, labels, digit) for digit in _DIGITS])
         importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed, score)
     score_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed, score)
+
+
+def _example(images: np.ndarray, labels: np.ndarray, digit: int) -> np.ndarray:
+    """The first image of a digit; another image if there is none."""
+    rows = np.flatnonzero(labels == digit)
+    return images[rows[0] if rows.size else digit, ..., 0]
 
 
 def weights_gif(
@@ -81,7 +82,7 @@ def weights_gif(
     number: int,
     seed: int,
 ) -> None:
-    """The mean weights of a dense layer over the epochs: one column per input unit, one row per output unit."""
+    """Draws the mean weights of a dense layer over the epochs, with one column per input unit and one row per output unit."""
     inputs, outputs = snapshots[0].kernels[name].shape
     frames = []
     for snapshot in snapshots:
@@ -97,10 +98,10 @@ def weights_gif(
 
 
 def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: float, number: int, seed: int) -> None:
-    """The mean kernels of a two-dimensional convolution over the epochs, one tile for each pair of an output and an input channel.
+    """Draws the mean kernels of a two-dimensional convolution over the epochs, with one tile for each pair of an output and an input channel.
 
-    With several input channels there is one column of tiles per output channel and one row per input channel; the tiles
-    of a single input channel fill a rectangle.
+    With several input channels there is one column of tiles per output channel and one row per input channel. The tiles of a single input
+    channel fill a rectangle.
     """
     height, width, inputs, outputs = snapshots[0].kernels[name].shape
     columns = outputs if inputs > 1 else math.ceil(math.sqrt(2 * outputs))
@@ -110,7 +111,7 @@ def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: flo
         kept = snapshot.scores[name] < threshold
         kernels = np.where(kept, snapshot.kernels[name], 0).astype(np.float32)
         tiles = kernels.transpose(2, 3, 0, 1).reshape(-1, height, width)
-        # Where there is no kernel, and as a line between them: colour maps leave blank what is not a number.
+        # NaN fills the lines between the tiles and the tiles without a kernel, since colour maps leave NaN blank.
         tiles = np.concatenate([tiles, np.full((rows * columns - len(tiles), height, width), np.nan, np.float32)])
         tiles = np.pad(tiles, ((0, 0), (0, 1), (0, 1)), constant_values=np.nan)
         grid = tiles.reshape(rows, columns, height + 1, width + 1).transpose(0, 2, 1, 3)
@@ -131,8 +132,8 @@ def kernels_gif(path: Path, snapshots: list[Snapshot], name: str, threshold: flo
 def _signed_gif(
     path: Path, figure: Any, axes: Any, frames: list[tuple[int, np.ndarray, str]], title: str, aspect: Any
 ) -> None:
-    """A GIF of signed weights; a frame is an epoch, a picture, and what is kept in it."""
-    # One scale for all frames; the few largest weights saturate, or they would leave everything else pale.
+    """Draws signed weights. A frame holds an epoch, the weights, and a sentence on the kept units."""
+    # All frames have one scale. The few largest weights saturate, since the others would be pale otherwise.
     last = np.nan_to_num(frames[-1][1])
     limit = float(np.percentile(np.abs(last[last != 0]), 99)) if np.any(last) else 1.0
     picture = axes.imshow(frames[0][1], cmap=_SIGNED, vmin=-limit, vmax=limit, interpolation="nearest", aspect=aspect)
@@ -150,7 +151,7 @@ def _signed_gif(
 def importance_gif(
     path: Path, snapshots: list[Snapshot], name: str, threshold: float, digits: np.ndarray, seed: int, score: str
 ) -> None:
-    """Which pixels the network reads: minus the score of each input, the kept inputs, and five digits as the network sees them."""
+    """Draws the importance of the input pixels over the epochs: minus the score of each pixel, the kept pixels, and five digits on them."""
     rates = [np.asarray(snapshot.scores[name], np.float32).reshape(28, 28) for snapshot in snapshots]
     low, high = -threshold if np.isfinite(threshold) else float(np.min(-rates[-1])), float(np.max(-rates[-1]))
     figure, grid = plt.subplots(2, 4, figsize=(8.4, 4.8), dpi=100, layout="constrained")
@@ -162,7 +163,7 @@ def importance_gif(
     panels[1].set_title("kept pixels (white)", fontsize=10)
     shown = []
     for number, panel in enumerate(panels[2 : 2 + len(digits)]):
-        # Pruned pixels are drawn in a colour of their own: black would look like background.
+        # Pruned pixels have a colour of their own, since black would look like background.
         shown.append(panel.imshow(np.zeros((28, 28, 3))))
         panel.set_title("digits, kept pixels only" if number == 0 else "", fontsize=10)
     for panel in panels:
@@ -185,7 +186,7 @@ def importance_gif(
 
 
 def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float], seed: int, score: str) -> None:
-    """How the scores of each layer's groups lie about the chosen threshold."""
+    """Draws a histogram of the scores of each layer's groups, with the threshold."""
     columns = min(5, len(thresholds))
     rows = math.ceil(len(thresholds) / columns)
     figure, grid = plt.subplots(
@@ -196,7 +197,7 @@ def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float]
     for panel, name in zip(grid.flat, thresholds, strict=False):
         rates, threshold = snapshot.scores[name], thresholds[name]
         kept = rates < min(threshold, _FAR)
-        # The last bar takes those that are far off.
+        # The last bar includes all larger scores.
         edges = np.histogram_bin_edges(rates[rates < _FAR] if np.any(rates < _FAR) else rates, bins=40)
         rates = np.clip(rates, edges[0], edges[-1])
         panel.hist(
@@ -234,11 +235,11 @@ def _write_gif(path: Path, figure: Any, show: Callable[[Any], None], frames: Ite
 
 
 def speed_bars(path: Path, results: list[dict[str, Any]]) -> None:
-    """Speed-up of shrunk networks over dense ones beside the ratio of multiply-adds, for each network and batch size.
+    """Draws the speed-up of shrunk and masked networks over dense ones beside the ratio of multiply-adds, for each network and batch size.
 
     Args:
-      path: the PNG.
-      results: of ``benchmark_inference``.
+      path: The PNG file.
+      results: The results of ``benchmark_inference``.
     """
     labels = [f"{result['title']}\nbatch {result['batch']}" for result in results]
     ratios = [before / after for before, after in (result["multiply_adds"] for result in results)]

@@ -1,4 +1,4 @@
-"""What was published: the paper's table [Louizos et al. 2017, table 1], and the smallest coded models since. As data."""
+"""Published figures, as data: the table of the paper [L17 table 1], and the smallest coded models published since."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """One row of the paper's table; a pair is a rate and a test error in percent, None where the paper has no value.
+    """One row of the paper's table. A pair holds a rate and a test error in percent; None where the paper has no value.
 
     Attributes:
-      network: name of the experiment.
-      method: as in ``command_line.METHODS``.
-      kept: weights, in percent.
-      pruned, reduced, maximum: after pruning, after precision reduction, at maximum compression. The paper's estimates.
+      network: The name of the experiment.
+      method: The name of the method, one of ``registry.method_names()``.
+      kept: The share of kept weights, in percent.
+      pruned: The pair after pruning.
+      reduced: The pair after precision reduction.
+      maximum: The pair at maximum compression. The rate is the paper's estimate.
     """
 
     network: str
@@ -41,13 +43,21 @@ PAPER = (
     PaperRow("vgg", "ghs", 5.5, (18, 9.0), (59, 9.0), (116, 9.2)),
 )
 
-# Of the uncompressed networks in the paper, in percent.
+# The test errors of the paper's uncompressed networks, in percent.
 PAPER_ERRORS = {"lenet300": 1.6, "lenet5": 0.9, "vgg": 8.4}
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedModel:
-    """A small model that others made: its test error in percent, its bytes, and whether they are those of a file, of a coded stream, or an estimate."""
+    """A small model from another publication.
+
+    Attributes:
+      network: The name of the experiment.
+      title: The name of the method, and the publication.
+      error: The test error in percent.
+      bytes: The size of the model.
+      kind: The origin of the size: a "file", a "coded" stream, or an "estimate".
+    """
 
     network: str
     title: str

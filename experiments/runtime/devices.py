@@ -1,4 +1,4 @@
-"""Which devices an experiment trains on, how many processes share the work, and which of them writes its files."""
+"""The devices and processes of an experiment: command-line options, connecting processes, and values that all processes share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.runtime.errors import UserError
 
-if TYPE_CHECKING:  # importing it takes time, which --help and bad arguments need not wait for
+if TYPE_CHECKING:  # The import takes time, which --help and bad arguments need not wait for.
     import jax
     from jax.sharding import Mesh
 
@@ -26,21 +26,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="devices that each process spreads its batches over (default: 1)",
+        help="number of devices per process; each batch is divided among them (default: 1)",
     )
     parser.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="train in several processes: where the first one listens; start the same command once per process, each with its --process-id",
+        help="train in several processes: the address at which process 0 listens; start the same command once per process, each with its --process-id",
     )
-    parser.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
     parser.add_argument(
-        "--process-id", type=int, metavar="I", help="number of this process, from 0; process 0 writes the files"
+        "--process-id", type=int, metavar="I", help="index of this process, from 0; process 0 writes the files"
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for values that are not allowed."""
+    """Raises UserError for options of this module that have a value that is not allowed or that lack another option."""
     if args.devices < 1:
         raise UserError(f"--devices is {args.devices}; it must be at least 1.")
     together = {
@@ -52,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
     if len(missing) == len(together):
         return
     if missing:
-        raise UserError(f"{' and '.join(missing)} must be given too: {', '.join(together)} belong together.")
+        raise UserError(f"{' and '.join(missing)} must be given too; {', '.join(together)} must be given together.")
     host, _, port = args.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator is {args.coordinator}; it must be HOST:PORT, such as 10.0.0.1:8476.")
@@ -63,15 +63,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Connects this process with the others, if there are any; to be called before JAX is used.
+    """Connects this process with the others, if there are any. It must be called before JAX is used.
 
     Raises:
-      UserError: process 0 was not there in time.
+      UserError: Process 0 did not answer in time.
     """
     if args.coordinator is None:
         return
     host, _, port = args.coordinator.rpartition(":")
-    # JAX ends the process with a stack dump where nobody answers, so that is found out first.
+    # JAX would end the process with a stack dump if process 0 did not answer.
     if args.process_id:
         _wait_for(host, int(port))
     else:
@@ -85,7 +85,7 @@ def join(args: argparse.Namespace) -> None:
         args.coordinator,
         args.num_processes,
         args.process_id,
-        # Process 0 listens there, and nowhere else.
+        # Process 0 listens at this address alone.
         coordinator_bind_address=None if args.process_id else args.coordinator,
         initialization_timeout=_CONNECT_SECONDS,
     )
@@ -100,7 +100,7 @@ def _wait_for(host: str, port: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--coordinator is {host}:{port}, where no process answers within {_CONNECT_SECONDS} s ({error}); start process 0 first."
+                    f"--coordinator is {host}:{port}, but no process answers there within {_CONNECT_SECONDS} s ({error}); start process 0 first."
                 ) from None
             time.sleep(0.1)
 
@@ -109,7 +109,7 @@ def choose(number: int) -> list[jax.Device]:
     """The first ``number`` devices of every process.
 
     Raises:
-      UserError: a process has fewer.
+      UserError: A process has fewer devices.
     """
     import jax
 
@@ -132,20 +132,23 @@ def choose(number: int) -> list[jax.Device]:
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:
-    """Raises UserError unless a batch can be spread over that many devices, those of all processes together."""
+    """Raises UserError unless a batch can be divided evenly among ``devices`` devices, those of all processes together."""
     if batch_size % devices:
         raise UserError(f"--batch-size is {batch_size}; it must be a multiple of the number of devices, {devices}.")
 
 
 def mesh_of(chosen: Sequence[jax.Device]) -> Mesh | None:
-    """The mesh to train on, None for a single device, which needs none."""
+    """The mesh to train on; None for a single device, which needs none."""
     import bcdl_jax
 
     return bcdl_jax.train.make_mesh(devices=chosen) if len(chosen) > 1 else None
 
 
 def same_everywhere(tree: Any) -> Any:
-    """What process 0 has of a tree of arrays, as every process must call it: start values may differ in the last bit between machines."""
+    """The tree of arrays of process 0, in every process. Every process must call it with arrays of the same shapes.
+
+    Without it, start values could differ in the last bit between machines.
+    """
     import jax
     from jax.experimental import multihost_utils
 
@@ -153,7 +156,7 @@ def same_everywhere(tree: Any) -> Any:
         return tree
 
     def broadcast(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             data = multihost_utils.broadcast_one_to_all(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return multihost_utils.broadcast_one_to_all(leaf)
@@ -162,7 +165,7 @@ def same_everywhere(tree: Any) -> Any:
 
 
 def same_facts(facts: Any) -> Any:
-    """What process 0 has of values as JSON takes them, as every process must call it; the other processes may give anything."""
+    """The JSON value of process 0, in every process. Every process must call it; the values of the others are not used."""
     import jax
     import numpy as np
 
@@ -176,7 +179,14 @@ def same_facts(facts: Any) -> Any:
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Whether this is process 0, which writes files and prints."""
     import jax
 
     return jax.process_index() == 0
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
+    import jax
+
+    return jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a run trains: noted, so that the steps under way are finished and a checkpoint is written first."""
+"""SIGTERM and Ctrl-C during training: the signal is recorded, so that the run can finish its steps and write a checkpoint first."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class Stop:
-    """Asked by the training, ``stop()``, whether to end: True once a signal has come.
+    """A flag for the training: calling it returns True once a signal has arrived.
 
     Attributes:
-      signal: which one, or None.
+      signal: The signal that has arrived, or None.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Stop:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Stop]:
-    """Within it SIGTERM and SIGINT are noted; a second one acts at once. Outside the main thread signals act as ever."""
+    """Records SIGTERM and SIGINT within the context. A second signal acts at once. Outside the main thread no signal is recorded."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

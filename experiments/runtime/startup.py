@@ -1,4 +1,4 @@
-"""What makes a second start fast, and says what a start waits for: the private cache directory, compiled programs kept in it."""
+"""The start of a run: a private cache directory, a cache of compiled programs in it, and measurements of the time to the first step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Shorter compilations are not worth a file.
+# A program that compiles faster is not worth a file.
 _LEAST_COMPILE_SECONDS = 0.05
-# The command lines import this module before all that takes long.
+# The start of the program, since the command lines import this module before slower ones.
 _IMPORTED = time.perf_counter()
 
 
 def cache_directory(name: str) -> Path | None:
-    """A directory of this user's cache, made where it is missing: XDG_CACHE_HOME or ~/.cache, then bcdl_jax/``name``.
+    """The directory bcdl_jax/``name`` in XDG_CACHE_HOME, or in ~/.cache if that is not set. It is made if it is missing.
 
-    Compiled programs are run and arrays are trusted as they lie there, so nobody else may write to it.
+    The programs and arrays in it are used without further checks, so no other user may write to it.
 
     Returns:
-      The directory; None where it cannot be made, or is not this user's alone.
+      The directory; None if it cannot be made, or if other users can access it.
     """
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "bcdl_jax"
@@ -37,14 +37,18 @@ def cache_directory(name: str) -> Path | None:
             foreign = hasattr(os, "getuid") and found.st_uid != os.getuid()
             if not stat.S_ISDIR(found.st_mode) or foreign or (os.name == "posix" and found.st_mode & 0o077):
                 return None
-    except (OSError, RuntimeError):  # no home directory, or one that cannot be written
+    except (OSError, RuntimeError):  # There is no home directory, or it cannot be written.
         return None
     return directory if os.access(directory, os.W_OK) else None
 
 
 @contextlib.contextmanager
 def compilation_cache(enabled: bool) -> Iterator[None]:
-    """Keeps compiled programs on disk while it lasts; where JAX_COMPILATION_CACHE_DIR says, or in the private directory."""
+    """Keeps programs that are compiled within the context on disk, in JAX_COMPILATION_CACHE_DIR or in the private cache directory.
+
+    Args:
+      enabled: True to use the cache, False to turn JAX's own cache off too.
+    """
     import jax
 
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
@@ -68,12 +72,12 @@ def _configure(settings: dict[str, Any]) -> None:
 
     for name, value in settings.items():
         jax.config.update(name, value)
-    cache.reset_cache()  # JAX looks at the settings only once
+    cache.reset_cache()  # JAX reads the settings only once.
 
 
 @contextlib.contextmanager
 def rare_garbage_collection() -> Iterator[None]:
-    """Looks for reference cycles a hundred times more rarely than Python does: tracing makes millions of objects, all of them needed."""
+    """Within the context Python searches for reference cycles a hundred times less often, since tracing makes millions of objects to keep."""
     before = gc.get_threshold()
     gc.set_threshold(100 * before[0], *before[1:])
     try:
@@ -83,14 +87,20 @@ def rare_garbage_collection() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Frees what nobody refers to, and gives back to the system what the C library (glibc) holds for later: compiling leaves some hundred MB."""
+    """Frees unused objects and returns the free memory of the C library (glibc) to the system. Compiling leaves some hundred MB of it."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class CompileTime:
-    """Adds up, while it is entered, the seconds that JAX traces and compiles, and how many programs came from the cache."""
+    """A context manager that measures the compilations within it.
+
+    Attributes:
+      seconds: The time that JAX has spent on tracing and compiling, in seconds.
+      hits: The number of programs that were read from the cache.
+      misses: The number of programs that were not in the cache.
+    """
 
     _SECONDS = (
         "/jax/core/compile/jaxpr_trace_duration",
@@ -117,7 +127,7 @@ class CompileTime:
         jax.monitoring.unregister_event_listener(self._count)
 
     def sentence(self) -> str:
-        """ "compiled in 3.2 s", with a word on the cache where programs came from it."""
+        """A clause such as "compiled in 3.2 s", with the number of programs from the cache if there are any."""
         if not self.hits:
             return f"compiled in {self.seconds:.1f} s"
         which = "all programs" if not self.misses else f"{self.hits} of {self.hits + self.misses} programs"
@@ -135,17 +145,17 @@ class CompileTime:
 
 
 class FirstStep:
-    """``stop`` for ``train_ensemble``, which notes when it is asked for the second time: then the first step has been taken."""
+    """A ``stop`` function for ``train_ensemble`` that measures the time to the first step, which ends at the second call."""
 
     def __init__(self, stop: Callable[[], bool] | None):
-        self._stop, self._asked, self._seconds = stop, 0, 0.0
+        self._stop, self._calls, self._seconds = stop, 0, 0.0
 
     def __call__(self) -> bool:
-        self._asked += 1
-        if self._asked == 2:
+        self._calls += 1
+        if self._calls == 2:
             self._seconds = time.perf_counter() - _IMPORTED
         return self._stop is not None and self._stop()
 
     def sentence(self) -> str:
-        """ "first step after 6.9 s, " of the program's start; nothing if it was not noted."""
+        """A clause such as "first step after 6.9 s, ", counted from the start of the program; "" before the first step."""
         return f"first step after {self._seconds:.1f} s, " if self._seconds else ""

@@ -34,7 +34,7 @@ def assert_same(first, second):
 
 
 def reduced_nets(net, conv_net):
-    """Quantised nets: whole, pruned, with a layer of nothing, by both rules."""
+    """Quantised nets by both rules: unpruned, half pruned, and fully pruned."""
     nets = []
     for (_, params, _), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
         rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
@@ -68,7 +68,7 @@ def test_round_trip_of_quantized_nets(net, conv_net, tmp_path):
         assert_same(loaded, reduced)
 
 
-def test_a_template_may_be_fresh_params(net):
+def test_fresh_params_are_a_valid_template(net):
     model, params, inputs = net
     reduced = bcdl_jax.reduce_precision(params, 0.25)
     fresh = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
@@ -106,7 +106,7 @@ def arrays():
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(st.dictionaries(st.text("abc_0", min_size=1, max_size=4), arrays(), max_size=4), st.booleans())
-def test_any_tree_of_arrays_comes_back_exactly(tree, names):
+def test_any_tree_of_arrays_is_read_exactly(tree, names):
     data = bcdl_jax.codec.encode(tree, names=names)
     assert_same(bcdl_jax.codec.decode(data, None if names else tree), tree)
     stored, entries = reference_decoder.decode(data)
@@ -116,7 +116,7 @@ def test_any_tree_of_arrays_comes_back_exactly(tree, names):
         assert entry["value"].tobytes() == tree[name].tobytes()
 
 
-def test_the_reference_decoder_reads_an_array_of_which_the_writer_codes_a_part_at_a_time():
+def test_the_reference_decoder_reads_an_array_of_more_than_one_block():
     values = np.round(np.random.default_rng(0).laplace(size=(900, 40)) * 4).astype(np.int8)
     _, entries = reference_decoder.decode(bcdl_jax.codec.encode({"a": values}))
     np.testing.assert_array_equal(entries[0]["value"], values)
@@ -137,14 +137,14 @@ def test_the_reference_decoder_reads_the_same_layers(net, conv_net):
 
 def test_header_of_four_layers_takes_at_most_48_bytes():
     params = {str(number): make_posterior(jax.random.key(number), (300, 200), "input") for number in range(4)}
-    none = jax.tree.map(jnp.zeros_like, params)  # nothing but headers, steps and sets
+    none = jax.tree.map(jnp.zeros_like, params)  # Headers, steps and sets remain.
     reduced = bcdl_jax.reduce_precision(none, 0.25)
     data = bcdl_jax.codec.encode(reduced)
-    # All but steps, kept indices and integers.
+    # Without steps, kept indices and integers.
     assert len(data) - sum(entry.bytes for entry in bcdl_jax.codec.summarize(data)) <= 48
 
 
-def test_steps_of_float64_come_back_without_x64():
+def test_steps_of_float64_are_read_exactly_without_x64():
     layer = bcdl_jax.reduce_precision({"a": make_posterior(jax.random.key(1), (3, 2), "input")}, 0.25)["a"]
     wide = {"a": layer.replace(kernel_step=np.float64(1e300), bias_step=np.float64(1 / 3))}
     loaded = bcdl_jax.codec.decode(bcdl_jax.codec.encode(wide), wide)["a"]
@@ -158,11 +158,11 @@ def test_no_array_takes_more_than_its_raw_bits_and_two_bytes(width):
     for count in (1, 2, 17, 300, 5000):
         values = rng.integers(-(2 ** (width - 1)), 2 ** (width - 1), count)
         raw = count * width / 8
-        # The header of an array with one axis takes two bytes more than that of a scalar.
+        # The header of an array with one axis is two bytes longer than the header of a scalar.
         assert len(bcdl_jax.codec.encode({"a": values})) - empty - 2 <= raw + 2
 
 
-def test_sparse_and_constant_arrays_take_next_to_nothing():
+def test_sparse_and_constant_arrays_take_few_bytes():
     values = np.zeros((300, 1000), np.int32)
     values[::100, 3] = 7
     tree = {"a": values, "b": np.zeros(10**5, np.float32), "c": np.ones(10**5, np.int8)}
@@ -180,7 +180,7 @@ def test_sparse_and_constant_arrays_take_next_to_nothing():
         np.testing.assert_array_equal(entry["value"], value)
 
 
-# What is refused.
+# Invalid files and params.
 
 
 def with_checksum(data):
@@ -195,11 +195,11 @@ def with_checksum(data):
         (lambda data: data[:4] + b"\7" + data[5:], "format version 7; this library reads version 1"),
         (lambda data: data[:-9] + b"x" + data[-8:], "checksum does not match"),
         (lambda data: with_checksum(data[:5] + b"\2" + data[6:]), "unknown flags"),
-        (lambda data: with_checksum(data[:14] + data[-4:]), "shorter than it says"),
+        (lambda data: with_checksum(data[:14] + data[-4:]), "bytes are missing"),
         (lambda data: with_checksum(data[:-4] + b"more" + data[-4:]), "damaged"),
     ],
 )
-def test_a_damaged_file_is_told_in_one_sentence(change, message, tmp_path, capsys):
+def test_a_damaged_file_is_reported_in_one_sentence(change, message, tmp_path, capsys):
     tree = some_tree(np.random.default_rng(0))
     damaged = change(bcdl_jax.codec.encode(tree))
     with pytest.raises(bcdl_jax.codec.CompressedFileError, match=message):
@@ -223,7 +223,8 @@ def test_a_template_that_does_not_fit_is_refused(net):
     with pytest.raises(bcdl_jax.codec.CompressedFileError, match="Entry 0 of the file is a layer of shape"):
         bcdl_jax.codec.decode(data, {name: np.zeros(3) for name in "abc"})
     with pytest.raises(
-        bcdl_jax.codec.CompressedFileError, match=r"the template has 6\. It must be params of the variational"
+        bcdl_jax.codec.CompressedFileError,
+        match=r"the template has 6\. The template must be the params of the variational",
     ):
         bcdl_jax.codec.decode(data, bcdl_jax.mean_weights(reduced))
 
@@ -245,14 +246,14 @@ def test_names_in_the_file_are_compared_with_those_of_the_template(key):
     np.testing.assert_array_equal(found["second"]["posterior"].kernel, reduced["second"]["posterior"].kernel)
     assert set(bcdl_jax.codec.decode(bcdl_jax.codec.encode(reduced), other)) == {"a", "b"}
 
-    # Layers that are entries of their modules in the template alone.
+    # The file stores the layers without the entry "posterior" that the template has.
     bare = {name: layer["posterior"] for name, layer in reduced.items()}
     found = bcdl_jax.codec.decode(bcdl_jax.codec.encode(bare, names=True), params("first", "second"))
     np.testing.assert_array_equal(found["second"]["posterior"].kernel, bare["second"].kernel)
 
 
 def test_an_array_called_value_keeps_its_name():
-    """Only that of an NNX variable, which has no other array beside it, does not."""
+    """Only the value of an NNX variable, which has no other array, takes the name of the variable."""
 
     @flax.struct.dataclass
     class Attention:
@@ -264,7 +265,7 @@ def test_an_array_called_value_keeps_its_name():
     np.testing.assert_array_equal(found["attention"]["value"], arrays.value)
 
 
-def test_params_that_can_not_be_stored_are_refused(net, tmp_path):
+def test_params_that_cannot_be_stored_are_refused(net, tmp_path):
     _, params, _ = net
     with pytest.raises(ValueError, match=r"a posterior at Dense_0; call reduce_precision first"):
         bcdl_jax.save(tmp_path / "a.bcdl", params)
@@ -274,13 +275,13 @@ def test_params_that_can_not_be_stored_are_refused(net, tmp_path):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a\nb": np.zeros(2)}, names=True)
     reduced = bcdl_jax.reduce_precision(params, 0.25)
     layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))[0]
-    with pytest.raises(ValueError, match="is not zero where its masks say"):
+    with pytest.raises(ValueError, match="has nonzero integers at pruned inputs or outputs"):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a": layer.replace(input_mask=jnp.zeros_like(layer.input_mask))})
     assert not list(tmp_path.iterdir())
 
 
 def mutations(count, seed):
-    """Damaged variants of some files; every second one with a checksum that fits."""
+    """Damaged variants of some files. Every second one has a valid checksum."""
     rng = random.Random(seed)
     files = [
         bcdl_jax.codec.encode(some_tree(np.random.default_rng(number)), names=number % 2 == 1) for number in range(4)
@@ -301,7 +302,7 @@ def mutations(count, seed):
         yield with_checksum(bytes(data)) if number % 2 and len(data) > 4 else bytes(data)
 
 
-def survive(count, seed):
+def check_damaged_files(count, seed):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     decoded = 0
     for data in mutations(count, seed):
@@ -319,16 +320,16 @@ def survive(count, seed):
 
 
 def test_damaged_files_raise_one_error_or_decode():
-    survive(600, 0)
+    check_damaged_files(600, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_100000_damaged_files_raise_one_error_or_decode(part):
-    survive(10_000, 1 + part)
+    check_damaged_files(10_000, 1 + part)
 
 
-# The command.
+# The command line.
 
 
 def test_inspect_and_verify(net, tmp_path, capsys):
@@ -337,7 +338,7 @@ def test_inspect_and_verify(net, tmp_path, capsys):
     path = tmp_path / "net.bcdl"
     size = bcdl_jax.save(path, reduced, names=True)
     assert main(["verify", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: whole, 3 layers and arrays, {size} bytes\n"
+    assert capsys.readouterr().out == f"{path}: valid, 3 layers and arrays, {size} bytes\n"
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
     assert "Dense_1" in out
@@ -350,7 +351,7 @@ def test_inspect_and_verify(net, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["net.bcdl"]
     command = [sys.executable, "-m", "bcdl_jax", "inspect", str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()  # a reader that has seen enough
+        process.stdout.close()  # As a reader such as head does.
         assert process.stderr.read() == b""
     for target in (tmp_path / "none" / "net.bcdl", path / "net.bcdl", tmp_path):
         with pytest.raises(OSError, match=f"'{target}'"):

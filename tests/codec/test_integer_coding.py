@@ -37,7 +37,7 @@ def test_round_trip(name, row):
 
 
 @pytest.mark.parametrize("row", [0, 47, 20_000])
-def test_round_trip_of_more_than_are_listed_at_a_time(row):
+def test_round_trip_of_more_than_one_block(row):
     values = np.round(np.random.default_rng(3).laplace(size=70_000) * 5).astype(int)
     data = coded(values, row)
     np.testing.assert_array_equal(decode_integers(Decoder(data), values.size, layout_of(row), 20), values)
@@ -64,7 +64,7 @@ def test_close_to_the_entropy_of_the_histogram(draw, row, count):
     assert len(bcdl_jax.codec.encode({"a": shaped.astype(np.int8)})) - empty <= 1.03 * entropy_bytes(values) + 16
 
 
-def test_rows_that_are_alike_take_less_than_the_entropy():
+def test_similar_rows_take_less_than_the_entropy():
     rng = np.random.default_rng(0)
     smooth = np.cumsum(rng.normal(size=(200, 40)), axis=0)
     values = np.round(6 * smooth / smooth.std()).astype(int)
@@ -72,23 +72,23 @@ def test_rows_that_are_alike_take_less_than_the_entropy():
 
 
 @pytest.mark.parametrize("scale", [0, 8, 24, 60])
-def test_the_prior_is_that_of_a_geometric_law(scale):
-    """Against sums over the law itself."""
+def test_the_prior_matches_a_geometric_distribution(scale):
+    """The expected values are sums over the distribution."""
     mean = 2 ** (scale >> 3) * (1 + (scale & 7) / 8)
-    going_on = 1 - 1 / mean
+    ratio = 1 - 1 / mean
     table = prior_table(scale) / 65536
 
-    def mass(first, last):  # of magnitudes first..last
-        return going_on**first - going_on ** (last + 1)
+    def mass(first, last):  # The probability of the magnitudes first..last.
+        return ratio**first - ratio ** (last + 1)
 
     def near(value):
         return pytest.approx(min(max(value, 1 / 256), 1 - 1 / 256), abs=1e-3)
 
-    assert table[0] == near(going_on)
+    assert table[0] == near(ratio)
     assert table[1] == 0.5
     for extra in range(8):
-        assert table[2 + extra] == near(going_on ** (2**extra))
-    if going_on > 0:
+        assert table[2 + extra] == near(ratio ** (2**extra))
+    if ratio > 0:
         for extra in range(1, 8):
             for depth in range(min(extra, 3)):
                 for prefix in range(1 << depth):

@@ -7,7 +7,7 @@ from bcdl_jax.codec.range_coder import Decoder, Encoder
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_what_is_coded_is_decoded_at_the_price_of_its_information(seed):
+def test_the_decoder_inverts_the_encoder_and_the_size_is_the_information(seed):
     rng = np.random.default_rng(seed)
     count = int(rng.choice([0, 1, 2, 5, 50, 2000]))
     probabilities = rng.choice([1, 65535, 32768, *rng.integers(1, 65536, 5)], count).tolist()
@@ -30,12 +30,12 @@ def test_what_is_coded_is_decoded_at_the_price_of_its_information(seed):
         math.log2(p / 65536 if bit else 1 - p / 65536) for bit, p in zip(bits, probabilities, strict=True)
     )
     assert len(data) <= math.ceil(1.001 * information / 8) + 1
-    # A zero gets what rounding leaves over, and is cheaper for it.
+    # Rounding makes zeros a little cheaper.
     assert decoder.bits_read == pytest.approx(information, rel=1e-2, abs=1)
 
 
-def test_carries_run_through_many_bytes():
-    # Just below a power of two for long, and then above it.
+def test_carries_pass_through_many_bytes():
+    # The coded number stays just below a power of two for long, and then exceeds it.
     bits = [0] * 12 + [1] * 40 + [0, 1] * 20
     for probability in (1, 2, 255, 65534, 65535):
         probabilities = [probability] * len(bits)

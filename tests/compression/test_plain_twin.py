@@ -9,7 +9,7 @@ from tests.conftest import assert_trees_close, run
 
 
 @pytest.mark.parametrize("kind", ["net", "conv_net"])
-def test_the_mean_network_computes_what_the_trained_one_did(kind, request, key):
+def test_from_trained_keeps_the_outputs_and_variances(kind, request, key):
     model, params, inputs = request.getfixturevalue(kind)
     trained = bcdl_jax.mean_weights(params)
     fresh = jax.jit(model.init)(key, inputs)["params"]
@@ -21,7 +21,7 @@ def test_the_mean_network_computes_what_the_trained_one_did(kind, request, key):
         np.testing.assert_array_equal(posterior.scale_mean, before.scale_mean)
 
 
-def test_flat_arrays_and_other_parameters(net):
+def test_from_trained_takes_flat_paths_and_copies_other_parameters(net):
     _, params, _ = net
     extra = params | {"norm": {"scale": jnp.ones(2)}}
     trained = bcdl_jax.mean_weights(extra)
@@ -33,7 +33,7 @@ def test_flat_arrays_and_other_parameters(net):
     assert_trees_close(bcdl_jax.mean_weights(started)["Dense_1"], trained["Dense_1"], rtol=1e-5)
 
 
-def test_what_does_not_fit_is_named(net):
+def test_errors_name_arrays_that_do_not_fit(net):
     _, params, _ = net
     trained = bcdl_jax.mean_weights(params)
     with pytest.raises(ValueError, match=r"lacks Dense_1/bias, which must have shape \(4,\)"):

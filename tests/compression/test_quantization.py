@@ -24,7 +24,7 @@ from tests.conftest import CHAIN, assert_trees_close, make_posterior, run
         ([32767], 16),
     ],
 )
-def test_integer_bits_is_the_shortest_twos_complement(values, bits):
+def test_integer_bits_counts_the_shortest_twos_complement(values, bits):
     assert int(integer_bits(jnp.array(values, jnp.int16))) == bits
     if bits:
         assert all(-(2 ** (bits - 1)) <= value < 2 ** (bits - 1) for value in values)
@@ -50,7 +50,7 @@ def test_step_is_a_multiple_of_the_geometric_mean_deviation_of_the_kept_weights(
 
 
 @pytest.mark.parametrize("kind", ["net", "conv_net"])
-def test_reduced_networks_run_and_are_off_by_half_a_step_at_most(kind, request):
+def test_weights_are_rounded_to_the_nearest_multiple_of_the_step(kind, request):
     model, params, inputs = request.getfixturevalue(kind)
     means = bcdl_jax.mean_weights(params)
     reduced = bcdl_jax.reduce_precision(params, 0.01)
@@ -66,7 +66,7 @@ def test_reduced_networks_run_and_are_off_by_half_a_step_at_most(kind, request):
         model.apply({"params": reduced}, inputs, deterministic=False, rngs={"noise": jax.random.key(0)})
 
 
-def test_reduction_works_under_jit_and_vmap(net):
+def test_reduce_precision_works_under_jit_and_vmap(net):
     _, params, _ = net
     expected = bcdl_jax.reduce_precision(params, 0.25)
     assert_trees_close(jax.jit(bcdl_jax.reduce_precision)(params, 0.25), expected)
@@ -87,7 +87,7 @@ def test_steps_never_overflow_the_integers(net):
 
 
 def test_round_off_rule_by_hand(key):
-    """Two weights of variance 0.01 and 0.001: 2 v < 2^-t holds for t up to 5 and 8, mean 6.5, so 7 bits; largest weight 3."""
+    """For variances of 0.01 and 0.001, 2 v < 2^-t holds up to t = 5 and t = 8. The mean is 6.5, so t is 7. The largest weight is 3."""
     posterior = make_posterior(key, (2, 1), "input", use_bias=False).replace(
         kernel_mean=jnp.array([[3.0], [0.3]]),
         kernel_log_variance=jnp.log(jnp.array([[0.01], [0.001]])),
@@ -100,7 +100,7 @@ def test_round_off_rule_by_hand(key):
     assert int(reduced.kernel_bits) == 7 + 1 + np.ceil(np.log2(np.log2(3) + 1) + 1)
 
 
-def test_round_off_rule_is_never_nan_for_small_weights(net):
+def test_round_off_rule_is_finite_for_small_weights(net):
     _, params, _ = net
     small = jax.tree.map(lambda leaf: leaf, params)
     small["Dense_0"]["posterior"] = params["Dense_0"]["posterior"].replace(
@@ -112,7 +112,7 @@ def test_round_off_rule_is_never_nan_for_small_weights(net):
     assert np.isfinite(bcdl_jax.compression.rate_paper(bcdl_jax.compression.reduce_precision_by_round_off(small)))
 
 
-def test_choose_relative_step_takes_the_largest_that_is_good_enough(net):
+def test_choose_relative_step_returns_the_largest_step_within_the_limit(net):
     _, params, _ = net
 
     def error(tree):
@@ -124,7 +124,7 @@ def test_choose_relative_step_takes_the_largest_that_is_good_enough(net):
     assert bcdl_jax.choose_relative_step(params, error, max_increase=0.0, candidates=(0.25, 1.0, 0.5)) == 0.25
 
     def lucky(tree):
-        """Half a unit is bad, a whole unit looks good."""
+        """An error that is above the limit for half a unit, and within the limit for a whole unit."""
         layer = tree["Dense_0"]["posterior"]
         return 0.0 if isinstance(layer, bcdl_jax.Posterior) else float(abs(layer.kernel_step - 0.5 * unit) < 0.1 * unit)
 
@@ -141,7 +141,7 @@ def test_relative_step_must_be_positive(net, step):
         bcdl_jax.reduce_precision(net[1], step)
 
 
-def test_relative_steps_by_layer(net):
+def test_relative_step_by_layer(net):
     _, params, _ = net
     steps = {"Dense_0": 0.1, "Dense_1": 0.2, "Dense_2": 0.4}
     mixed = bcdl_jax.reduce_precision(params, steps)

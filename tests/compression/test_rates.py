@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 import bcdl_jax
-from bcdl_jax.compression.pruning import prune_units
+from bcdl_jax.compression import prune_units
 from tests.conftest import CHAIN, CONV_CHAIN
 
 MASKS = {
@@ -50,7 +50,7 @@ def test_rates_of_convolutions_by_hand(conv_net):
     assert float(bcdl_jax.compression.rate_paper(pruned)) == pytest.approx(total / kept)
 
 
-def test_parameters_without_a_posterior_count_in_full(net):
+def test_parameters_without_a_posterior_count_32_bits(net):
     pruned = prune_units(net[1], MASKS, CHAIN)
     with_norm = pruned | {"norm": {"scale": jnp.ones(100)}}
     before, after = WEIGHTS + BIASES, (WEIGHTS + BIASES) / float(bcdl_jax.rate(pruned))
@@ -58,7 +58,7 @@ def test_parameters_without_a_posterior_count_in_full(net):
     assert float(bcdl_jax.compression.rate_paper(with_norm)) == float(bcdl_jax.compression.rate_paper(pruned))
 
 
-def test_rates_of_networks_beyond_32_bit_integers(key):
+def test_rates_of_networks_with_more_bits_than_int32_holds(key):
     node = jax.eval_shape(
         lambda: bcdl_jax.GroupNormalJeffreys().create(key, jnp.zeros((20_000, 10_000)), jnp.zeros(10_000), "input")
     )
@@ -76,8 +76,8 @@ def test_rates_are_never_nan_and_work_under_jit_and_vmap(net):
     )
 
 
-def test_the_maximum_rate_is_the_entropy_of_the_kept_weights(net):
-    """Against SciPy's entropy, for groups and for single weights."""
+def test_maximum_rate_agrees_with_the_entropy_of_scipy(net):
+    """For integers, for levels, and for pruned single weights."""
     pruned = prune_units(net[1], MASKS, CHAIN)
     reduced = bcdl_jax.reduce_precision(pruned, 2.0)
     shared = bcdl_jax.baselines.reduce_to_levels(pruned, *bcdl_jax.baselines.share_weights(pruned, 4))
@@ -102,7 +102,7 @@ def test_the_maximum_rate_is_the_entropy_of_the_kept_weights(net):
     assert float(bcdl_jax.compression.rate_paper_maximum(empty)) == math.inf
 
 
-def test_levels_are_counted(net):
+def test_rate_counts_the_levels(net):
     pruned = prune_units(net[1], MASKS, CHAIN)
     reduced = bcdl_jax.baselines.reduce_to_levels(pruned, *bcdl_jax.baselines.share_weights(pruned, 4))
     layers = [reduced[name]["posterior"] for name in CHAIN]

@@ -1,4 +1,4 @@
-"""Pruning by the noise of the weights in use, in place of that of the scales alone."""
+"""Tests of the pruning scores, and of pruning by another score than the default one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES = [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe()]
 
 
 def layer(family, group_axis):
-    """Six groups, the weights of each about twice as noisy as those of the one before."""
+    """A layer of six groups. The log-variance of their weights rises by 1 from group to group."""
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (3, 3, 4, 6) if group_axis == "output" else (6, 4)
     kernel = jax.random.normal(keys[0], shape)
@@ -29,7 +29,7 @@ def layer(family, group_axis):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_noise_to_signal_is_that_of_sampled_weights(family, group_axis):
+def test_log_noise_to_signal_agrees_with_sampled_weights(family, group_axis):
     node = layer(family, group_axis)
     key, draws = jax.random.key(1), 40_000
     scales = node.sample_scale(jax.random.fold_in(key, 0), draws)
@@ -43,7 +43,7 @@ def test_noise_to_signal_is_that_of_sampled_weights(family, group_axis):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_it_does_not_depend_on_where_the_magnitude_lies(family, group_axis):
+def test_log_noise_to_signal_does_not_change_under_balancing(family, group_axis):
     node = layer(family, group_axis)
     balanced = bcdl_jax.balance_scales({"posterior": node})["posterior"]
     np.testing.assert_allclose(
@@ -54,7 +54,7 @@ def test_it_does_not_depend_on_where_the_magnitude_lies(family, group_axis):
     )
 
 
-def test_a_group_without_a_signal_is_the_first_to_go():
+def test_group_without_signal_is_pruned_first():
     node = layer(bcdl_jax.GroupNormalJeffreys(), "input")
     silent = node.replace(kernel_mean=node.kernel_mean.at[1].set(0))
     assert int(jnp.argmax(bcdl_jax.compression.log_noise_to_signal(silent))) == 1
@@ -62,16 +62,16 @@ def test_a_group_without_a_signal_is_the_first_to_go():
     assert kept["posterior"].input_mask.tolist() == [1, 0, 1, 1, 1, 1]
 
 
-def test_of_single_weights_it_is_the_log_dropout_rate():
+def test_log_noise_to_signal_of_single_weights_is_the_log_dropout_rate():
     node = layer(bcdl_jax.SparseVariationalDropout(), "output")
     np.testing.assert_array_equal(
         bcdl_jax.compression.log_noise_to_signal(node), bcdl_jax.compression.log_dropout_rate(node)
     )
 
 
-def test_prune_and_choose_thresholds_go_by_the_score_given():
+def test_pruning_functions_use_the_given_score():
     node = layer(bcdl_jax.GroupNormalJeffreys(), "input")
-    # The scales say the opposite of the weights.
+    # The noise of the scales falls from group to group, and the noise of the weights rises.
     params = {"posterior": node.replace(scale_log_variance=-9 - jnp.arange(6.0))}
     by_scales = bcdl_jax.prune(params, -11.5)["posterior"]
     assert by_scales.input_mask.tolist() == [0, 0, 0, 1, 1, 1]
@@ -104,7 +104,7 @@ def test_scores_under_jit_vmap_and_grad(net):
             jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), node)
         )
         np.testing.assert_allclose(two, jnp.stack([scores, scores]), rtol=1e-5)
-        # Nothing is left: no value may be other than finite.
+        # The gradient must be finite even if everything is pruned.
         masked = node.with_masks(node.input_mask > 1, node.output_mask > 1)
         slope = jax.grad(lambda node: jnp.sum(bcdl_jax.compression.log_noise_to_signal(node)), allow_int=True)(masked)
         assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(slope))

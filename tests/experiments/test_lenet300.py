@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -14,10 +15,12 @@ from PIL import Image
 import bcdl_jax
 from experiments import lenet300, score
 from experiments.checks import kill_and_resume as crash_test
-from experiments.cli import command_line
+from experiments.cli import options
 from experiments.io import data
-from experiments.networks.models import LeNet300
-from experiments.pipeline import bayesian as compress
+from experiments.networks.lenet import LeNet300
+from experiments.pipeline.progress import Progress
+from experiments.report.result import result as make_result
+from experiments.report.run_table import print_table
 
 
 def test_the_network_has_266610_weights_and_biases():
@@ -41,7 +44,7 @@ def test_all_files_are_there(finished):
     assert status == 0
     params = [f"{stage}_seed{seed}.npz" for stage in ("trained", "pruned", "reduced") for seed in (3, 5)]
     compressed = ["compressed_seed3.bcdl", "compressed_seed5.bcdl"]
-    expected = ["result.json", "metrics.jsonl", *params, *compressed, *lenet300.PICTURES]
+    expected = ["result.json", "metrics.jsonl", *params, *compressed, *lenet300.EXPERIMENT.pictures]
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
 
 
@@ -119,7 +122,7 @@ def test_reduced_parameters_score_as_reported(finished):
 
 def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, tmp_path, monkeypatch, capsys):
     def unavailable(name, data_dir):
-        raise data._Unavailable("no network")
+        raise data.Unavailable("no internet connection")
 
     _, out = finished
     template = jax.eval_shape(LeNet300().init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
@@ -146,7 +149,7 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     monkeypatch.setattr(data, "_load_full", unavailable)
     assert score.main([path]) == 2
     assert (
-        "Full MNIST is not at hand (no network), on whose test images the files are scored" in capsys.readouterr().err
+        "Full MNIST is not available (no internet connection), on whose test images the files are scored" in capsys.readouterr().err
     )
     assert score.main(["--dataset", "cifar", path]) == 2
     assert "--dataset is 'cifar'" in capsys.readouterr().err
@@ -154,7 +157,7 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
 
 def test_pictures(finished):
     _, out = finished
-    for name in lenet300.PICTURES:
+    for name in lenet300.EXPERIMENT.pictures:
         with Image.open(out / name) as picture:
             assert min(picture.size) >= 300
             if name.endswith(".gif"):
@@ -174,7 +177,7 @@ def test_an_existing_directory_is_not_touched(finished, capsys):
 
 def interrupted(monkeypatch, number, arguments):
     """The exit status of a run that is sent a signal in its second epoch."""
-    show = compress.Progress.show
+    show = Progress.show
 
     def interrupt(self, report):
         show(self, report)
@@ -182,7 +185,7 @@ def interrupted(monkeypatch, number, arguments):
             signal.raise_signal(number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(compress.Progress, "show", interrupt)
+        patched.setattr(Progress, "show", interrupt)
         with pytest.raises(SystemExit) as stopped:
             lenet300.main(arguments)
     return stopped.value.code
@@ -192,7 +195,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["--dataset", "mnist_5k", "--quick", "--out", str(out)]
     assert interrupted(monkeypatch, signal.SIGINT, arguments) == 130
-    assert "Interrupted; what was finished so far is in" in capsys.readouterr().err
+    assert "Interrupted; the finished files are in" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "interrupted.npz", "metrics.jsonl"]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     with np.load(out / "interrupted.npz", allow_pickle=False) as file:
@@ -203,14 +206,12 @@ def test_after_sigterm_a_run_goes_on_to_the_same_files(finished, tmp_path, monke
     out = tmp_path / "out"
     arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
     assert interrupted(monkeypatch, signal.SIGTERM, arguments) == 143
-    assert (
-        f"Stopped by SIGTERM; what was trained so far is saved in {out}/checkpoints/000001" in capsys.readouterr().err
-    )
+    assert f"Stopped by SIGTERM; the training so far is saved in {out}/checkpoints/000001" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.jsonl"]
     assert lenet300.main([*arguments, "--resume", "--learning-rate", "0.01"]) == 2
     assert "since learning_rate was 0.001 and is now 0.01; fine_tune_learning_rate was" in capsys.readouterr().err
     assert lenet300.main([*arguments, "--resume"]) == 0
-    assert f"Goes on with the run in {out}, from {out}/checkpoints/000001." in capsys.readouterr().out
+    assert f"Resumes the run in {out} from {out}/checkpoints/000001." in capsys.readouterr().out
     assert lenet300.main([*arguments, "--resume", "--overwrite"]) == 2
     assert f"--resume is given, but the run in {out} is complete" in capsys.readouterr().err
     undisturbed = finished[1]
@@ -224,7 +225,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path, cap
     arguments = ["--dataset", "mnist_5k", "--quick", "--learning-rate", "1e30", "--out", str(tmp_path / "out")]
     assert lenet300.main(arguments) == 2
     error = capsys.readouterr().err
-    assert "No seed could be trained to the end; what they reached is in" in error
+    assert "No seed could be trained to the end; their last states are in" in error
     assert "Seed 0 was stopped in epoch 1, step" in error
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "trained_seed0.npz"]
     with np.load(tmp_path / "out" / "trained_seed0.npz", allow_pickle=False) as file:
@@ -238,30 +239,26 @@ def test_a_failed_seed_is_shown_and_left_out_of_the_mean(finished, capsys):
     _, out = finished
     runs = json.loads((out / "result.json").read_text())["runs"]
     broken = [runs[0], runs[1] | {"failure": "Seed 5 was stopped in epoch 1."}]
-    compress.print_table(broken)
+    print_table(broken)
     printed = capsys.readouterr().out
     assert "not in the mean: Seed 5 was stopped in epoch 1." in printed
     assert f"trained {runs[0]['test_error']['trained']:.2f} % (" in printed
     dataset = data.load("mnist_5k")
-    result = compress.result(
-        "lenet300", "gnj", dataset, lenet300.EXPERIMENT.recipe("mnist_5k", True), "command", broken, 1.0
-    )
+    recipe = lenet300.EXPERIMENT.recipe("mnist_5k", True)
+    context = types.SimpleNamespace(dataset=dataset, recipe=recipe, checkpoints=types.SimpleNamespace(resumed=0))
+    about = {"experiment": "lenet300", "method": "gnj", "command": "command", "seconds": 1.0}
+    result = make_result(context, broken, **about)
     assert result["mean"]["test_error"] == runs[0]["test_error"]
     failed = [run | {"failure": "stopped"} for run in runs]
-    assert (
-        compress.result("lenet300", "gnj", dataset, lenet300.EXPERIMENT.recipe("mnist_5k", True), "", failed, 1.0)[
-            "mean"
-        ]
-        is None
-    )
+    assert make_result(context, failed, **about)["mean"] is None
 
 
 def test_epochs_on_the_command_line_take_the_warm_up_along():
-    args = command_line.parse(lenet300.EXPERIMENT, ["--epochs", "26", "--learning-rate", "0.01"])
-    adapted = command_line.adapt(lenet300.EXPERIMENT.recipe("mnist"), args)
+    args = options.parse(lenet300.EXPERIMENT, ["--epochs", "26", "--learning-rate", "0.01"])
+    adapted = options.adapt(lenet300.EXPERIMENT.recipe("mnist"), args)
     assert (adapted.epochs, adapted.warmup_epochs) == (26, 5)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.001)  # of 2e-3 and 2e-4
-    adapted = command_line.adapt(lenet300.EXPERIMENT.recipe("mnist_5k"), args)
+    adapted = options.adapt(lenet300.EXPERIMENT.recipe("mnist_5k"), args)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
 
 
@@ -286,7 +283,7 @@ def test_ctrl_c_from_outside(tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"Interrupted; what was finished so far is in" in error
+    assert b"Interrupted; the finished files are in" in error
     assert b"Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "interrupted.npz", "metrics.jsonl"]
 
@@ -354,7 +351,7 @@ def test_a_pretrained_net_is_where_training_starts(tmp_path):
         weights = {
             f"{name}/{part}": file[f"{name}/{part}_mean"]
             * (file[f"{name}/scale_mean"][:, None] if part == "kernel" else 1)
-            for name in lenet300.CHAIN
+            for name in lenet300.EXPERIMENT.network.chain
             for part in ("kernel", "bias")
         }
     np.savez(tmp_path / "net.npz", trained_on="mnist_5k", **weights)

@@ -10,32 +10,32 @@ from PIL import Image
 
 import bcdl_jax
 from experiments import lenet5, score
-from experiments.cli import command_line
+from experiments.cli import options
 from experiments.io import data, files
-from experiments.networks import models
-from experiments.pipeline import bayesian as compress
+from experiments.networks.lenet import LeNet5
+from experiments.pipeline import measures
 from tests.experiments.small_data import SAMPLE_IMAGES, few_digits
 
 SHAPES = {"Conv_0": (5, 5, 1, 20), "Conv_1": (5, 5, 20, 50), "Dense_0": (800, 500), "Dense_1": (500, 10)}
 
 
 def test_the_network_is_lenet5_caffe_with_its_first_layer_clipped():
-    params = jax.eval_shape(models.LeNet5().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
+    params = jax.eval_shape(LeNet5().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
     layers = bcdl_jax.variational_layers(params)
     assert {name: layer.kernel_shape for name, layer in layers.items()} == SHAPES
-    assert tuple(layers) == lenet5.CHAIN
+    assert tuple(layers) == lenet5.EXPERIMENT.network.chain
     assert [layer.clip_var for layer in layers.values()] == [0.25, None, None, None]
 
 
 def test_recipes():
     full, embedded = lenet5.EXPERIMENT.recipe("mnist"), lenet5.EXPERIMENT.recipe("mnist_5k")
     assert (full.pretrain_epochs, full.log_variance_factor, full.warmup_epochs) == (3, 6.0, 1)
-    without = command_line.parse(lenet5.EXPERIMENT, ["--no-shrinking"])
-    assert command_line.adapt(full, without) == dataclasses.replace(full, max_shrinking_change=None)
+    without = options.parse(lenet5.EXPERIMENT, ["--no-shrinking"])
+    assert options.adapt(full, without) == dataclasses.replace(full, max_shrinking_change=None)
     assert full.batch_size == 128 > embedded.batch_size
     assert lenet5.EXPERIMENT.recipe("fashion_mnist") == full
-    args = command_line.parse(lenet5.EXPERIMENT, ["--pretrained", "net.npz"])
-    assert command_line.adapt(full, args).pretrain_epochs == 0
+    args = options.parse(lenet5.EXPERIMENT, ["--pretrained", "net.npz"])
+    assert options.adapt(full, args).pretrain_epochs == 0
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
 
 def test_the_change_of_the_predictions_is_their_divergence(finished):
     _, out, dataset = finished
-    model, images = models.LeNet5(), dataset.validation.images
+    model, images = LeNet5(), dataset.validation.images
     like = jax.eval_shape(model.init, jax.random.key(0), SAMPLE_IMAGES)["params"]
     names = files.named_arrays(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
     with np.load(out / "trained_seed2.npz", allow_pickle=False) as file:
@@ -70,11 +70,11 @@ def test_the_change_of_the_predictions_is_their_divergence(finished):
     nets = [trained, bcdl_jax.prune(trained, float(np.median(bcdl_jax.compression.pruning_scores(trained)["Dense_0"])))]
     old, new = (scipy.special.softmax(np.asarray(model.apply({"params": net}, images), np.float64), -1) for net in nets)
     expected = np.mean(scipy.stats.entropy(old, new, axis=-1))
-    assert float(compress.measure_change(model, images)(nets[0])(nets[1])) == pytest.approx(expected, rel=1e-3)
-    assert float(compress.measure_change(model, images)(nets[0])(nets[0])) == pytest.approx(0, abs=1e-6)
+    assert float(measures.measure_change(model, images)(nets[0])(nets[1])) == pytest.approx(expected, rel=1e-3)
+    assert float(measures.measure_change(model, images)(nets[0])(nets[0])) == pytest.approx(0, abs=1e-6)
     # Once some groups are masked, the same without them.
     further = bcdl_jax.prune(nets[1], float(np.quantile(bcdl_jax.compression.pruning_scores(trained)["Dense_0"], 0.3)))
-    whole, shrunk = (compress.measure_change(model, images, masked)(nets[1])(further) for masked in (None, nets[1]))
+    whole, shrunk = (measures.measure_change(model, images, masked)(nets[1])(further) for masked in (None, nets[1]))
     assert 1e-4 < float(whole) == pytest.approx(float(shrunk), rel=1e-3)
 
 
@@ -84,7 +84,7 @@ def test_all_files_are_there(finished):
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     params = {f"{stage}_seed2.npz" for stage in ("pretrained", "trained", "pruned", "reduced")}
     (events,) = (name for name in files if name.startswith("tensorboard/seed2/events.out.tfevents."))
-    expected = {"result.json", "metrics.jsonl", "compressed_seed2.bcdl", *params, *lenet5.PICTURES, events}
+    expected = {"result.json", "metrics.jsonl", "compressed_seed2.bcdl", *params, *lenet5.EXPERIMENT.pictures, events}
     assert files == expected
 
 
@@ -147,7 +147,7 @@ def scalars(path):
 
 def test_pictures(finished):
     _, out, _ = finished
-    for name in lenet5.PICTURES:
+    for name in lenet5.EXPERIMENT.pictures:
         with Image.open(out / name) as picture:
             assert min(picture.size) >= 300
             assert not name.endswith(".gif") or picture.n_frames == 2

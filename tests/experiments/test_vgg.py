@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import score, vgg
-from experiments.cli import command_line
+from experiments import registry, vgg
 from experiments.io import data
-from experiments.networks import models
-from experiments.pipeline import bayesian as compress
+from experiments.networks import vgg as networks
+from experiments.pipeline import measures
 from experiments.pipeline.augmentation import augmented
+from experiments.report import scoring
 from tests.experiments.small_data import few_digits
 
 
 def test_recipes_and_widths():
     assert vgg.EXPERIMENT.recipe("cifar10").shift
-    for method in command_line.METHODS:
+    for method in registry.method_names():
         narrow = vgg.EXPERIMENT.recipe("cifar10", method=method, width=0.25)
         assert (narrow.mirror, narrow.shift) == (True, 0)
         assert not vgg.EXPERIMENT.recipe("mnist_5k", method=method).mirror
-    net = models.vgg(bcdl_jax.GroupHorseshoe(), 0.25)
+    net = networks.vgg(bcdl_jax.GroupHorseshoe(), 0.25)
     params = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.uint8))["params"]
     layers = bcdl_jax.variational_layers(params)
-    assert set(layers) == set(params) == set(vgg.CHAIN)
-    widths = [layers[name].kernel_shape[-1] for name in vgg.CHAIN]
+    assert set(layers) == set(params) == set(vgg.EXPERIMENT.network.chain)
+    widths = [layers[name].kernel_shape[-1] for name in vgg.EXPERIMENT.network.chain]
     assert widths == [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128, 128, 10]
-    assert [layers[name].clip_var for name in vgg.CHAIN] == [0.01] * 4 + [0.04] * 3 + [None] * 8
+    assert [layers[name].clip_var for name in vgg.EXPERIMENT.network.chain] == [0.01] * 4 + [0.04] * 3 + [None] * 8
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_images_are_moved_by_all_distances_alike_and_reflected_at_the_edges():
 
 
 def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
-    model = models.VGG(bcdl_jax.GroupNormalJeffreys(), widths=((3, 4),), hidden=5, batch_norm=False)
+    model = networks.VGG(bcdl_jax.GroupNormalJeffreys(), widths=((3, 4),), hidden=5, batch_norm=False)
     images = jax.random.randint(jax.random.key(0), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
     batch, key = (images, jnp.arange(6)), jax.random.key(1)
     params = jax.jit(model.init)(jax.random.key(2), images)["params"]
@@ -80,7 +80,7 @@ def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
     params = params | {"Conv_0": {"posterior": first}}
 
     def shifted(params, batch, key):
-        return 1 + compress.sampled_cross_entropy(model, params, batch, key, mirror=True, shift=2)
+        return 1 + measures.sampled_cross_entropy(model, params, batch, key, mirror=True, shift=2)
 
     small, small_params, report = bcdl_jax.shrink(shifted, params, (batch, key))
     assert report.multiply_adds[1] < report.multiply_adds[0]
@@ -88,7 +88,7 @@ def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
         some = jax.tree.map(lambda array, size=size: array[:size], batch)
         expected = float(shifted(params, some, key))
         assert float(jax.jit(small)(small_params, some, key)) == pytest.approx(expected, rel=1e-5)
-    plain = 1 + compress.sampled_cross_entropy(model, params, batch, key)
+    plain = 1 + measures.sampled_cross_entropy(model, params, batch, key)
     assert float(plain) != pytest.approx(float(shifted(params, batch, key)), rel=1e-4)
 
 
@@ -97,7 +97,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "quick"
     dataset = few_digits(64, 32, 32)
     # So few steps teach nothing: by its predictions, on some machines, all of the network could be pruned.
-    thresholds = ["--thresholds", *["3"] * len(vgg.CHAIN)]
+    thresholds = ["--thresholds", *["3"] * len(vgg.EXPERIMENT.network.chain)]
     arguments = ["--dataset", "mnist_5k", "--quick", "--width", "0.05", "--seeds", "1", *thresholds, "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: dataset)
@@ -112,12 +112,16 @@ def test_a_run_writes_its_files_and_its_width(finished):
     (run,) = result["runs"]
     assert run["failure"] is None
     assert run["total_units"][:4] == [3, 3, 6, 6]
-    assert {path.name for path in out.iterdir()} >= {"compressed_seed1.bcdl", "pretrained_seed1.npz", *vgg.PICTURES}
+    assert {path.name for path in out.iterdir()} >= {
+        "compressed_seed1.bcdl",
+        "pretrained_seed1.npz",
+        *vgg.EXPERIMENT.pictures,
+    }
 
 
 def test_the_file_is_scored_with_its_width_alone(finished):
     _, out = finished
-    (error,) = score.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.05)
+    (error,) = scoring.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.05)
     assert 0 <= error <= 100
-    with pytest.raises(score.UserError, match=r"not one of VGG at 0\.5 times the width"):
-        score.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.5)
+    with pytest.raises(scoring.UserError, match=r"not one of VGG at 0\.5 times the width"):
+        scoring.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.5)

@@ -20,7 +20,7 @@ def run_onnx(path, inputs):
 
 
 def check(path, apply, params, inputs, exported=None):
-    """The file computes what ``apply`` does, at any batch size."""
+    """Checks that the file computes the results of ``apply`` at several batch sizes."""
     assert bcdl_jax.export_onnx(path, *(exported or (apply, params)), inputs) == path.stat().st_size
     for batch in (1, 2, len(inputs)):
         results = run_onnx(path, inputs[:batch])
@@ -38,7 +38,7 @@ def test_the_small_network_runs_in_onnxruntime(conv_net, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
 
 
-@pytest.mark.parametrize("seed", [2, 12, 18, 20])  # 3-d and grouped convolutions, flatten, attention, norms, reversal
+@pytest.mark.parametrize("seed", [2, 12, 18, 20])  # 3-d and grouped convolutions, flatten, attention, norms, reversal.
 @pytest.mark.filterwarnings("ignore:Nothing is left:UserWarning")
 def test_shrunk_random_networks(seed, tmp_path):
     apply, params, inputs = random_network(seed)
@@ -66,11 +66,13 @@ def test_pooling_and_activations(name, key, tmp_path):
     )
 
 
-def test_what_has_no_counterpart_is_refused_and_leaves_no_file(tmp_path):
+def test_an_operation_without_a_counterpart_is_refused_and_leaves_no_file(tmp_path):
     apply = lambda params, x: jax.lax.reduce_window(  # noqa: E731
         x, -jnp.inf, jax.lax.max, (2, 2), (1, 1), "VALID", base_dilation=(2, 1)
     )
-    with pytest.raises(NotImplementedError, match="could not be written as ONNX; it consists of reduce_window_max"):
+    with pytest.raises(
+        NotImplementedError, match="could not be converted to ONNX; its primitives are reduce_window_max"
+    ):
         bcdl_jax.export_onnx(tmp_path / "net.onnx", apply, {}, jnp.ones((4, 4)))
     assert not list(tmp_path.iterdir())
     with pytest.raises(NotImplementedError, match="reduce_window_max of int32"):

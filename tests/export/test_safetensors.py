@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def net(key):
-    """(apply, variables whose norm has averages and scales of its own, images)."""
+    """(apply, variables with random averages and scales of the norm, images)."""
     images = jax.random.normal(key, (3, 9, 8, 2))
     variables = jax.jit(Net().init)(key, images)
     fresh = lambda leaf: jax.random.uniform(jax.random.fold_in(key, leaf.size), leaf.shape, minval=0.5)  # noqa: E731
@@ -31,7 +31,7 @@ def net(key):
 
 
 def channels_first(state, images):
-    """The network as PyTorch computes it, in numpy and ``lax.conv``: channels first, weights [out, in]."""
+    """The network in the layout of PyTorch, computed by numpy and ``lax.conv``: channels first, weights [out, in]."""
     x = jnp.moveaxis(images, -1, 1)
     x = jax.lax.conv(x, state["Conv_0.weight"], (1, 1), "VALID")
     shaped = lambda name: state[name][None, :, None, None]  # noqa: E731
@@ -47,14 +47,14 @@ def channels_first(state, images):
 
 
 def pruned(variables):
-    """Two channels and some inputs of the dense layer gone."""
+    """The variables without two channels and some inputs of the dense layer."""
     params = variables["params"]
     kernel = params["Dense_0"]["kernel"].at[jnp.array([0, 7, 19, 30])].set(0)
     norm = jax.tree.map(lambda leaf: leaf.at[jnp.array([1, 4])].set(0), params["BatchNorm_0"])
     return variables | {"params": params | {"Dense_0": params["Dense_0"] | {"kernel": kernel}, "BatchNorm_0": norm}}
 
 
-def test_the_torch_layout_computes_the_same_channels_first(net):
+def test_the_torch_layout_computes_the_same_with_channels_first(net):
     apply, variables, images = net
     state = bcdl_jax.export.torch_state_dict(apply, variables, images)
     assert state["Conv_0.weight"].shape == (6, 2, 3, 2)
@@ -63,7 +63,7 @@ def test_the_torch_layout_computes_the_same_channels_first(net):
     np.testing.assert_allclose(channels_first(state, images), apply(variables, images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_torch_layout_of_a_shrunk_network_says_which_inputs_it_reads(net):
+def test_the_torch_layout_of_a_shrunk_network_lists_the_inputs_it_reads(net):
     apply, variables, images = net
     masked = pruned(variables)
     small_apply, small, _ = bcdl_jax.shrink(apply, masked, images)
@@ -75,7 +75,7 @@ def test_the_torch_layout_of_a_shrunk_network_says_which_inputs_it_reads(net):
 
 
 class Between(nn.Module):
-    """A flatten, something, and a dense layer."""
+    """A flatten, the function ``between``, and a dense layer."""
 
     between: Callable
 
@@ -109,8 +109,8 @@ def test_the_order_is_followed_through_activations(function, key):
         nn.softmax,
     ],
 )
-def test_an_order_that_is_lost_is_refused(function, key):
-    with pytest.raises(ValueError, match="params/Dense_0/kernel reads values that were flattened and then mixed"):
+def test_a_lost_order_is_refused(function, key):
+    with pytest.raises(ValueError, match="inputs of params/Dense_0/kernel were flattened and then mixed"):
         bcdl_jax.export.torch_state_dict(*between(function, key))
 
 
@@ -134,7 +134,9 @@ def test_channels_of_one_position_are_not_flattened(key):
 )
 def test_kernels_used_in_other_ways_are_refused(layer, key):
     tokens = jax.random.normal(key, (2, 5, 4))
-    with pytest.raises(ValueError, match=r"params/.*kernel (of shape .* is not used as|belongs to a transposed)"):
+    with pytest.raises(
+        ValueError, match=r"params/.*kernel (of shape .* has no PyTorch layout|belongs to a transposed)"
+    ):
         bcdl_jax.export.torch_state_dict(layer.apply, layer.init(key, tokens), tokens)
 
 
@@ -161,7 +163,7 @@ def test_torch_itself_computes_the_same(net):
     np.testing.assert_allclose(x.numpy(), apply(variables, images), rtol=1e-4, atol=1e-5)
 
 
-def test_names_arrays_and_metadata_come_back(net, conv_net, tmp_path):
+def test_names_arrays_and_metadata_are_read_back(net, conv_net, tmp_path):
     _, variables, _ = net
     path = tmp_path / "net.safetensors"
     tree = variables | {
@@ -214,11 +216,11 @@ def test_embeddings_norms_and_other_arrays(key):
 
 def test_bad_input_is_refused(net, conv_net, key, tmp_path):
     _, variables, images = net
-    with pytest.raises(ValueError, match="metadata has 'epochs': 3; both must be strings"):
+    with pytest.raises(ValueError, match="metadata has the entry 'epochs': 3; the key and the value must be strings"):
         bcdl_jax.export_safetensors(tmp_path / "a", variables, metadata={"epochs": 3})
     model, params, inputs = conv_net
     with pytest.raises(
-        ValueError, match="params hold a GroupNormalJeffreysPosterior; they must be arrays, as of mean_weights"
+        ValueError, match="params holds a GroupNormalJeffreysPosterior; it must hold arrays only, see mean_weights"
     ):
         bcdl_jax.export.torch_state_dict(lambda params, x: model.apply({"params": params}, x), params, inputs)
     transposed = nn.ConvTranspose(3, (2, 2), (2, 2))
@@ -228,7 +230,7 @@ def test_bad_input_is_refused(net, conv_net, key, tmp_path):
         bcdl_jax.export.torch_state_dict(
             lambda params, x: x, {"x": {"weight": jnp.ones(1), "scale": jnp.ones(1)}}, images
         )
-    with pytest.raises(ValueError, match="key is of type key<"):
+    with pytest.raises(ValueError, match="key has the type key<"):
         bcdl_jax.export_safetensors(tmp_path / "a", {"key": key})
     small = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), params, inputs)[1]
     with pytest.raises(ValueError, match="variational layer that was shrunk; take mean_weights first"):

@@ -46,8 +46,8 @@ def test_for_cpu_is_exported_for_any_batch_size(tmp_path, key):
     )
 
 
-def test_a_loop_that_computes_with_the_batch_size_is_exported_as_such_or_refused(tmp_path):
-    """Also in a function with a derivative of its own, which is taken as it is."""
+def test_a_loop_that_computes_with_the_batch_size_is_exported(tmp_path):
+    """The loop calls a function with a custom derivative, which stays one step."""
 
     def apply(params, inputs):
         @jax.custom_jvp
@@ -67,7 +67,7 @@ def test_a_loop_that_computes_with_the_batch_size_is_exported_as_such_or_refused
 
 
 def test_a_loop_beside_indexing_is_exported_for_any_batch_size(tmp_path, key):
-    """With a symbolic batch, JAX traces ``[:, -1]`` in another way than the network was shrunk with."""
+    """With a symbolic batch size, JAX traces ``[:, -1]`` to other steps than ``shrink`` analysed."""
 
     class LastOutput(nn.Module):
         @nn.compact
@@ -99,15 +99,17 @@ def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_
     params, inputs = np.array([[1.0, 0], [2, 0]], np.float32), np.ones((3, 2), np.float32)
     apply = lambda params, x: (x if len(x) > 4 else 2 * x) @ params  # noqa: E731
     network = bcdl_jax.shrink(apply, params, inputs)[:2] if small else (apply, params)
-    with pytest.raises(ValueError, match="cannot be traced for any batch size, so it cannot be exported"):
+    with pytest.raises(ValueError, match="cannot be traced with a batch of unknown size, so it cannot be exported"):
         export(tmp_path / "net", *network, inputs)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_and_arguments_that_are_wrong_are_named(tmp_path):
+def test_invalid_files_and_arguments_are_named_in_the_error(tmp_path):
     pytest.importorskip("jax2onnx")
     apply, inputs = lambda params, x: params * x, np.ones((3, 2), np.float32)
-    with pytest.raises(ValueError, match=r"platforms are \['gpu'\]; allowed are cpu, cuda, rocm, tpu"):
+    with pytest.raises(
+        ValueError, match=r"platforms has the unknown entries \['gpu'\]; allowed are cpu, cuda, rocm, tpu"
+    ):
         bcdl_jax.export_stablehlo(tmp_path / "net", apply, 2.0, inputs, platforms=("gpu",))
     for path in (tmp_path / "none" / "net", tmp_path):
         for export in (bcdl_jax.export_stablehlo, bcdl_jax.export_onnx):

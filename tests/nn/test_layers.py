@@ -11,7 +11,7 @@ import pytest
 import bcdl_jax
 from tests.conftest import make_posterior, run
 
-# (input shape without the batch, arguments of Conv)
+# Shape of the inputs without the batch, arguments of Conv.
 CONV_CASES = {
     "1d": ((9, 3), {"kernel_size": 3}),
     "1d strides": ((9, 3), {"kernel_size": (4,), "strides": 2}),
@@ -45,7 +45,7 @@ def conv_case(name, key, examples):
 
 
 @pytest.mark.parametrize("name", CONV_CASES)
-def test_mean_convolution_is_that_of_flax(name, key):
+def test_mean_convolution_agrees_with_flax(name, key):
     layer, twin, params, inputs = conv_case(name, key, 2)
     means = bcdl_jax.mean_weights(params)
     np.testing.assert_allclose(run(layer, params, inputs), twin.apply({"params": means}, inputs), rtol=1e-4, atol=1e-5)
@@ -53,7 +53,7 @@ def test_mean_convolution_is_that_of_flax(name, key):
 
 @pytest.mark.parametrize("name", CONV_CASES)
 def test_sampled_convolution_has_the_predicted_moments_at_every_position(name, key):
-    """Outputs are z (M + e sqrt(V)): mean E[z] M, variance E[z^2] (M^2 + V) - E[z]^2 M^2, with M and V from flax."""
+    """Outputs are z (M + e sqrt(V)): the mean is E[z] M, the variance E[z^2] (M^2 + V) - E[z]^2 M^2. M and V come from Flax."""
     draws = 20_000
     layer, twin, params, inputs = conv_case(name, key, 1)
     posterior = params["posterior"]
@@ -70,13 +70,13 @@ def test_sampled_convolution_has_the_predicted_moments_at_every_position(name, k
     many = jnp.broadcast_to(inputs, (draws, *inputs.shape[1:]))
     outputs = run(layer, params, many, key)
     assert outputs.shape[1:] == mean.shape
-    # A sum of some hundred positions and channels is looked at, hence the wide bounds in standard errors.
+    # The bounds in standard errors are wide, since they hold for some hundred positions and channels at once.
     assert np.max(np.abs(outputs.mean(0) - scale_mean * mean) / np.sqrt(expected_variance / draws)) < 5.5
     kurtosis_bound = 12 * expected_variance * np.sqrt(1 / draws)
     assert np.max(np.abs(outputs.var(0) - expected_variance) / kurtosis_bound) < 1
 
 
-def test_mean_dense_is_that_of_flax(key):
+def test_mean_dense_agrees_with_flax(key):
     inputs = jax.random.normal(key, (2, 3, 5))
     for use_bias in (True, False):
         params = {"posterior": make_posterior(key, (5, 4), "input", use_bias=use_bias)}
@@ -110,7 +110,7 @@ def test_sampled_dense_has_the_predicted_moments(key, use_bias):
 
 @pytest.mark.parametrize("layer", [bcdl_jax.Dense(4), bcdl_jax.Conv(4, (1,))])
 def test_positions_of_an_example_share_its_scales(layer, key):
-    """With certain weights only z is random: equal positions of one example agree, different examples do not."""
+    """Without variance of the weights only z is random: equal positions of one example agree, different examples do not."""
     inputs = jnp.ones((6, 7, 5))
     params = jax.jit(layer.init)(key, inputs)["params"]
     posterior = params["posterior"]
@@ -144,7 +144,7 @@ def test_layers_work_under_jit_vmap_and_grad(kind, request, key):
 
     keys = jax.random.split(key, 3)
     alone = jax.jit(sampled)(params, inputs, keys[1])
-    if kind == "net":  # operation by operation takes long
+    if kind == "net":  # without jit, convolutions take long
         np.testing.assert_allclose(sampled(params, inputs, keys[1]), alone, rtol=2e-4, atol=1e-5)
     batched = jax.jit(jax.vmap(sampled, in_axes=(None, None, 0)))(params, inputs, keys)
     np.testing.assert_allclose(batched[1], alone, rtol=2e-4, atol=1e-5)
@@ -152,7 +152,7 @@ def test_layers_work_under_jit_vmap_and_grad(kind, request, key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_gradients_are_finite_where_everything_vanishes(key):
+def test_gradients_are_finite_for_zero_scales_and_variances(key):
     layer, inputs = bcdl_jax.Dense(3), jnp.zeros((2, 4))
     params = jax.jit(layer.init)(key, inputs)["params"]["posterior"]
     params = {
@@ -166,7 +166,7 @@ def test_gradients_are_finite_where_everything_vanishes(key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_a_layer_without_bias_and_without_groups_gives_zero(key):
+def test_outputs_are_zero_without_bias_and_kept_groups(key):
     posterior = make_posterior(key, (3, 4), "input", use_bias=False).replace(input_mask=jnp.zeros(3))
     for noise_key in (None, key):
         layer = bcdl_jax.Dense(4, use_bias=False)
@@ -191,7 +191,7 @@ np.testing.assert_allclose(many, sample(params, inputs), rtol=1e-5, atol=1e-6)
 """
 
 
-def test_noise_does_not_depend_on_how_devices_share_the_batch():
+def test_noise_does_not_depend_on_the_division_of_the_batch_among_devices():
     subprocess.run([sys.executable, "-c", SHARDED], check=True, cwd=Path(__file__).parents[2], timeout=120)
 
 
@@ -241,7 +241,7 @@ def test_integer_inputs_are_promoted(key):
         (
             bcdl_jax.Conv(2, (3, 3), strides=(1, 1, 1)),
             (1, 5, 5, 1),
-            r"has strides \(1, 1, 1\); it must be a positive int, or 2 of them",
+            r"has strides \(1, 1, 1\); it must be a positive int or 2 positive ints",
         ),
         (bcdl_jax.Conv(2, (3, 3), kernel_dilation=0), (1, 5, 5, 1), r"has kernel_dilation 0"),
         (
@@ -273,12 +273,12 @@ def test_integer_inputs_are_promoted(key):
         (bcdl_jax.Conv(2.5, (3,)), (2, 3, 1), "has features 2.5; it must be an int of at least 1"),
     ],
 )
-def test_bad_input_gets_one_sentence(layer, shape, message, key):
+def test_invalid_inputs_and_settings_raise(layer, shape, message, key):
     with pytest.raises(ValueError, match=message):
         layer.init(key, jnp.ones(shape))
 
 
-def test_a_missing_noise_key_and_a_wrong_posterior_are_named(net):
+def test_missing_noise_key_and_wrong_kernel_shape_raise(net):
     model, params, inputs = net
     with pytest.raises(ValueError, match=r"Layer Dense_0 samples its weights and needs a key: pass rngs="):
         model.apply({"params": params}, inputs, deterministic=False)

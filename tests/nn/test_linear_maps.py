@@ -1,4 +1,4 @@
-"""The products of patches against XLA's convolution, values and gradients, and against the way that other devices take."""
+"""Tests of the linear maps: values and gradients of patch products against XLA's convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from bcdl_jax.nn.linear_maps import ConvolutionMap, DenseMap
 
-# inputs, kernel, settings
+# Shape of the inputs, shape of the kernel, settings.
 CASES = {
     "1d": ((4, 9, 3), (4, 3, 5), {"strides": (2,), "padding": [(1, 2)]}),
     "2d valid": ((4, 8, 7, 3), (3, 2, 3, 5), {"padding": [(0, 0), (0, 0)]}),
@@ -42,7 +42,7 @@ def two_convolutions(linear_map, inputs, mean, variance):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_moments_are_two_convolutions(name, key):
+def test_moments_agree_with_two_convolutions(name, key):
     linear_map, arrays = case(name, key)
 
     def results(function):
@@ -59,7 +59,7 @@ def test_moments_are_two_convolutions(name, key):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_training_a_convolution_has_the_same_values_and_gradients(name, key):
+def test_in_training_has_the_values_and_gradients_of_a_call(name, key):
     linear_map, (inputs, kernel, _) = case(name, key)
 
     def results(function):
@@ -73,7 +73,7 @@ def test_in_training_a_convolution_has_the_same_values_and_gradients(name, key):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_other_devices_use_convolutions(key, monkeypatch):
+def test_other_devices_use_xla_convolutions(key, monkeypatch):
     linear_map, arrays = case("2d same strides", key)
     patches = jax.make_jaxpr(linear_map.moments)(*arrays)
     assert "conv_general_dilated" not in str(patches)
@@ -94,7 +94,7 @@ def test_works_under_vmap_of_kernels(key):
         np.testing.assert_allclose(one[1], other, rtol=1e-5, atol=1e-5)
 
 
-def test_dense(key):
+def test_dense_moments_agree_with_einsum(key):
     inputs, kernel = jax.random.normal(key, (3, 4, 5)), jax.random.normal(key, (5, 6))
     moments = DenseMap().moments(inputs, kernel, kernel**2)
     np.testing.assert_allclose(moments.mean, np.einsum("abi,io->abo", inputs, kernel), rtol=1e-4, atol=1e-5)

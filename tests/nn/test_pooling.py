@@ -17,8 +17,8 @@ import bcdl_jax
         ((0, 4, 4, 2), (2, 2)),
     ],
 )
-def test_values_and_gradients_are_those_of_flax(key, shape, window):
-    inputs = jax.random.normal(key, shape)  # no value twice, so that there is one gradient
+def test_values_and_gradients_agree_with_flax(key, shape, window):
+    inputs = jax.random.normal(key, shape)  # all values differ, so that the gradient is unique
 
     def loss(pool, inputs):
         outputs = pool(inputs)
@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_flax(key, shape, window):
     np.testing.assert_array_equal(our_slope, their_slope)
 
 
-def test_a_tie_shares_its_gradient():
+def test_equal_maxima_share_the_gradient():
     slope = jax.grad(lambda x: bcdl_jax.max_pool(x, (2, 2)).sum())(jnp.ones((1, 2, 2, 1)))
     np.testing.assert_array_equal(slope, np.full((1, 2, 2, 1), 0.25))
 
@@ -46,6 +46,6 @@ def test_works_under_vmap(key):
 
 
 @pytest.mark.parametrize("window", [2, (2,), (2, 2, 2), (0, 2), (9, 2)])
-def test_a_window_that_does_not_fit_is_refused(window):
-    with pytest.raises(ValueError, match="it must have 2 entries, each between 1 and the axis' length"):
+def test_invalid_window_raises(window):
+    with pytest.raises(ValueError, match="it must have 2 entries, each between 1 and the length of its axis"):
         bcdl_jax.max_pool(jnp.ones((1, 8, 8, 1)), window)

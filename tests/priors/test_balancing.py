@@ -1,4 +1,4 @@
-"""Moving magnitude between weights and scales: what it must not change, and what it must lower."""
+"""Tests of ``balance_scales``: it keeps the distribution of the weights and lowers the KL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES = [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe()]
 
 
 def layer(family, group_axis, key=0):
-    """A layer of groups of very different magnitude, of which one is pruned."""
+    """A layer with groups of very different magnitude, one of them pruned."""
     keys = jax.random.split(jax.random.key(key), 4)
     shape = (3, 3, 4, 6) if group_axis == "output" else (6, 4)
     groups = jnp.exp(jax.random.normal(keys[0], (6,)) - 3)
@@ -27,7 +27,7 @@ def layer(family, group_axis, key=0):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_the_weights_in_use_stay_as_they_are_distributed(family, group_axis):
+def test_weights_in_use_keep_their_distribution(family, group_axis):
     before = layer(family, group_axis)
     after = bcdl_jax.balance_scales({"posterior": before})["posterior"]
     for moments in ("kernel_moments", "bias_moments"):
@@ -35,14 +35,16 @@ def test_the_weights_in_use_stay_as_they_are_distributed(family, group_axis):
             np.testing.assert_allclose(new, old, rtol=2e-4, atol=1e-12)
     for old, new in zip(before.scale_moments(), after.scale_moments(), strict=True):
         assert not np.allclose(old, new, rtol=0.1)
-    if group_axis == "input":  # the same key draws the same outputs: all that is random is scaled alike
+    if (
+        group_axis == "input"
+    ):  # the same key draws the same outputs, since noise and means are scaled by the same factor
         inputs = jax.random.normal(jax.random.key(7), (5, 6))
         sampled = [apply_sampled(node, inputs, jax.random.key(8), linear_maps.DenseMap()) for node in (before, after)]
         np.testing.assert_allclose(sampled[1], sampled[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_no_other_scales_have_a_lower_kl_under_normal_jeffreys(group_axis):
+def test_other_scales_have_a_higher_kl_under_normal_jeffreys(group_axis):
     before = layer(bcdl_jax.GroupNormalJeffreys(), group_axis)
     after = bcdl_jax.balance_scales({"posterior": before})["posterior"]
     lowest = float(after.kl_divergence())
@@ -56,13 +58,13 @@ def test_no_other_scales_have_a_lower_kl_under_normal_jeffreys(group_axis):
 
 
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_the_horseshoe_gains_too(group_axis):
+def test_balancing_lowers_the_kl_of_the_horseshoe(group_axis):
     before = layer(bcdl_jax.GroupHorseshoe(), group_axis)
     after = bcdl_jax.balance_scales({"posterior": before})["posterior"]
     assert float(after.kl_divergence()) < 0.7 * float(before.kl_divergence())
 
 
-def test_what_is_pruned_and_what_has_no_scales_stays():
+def test_pruned_groups_and_layers_without_scales_do_not_change():
     before = layer(bcdl_jax.GroupNormalJeffreys(), "output")
     after = bcdl_jax.balance_scales({"posterior": before})["posterior"]
     np.testing.assert_array_equal(after.output_mask, before.output_mask)
@@ -73,13 +75,13 @@ def test_what_is_pruned_and_what_has_no_scales_stays():
     jax.tree.map(np.testing.assert_array_equal, same, {"posterior": single, "other": jnp.ones(2)})
 
 
-def test_a_group_that_is_kept_but_reaches_nothing_stays():
+def test_kept_groups_without_kept_outputs_do_not_change():
     node = layer(bcdl_jax.GroupNormalJeffreys(), "input")
     alone = node.with_masks(node.input_mask > 0, jnp.zeros(4, bool))
     jax.tree.map(np.testing.assert_array_equal, bcdl_jax.balance_scales({"posterior": alone}), {"posterior": alone})
 
 
-def test_under_vmap_it_is_the_same():
+def test_vmap_gives_the_same_result():
     nets = [{"posterior": layer(bcdl_jax.GroupNormalJeffreys(), "output", key)} for key in (1, 2)]
     together = jax.vmap(bcdl_jax.balance_scales)(bcdl_jax.train.stack_seeds(nets))
     for index, net in enumerate(nets):
@@ -90,6 +92,6 @@ def test_under_vmap_it_is_the_same():
         )
 
 
-def test_a_tree_without_variational_layers_is_refused():
+def test_a_tree_without_variational_layers_raises():
     with pytest.raises(ValueError, match="params holds no variational layers"):
         bcdl_jax.balance_scales({"Dense_0": {"kernel": jnp.ones((2, 2))}})

@@ -17,7 +17,7 @@ FACTORS = [f"{part}_{factor}" for part in ("layer", "group") for factor in ("gam
 
 
 def posterior(key, group_axis="input", spread=1.0, tau0=0.3):
-    """Of four groups, all of whose scales differ."""
+    """A posterior of four groups with different scales."""
     shape = (4, 3) if group_axis == "input" else (2, 2, 3, 4)
     kernel_key, start_key, *keys = jax.random.split(key, 10)
     kernel = jax.random.normal(kernel_key, shape)
@@ -47,8 +47,8 @@ def test_kl_of_log_normals_against_monte_carlo(log_mean, log_variance):
     assert found == pytest.approx(terms.mean(), rel=0.01, abs=5 * terms.std() / np.sqrt(DRAWS))
 
 
-def test_the_roots_of_the_factors_are_half_cauchy():
-    """What the choice of gamma and inverse gamma priors, and tau0 squared, is for."""
+def test_root_of_the_product_of_the_prior_factors_is_half_cauchy():
+    """A gamma variable of scale tau0^2 times an inverse gamma variable is the square of a half-Cauchy variable of scale tau0."""
     rng, tau0 = np.random.default_rng(0), 0.2
     product = stats.gamma(0.5, scale=tau0**2).rvs(DRAWS, random_state=rng) * stats.invgamma(0.5).rvs(
         DRAWS, random_state=rng
@@ -56,7 +56,7 @@ def test_the_roots_of_the_factors_are_half_cauchy():
     assert stats.kstest(np.sqrt(product), stats.halfcauchy(scale=tau0).cdf).pvalue > 0.01
 
 
-def test_kl_of_a_layer_is_that_of_its_parts(key):
+def test_kl_of_a_layer_is_the_sum_over_its_parts(key):
     whole = posterior(key)
     by_hand = float(whole.gaussian_kl())
     for factor in FACTORS:
@@ -67,34 +67,34 @@ def test_kl_of_a_layer_is_that_of_its_parts(key):
             ratio = np.exp(m + np.exp(log_v) / 2) / scale
             by_hand += np.log(scale) / 2 + ratio - (m + log_v + 1 + np.log(2)) / 2
     assert float(whole.kl_divergence()) == pytest.approx(by_hand, rel=1e-5)
-    # A group that is pruned no longer counts, nor does the layer's scale once all are.
+    # Pruned groups do not count, and the layer's scale does not count if all groups are pruned.
     nothing = whole.replace(input_mask=jnp.zeros(4))
     assert float(nothing.kl_divergence()) == pytest.approx(float(nothing.gaussian_kl()))
 
 
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_sampled_scales_have_their_moments_and_share_the_layers(key, group_axis):
+def test_sampled_scales_have_the_predicted_moments_and_share_the_layer_scale(key, group_axis):
     layer = posterior(key, group_axis)
     draws = np.asarray(jax.jit(functools.partial(layer.sample_scale, num_examples=DRAWS))(key), np.float64)
     mean, variance = map(np.asarray, layer.scale_moments())
     np.testing.assert_allclose(draws.mean(0), mean, rtol=0.01)
     np.testing.assert_allclose(draws.var(0), variance, rtol=0.05)
-    # The covariance of the logarithms of two groups is the variance of log s, of one the sum with that of log z~.
+    # Two groups share log s, whose variance is their covariance. The variance of one group adds the variance of log z~.
     v = {factor: np.exp(np.asarray(getattr(layer, f"{factor}_log_variance"))) for factor in FACTORS}
     shared = (v["layer_gamma"] + v["layer_inverse"]) / 4
     expected = shared + np.diag((v["group_gamma"] + v["group_inverse"]) / 4)
     np.testing.assert_allclose(np.cov(np.log(draws).T), expected, rtol=0.03)
 
 
-def test_the_score_is_minus_the_log_of_the_mode(key):
+def test_log_dropout_rate_is_minus_the_log_of_the_mode(key):
     layer = posterior(key)
     draws = np.log(np.asarray(layer.sample_scale(key, DRAWS), np.float64))
     expected = [np.log(np.exp(m - v)) for m, v in zip(draws.mean(0), draws.var(0), strict=True)]
     np.testing.assert_allclose(-np.asarray(layer.log_dropout_rate()), expected, atol=0.01)
 
 
-def test_sampled_moments_of_the_outputs(key):
-    """A dense layer's outputs against sampled weights, all inputs sharing one draw of s per example."""
+def test_sampled_outputs_have_the_moments_of_sampled_weights(key):
+    """The inputs of one example share one draw of s, which makes the outputs dependent."""
     layer = posterior(key, spread=0.3)
     model, x = bcdl_jax.Dense(3, family=bcdl_jax.GroupHorseshoe()), jnp.array([0.5, -1.0, 2.0, 0.3])
     many = jnp.broadcast_to(x, (DRAWS, 4))
@@ -109,7 +109,7 @@ def test_sampled_moments_of_the_outputs(key):
 
 
 @pytest.mark.parametrize("group_axis", ["input", "output"])
-def test_it_starts_at_scales_of_one_with_a_kl_to_be_paid(key, group_axis):
+def test_scales_start_at_one_with_a_finite_kl_and_gradient(key, group_axis):
     shape = (6, 5) if group_axis == "input" else (3, 3, 5, 6)
     layer = bcdl_jax.GroupHorseshoe().create(key, jnp.ones(shape), jnp.zeros(shape[-1]), group_axis)
     np.testing.assert_allclose(layer.scale_moments()[0], 1, atol=0.06)
@@ -120,7 +120,7 @@ def test_it_starts_at_scales_of_one_with_a_kl_to_be_paid(key, group_axis):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_bad_numbers_are_refused(value):
+def test_settings_must_be_positive_and_finite(value):
     with pytest.raises(ValueError, match=r"tau0 is .*; it must be a positive finite number"):
         bcdl_jax.GroupHorseshoe(tau0=value)
     with pytest.raises(ValueError, match=r"clip_var is .*; it must be a positive finite variance"):
@@ -143,7 +143,7 @@ CHAIN = ["Conv_0", "Dense_0", "Dense_1"]
 
 @pytest.fixture(scope="module")
 def trained(key):
-    """(params, inputs): groups are worth keeping to different degrees."""
+    """(params, inputs), with groups of very different scales."""
     inputs = jax.random.normal(key, (5, 6, 6, 2))
     params = jax.jit(Net().init)(key, inputs)["params"]
 
@@ -154,7 +154,7 @@ def trained(key):
     return {name: {"posterior": vary(layer)} for name, layer in bcdl_jax.variational_layers(params).items()}, inputs
 
 
-def test_it_trains(trained, key):
+def test_training_lowers_the_loss(trained, key):
     params, inputs = trained
     labels = jnp.arange(5) % 3
 
@@ -173,7 +173,7 @@ def test_it_trains(trained, key):
     assert metrics["nll"] < 0.8 * first["nll"]
 
 
-def test_what_is_pruned_is_zero_shrinks_and_is_stored(trained, key, tmp_path):
+def test_pruned_network_has_zeros_shrinks_and_survives_a_file(trained, key, tmp_path):
     params, inputs = trained
     model = Net()
     rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
@@ -192,7 +192,7 @@ def test_what_is_pruned_is_zero_shrinks_and_is_stored(trained, key, tmp_path):
     assert report.bytes[1] < 0.5 * report.bytes[0]
     np.testing.assert_allclose(jax.jit(small_apply)(small, inputs), expected, rtol=1e-4, atol=1e-5)
 
-    # Sampling, the small network draws the same noise.
+    # The small network draws the same noise for the kept units.
     sampled = lambda params, x, key: model.apply({"params": params}, x, deterministic=False, rngs={"noise": key})  # noqa: E731
     small_apply, small, report = bcdl_jax.shrink(sampled, pruned, (inputs, key))
     np.testing.assert_allclose(
@@ -205,7 +205,7 @@ def test_what_is_pruned_is_zero_shrinks_and_is_stored(trained, key, tmp_path):
     np.testing.assert_array_equal(run(model, bcdl_jax.load(path, like=params), inputs), run(model, reduced, inputs))
 
 
-def test_start_from_a_trained_net(key):
+def test_from_trained_keeps_the_outputs(key):
     class Twin(nn.Module):
         @nn.compact
         def __call__(self, x):

@@ -8,7 +8,7 @@ import bcdl_jax
 from tests.conftest import assert_trees_close, run
 
 
-def test_kl_is_the_sum_over_layers_and_needs_no_forward_pass(net):
+def test_kl_is_the_sum_over_layers(net):
     _, params, _ = net
     per_layer = bcdl_jax.priors.kl_divergence_per_layer(params)
     by_hand = {name: posterior.kl_divergence() for name, posterior in bcdl_jax.variational_layers(params).items()}
@@ -31,20 +31,20 @@ def test_kl_under_vmap_and_grad(net):
     )
 
 
-def test_parameters_without_a_posterior_do_not_count(net):
+def test_parameters_without_a_posterior_have_no_kl(net):
     _, params, _ = net
     assert float(bcdl_jax.kl_divergence(params | {"BatchNorm_0": {"scale": jnp.ones(3)}})) == float(
         bcdl_jax.kl_divergence(params)
     )
 
 
-def test_log_dropout_rates_by_layer(net):
+def test_pruning_scores_have_one_entry_per_group(net):
     _, params, _ = net
     rates = bcdl_jax.compression.pruning_scores(params)
     assert {name: values.shape for name, values in rates.items()} == {"Dense_0": (6,), "Dense_1": (5,), "Dense_2": (4,)}
 
 
-def test_posterior_means_run_on_plain_flax_layers(conv_net):
+def test_mean_weights_run_on_plain_flax_layers(conv_net):
     class Twin(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -64,7 +64,7 @@ def test_posterior_means_run_on_plain_flax_layers(conv_net):
     )
 
 
-def test_mean_weights_and_variances_keep_what_has_no_posterior(net):
+def test_mean_weights_and_variances_of_parameters_without_a_posterior(net):
     _, params, _ = net
     tree = {"block": {"inner": params["Dense_0"], "scale": jnp.full(2, 3.0)}}
     means, variances = bcdl_jax.mean_weights(tree), bcdl_jax.compression.weight_variances(tree)
@@ -73,12 +73,12 @@ def test_mean_weights_and_variances_keep_what_has_no_posterior(net):
     assert set(means["block"]["inner"]) == {"kernel", "bias"}
 
 
-def test_clip_variances_refuses_a_tree_without_variational_layers():
+def test_clip_variances_raises_for_a_tree_without_variational_layers():
     with pytest.raises(ValueError, match="params holds no variational layers"):
         bcdl_jax.clip_variances({"Dense_0": {"kernel": jnp.ones((2, 2))}})
 
 
-def test_clip_variances_touches_only_layers_with_a_limit(net):
+def test_clip_variances_changes_only_layers_with_a_limit(net):
     _, params, _ = net
     limited = params | {"Dense_0": {"posterior": params["Dense_0"]["posterior"].replace(clip_var=0.01)}}
     clipped = bcdl_jax.clip_variances(limited)

@@ -8,7 +8,7 @@ from scipy import stats
 from bcdl_jax.priors.noise import example_normal, threefry_2x32
 
 
-def test_rounds_are_those_of_jax(key):
+def test_threefry_agrees_with_jax(key):
     words = jax.random.bits(key, (4, 1000), jnp.uint32)
     for ours, theirs in zip(jax.jit(threefry_2x32)(*words), threefry2x32_p.bind(*words), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -27,14 +27,14 @@ def test_numbers_are_standard_normal_and_uncorrelated(key, shape):
     assert len(np.unique(numbers)) > 0.98 * count
 
 
-def test_a_row_depends_on_key_and_index_alone(key):
+def test_noise_of_an_example_depends_on_key_and_index_alone(key):
     few, many = example_normal(key, (3, 4, 5)), jax.jit(example_normal, static_argnums=1)(key, (50, 4, 5))
     np.testing.assert_array_equal(few, many[:3])
     assert not np.array_equal(example_normal(jax.random.key(1), (3, 4, 5)), few)
     assert len(np.unique(many)) == many.size
 
 
-def test_numbers_are_those_of_box_and_muller(key):
+def test_numbers_agree_with_the_box_muller_transform(key):
     numbers = np.asarray(example_normal(key, (50, 70)), np.float64)
     words = threefry_2x32(
         *jax.random.key_data(key), jnp.arange(50, dtype=jnp.uint32)[:, None], jnp.arange(70, dtype=jnp.uint32)
@@ -45,7 +45,7 @@ def test_numbers_are_those_of_box_and_muller(key):
     )
 
 
-def test_the_order_of_the_axes_changes_no_number(key):
+def test_order_of_the_axes_changes_no_number(key):
     usual = example_normal(key, (3, 4, 5, 6))
     moved = example_normal(key, (6, 5, 3, 4), order=(3, 2, 0, 1))
     np.testing.assert_array_equal(usual.transpose(3, 2, 0, 1), moved)

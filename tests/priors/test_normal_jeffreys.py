@@ -12,7 +12,7 @@ from tests.conftest import make_posterior
 
 
 def exact_log_uniform_kl(log_alpha: float) -> float:
-    """KL(N(1, alpha) || 1/|z|) by quadrature, with the constant that makes it vanish for large alpha."""
+    """KL(N(1, alpha) || 1/|z|) by quadrature, with the constant for which it tends to 0 for large alpha."""
     deviation = np.exp(log_alpha / 2)
 
     def integrand(z):

@@ -1,4 +1,7 @@
+import dataclasses
+
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 
 import bcdl_jax
 from bcdl_jax._tree import map_named_layers
+from bcdl_jax.priors import Family, array_kinds
 from bcdl_jax.priors.posterior import kernel_mask
 from tests.conftest import make_posterior
 
@@ -37,7 +41,7 @@ def test_moments_against_monte_carlo(key, shape, axis):
 
 
 @pytest.mark.parametrize(("shape", "axis"), CASES)
-def test_pruned_moments_are_zero_and_kl_counts_the_rest_only(key, shape, axis):
+def test_pruned_moments_are_zero_and_have_no_kl(key, shape, axis):
     posterior = make_posterior(key, shape, axis)
     kept = np.arange(posterior.group_mask.size) != 1
     side = "input_mask" if axis == "input" else "output_mask"
@@ -62,7 +66,7 @@ def test_pruned_moments_are_zero_and_kl_counts_the_rest_only(key, shape, axis):
         assert float(pruned.bias_moments()[0][1]) == float(pruned.bias_moments()[1][1]) == 0
 
 
-def test_masks_have_no_gradient_and_pruned_groups_neither(key):
+def test_masks_and_pruned_groups_have_no_gradient(key):
     posterior = make_posterior(key, (4, 3), "input").replace(input_mask=jnp.array([1.0, 0.0, 1.0, 1.0]))
     gradient = jax.grad(lambda p: p.kl_divergence() + p.kernel_moments()[0].sum())(posterior)
     np.testing.assert_array_equal(gradient.input_mask, 0)
@@ -84,9 +88,9 @@ def test_kernel_mask_against_loops(feature_groups):
             assert bool(mask[i, o]) == bool(input_mask[o // per_group_out * per_group_in + i] and output_mask[o])
 
 
-@pytest.mark.parametrize("length", [3, 4])  # 4 groups, with which 4 layers would broadcast
+@pytest.mark.parametrize("length", [3, 4])  # the layer has 4 groups, so 4 stacked layers would broadcast
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
-def test_stacked_layers_are_refused_and_go_through_vmap(key, family, length):
+def test_stacked_layers_raise_and_work_under_vmap(key, family, length):
     class Repeated(nn.Module):
         @nn.compact
         def __call__(self, inputs):
@@ -133,8 +137,35 @@ def test_layers_are_found_by_type_in_any_tree(net, key):
     np.testing.assert_array_equal(named["bias"], 1)
 
 
+FAMILY_TYPES = [
+    value for value in vars(bcdl_jax.priors).values() if isinstance(value, type) and issubclass(value, Family)
+]
+
+
+@pytest.mark.parametrize(
+    "family", [value for value in FAMILY_TYPES if value is not Family], ids=lambda family: family.__name__
+)
+def test_every_array_field_of_a_family_has_a_kind(family, key):
+    node = family().create(key, jnp.ones((3, 2)), jnp.ones(2), "input")
+    kinds = array_kinds(node)
+    arrays = {field.name for field in dataclasses.fields(node) if field.metadata.get("pytree_node", True)}
+    assert kinds.keys() == arrays
+    assert len(jax.tree.leaves(node)) == len(arrays)
+    assert set(kinds.values()) <= {"mean", "log_variance", "scale", "mask"}
+
+
+@pytest.mark.parametrize(("metadata", "given"), [({}, "no kind"), ({"kind": "variance"}, "kind 'variance'")])
+def test_a_field_without_a_known_kind_raises(metadata, given):
+    with pytest.raises(
+        TypeError, match=f"Field extra of Incomplete has {given}; .* one of mean, log_variance, scale, mask"
+    ):
+
+        class Incomplete(bcdl_jax.Posterior):
+            extra: jax.Array = flax.struct.field(metadata=metadata)
+
+
 @pytest.mark.parametrize("tree", [{}, {"Dense_0": {"kernel": jnp.ones((2, 2))}}, jnp.ones(2)])
-def test_a_tree_without_variational_layers_is_refused(tree):
+def test_a_tree_without_variational_layers_raises(tree):
     for function in (
         bcdl_jax.variational_layers,
         bcdl_jax.kl_divergence,
@@ -151,7 +182,7 @@ def test_a_tree_without_variational_layers_is_refused(tree):
         bcdl_jax.rate(tree)
 
 
-def test_a_tree_of_reduced_precision_is_refused_by_what_it_holds(key):
+def test_error_for_a_quantised_tree_names_its_content(key):
     params = bcdl_jax.Dense(2).init(key, jnp.ones((1, 3)))["params"]
     reduced = {"first": bcdl_jax.reduce_precision(params, 0.25), "scale": jnp.ones(3)}
     with pytest.raises(

@@ -76,7 +76,7 @@ def test_sampled_outputs_have_the_moments_of_sampled_weights(key):
     ("shape", "group_axis", "feature_groups"),
     [((4, 3), "input", 1), ((2, 2, 3, 4), "output", 1), ((3, 2, 6), "output", 3)],
 )
-def test_inputs_without_weights_are_found_by_brute_force(key, shape, group_axis, feature_groups):
+def test_inputs_read_by_agrees_with_brute_force(key, shape, group_axis, feature_groups):
     layer = posterior(key, shape, group_axis, feature_groups)
     keep = jax.random.bernoulli(key, 0.15, shape)
     outputs = np.arange(shape[-1]) % 3 != 1
@@ -88,7 +88,7 @@ def test_inputs_without_weights_are_found_by_brute_force(key, shape, group_axis,
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_pruned_weight_is_zero_and_so_is_what_nobody_reads(small):
+def test_pruned_weights_are_zero_in_the_outputs(small):
     model, params, images = small
     pruned = jax.jit(lambda params: bcdl_jax.prune(params, -2.0, CHAIN))(params)
     by_hand = {}
@@ -113,12 +113,12 @@ def test_a_pruned_weight_is_zero_and_so_is_what_nobody_reads(small):
     np.testing.assert_allclose(outputs, plain(images), atol=1e-5)
     sampled = run(model, pruned, images, key=jax.random.key(2))
     assert np.isfinite(sampled).all()
-    # Once more does nothing, and a weight never comes back.
+    # A second call changes nothing, and a higher threshold restores no weight.
     again = bcdl_jax.prune(pruned, jnp.inf, CHAIN)
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(pruned)))
 
 
-def test_what_is_pruned_stays_so_in_training(small):
+def test_pruned_weights_stay_pruned_in_training(small):
     model, params, images = small
     params = bcdl_jax.prune(params, -1.0, CHAIN)
 
@@ -141,8 +141,8 @@ def test_what_is_pruned_stays_so_in_training(small):
         assert not np.array_equal(after.kernel_mean, before.kernel_mean)
 
 
-def test_rates_charge_an_index_for_every_kept_weight(small):
-    """Of as many bits as the weight."""
+def test_paper_rate_charges_an_index_for_every_kept_weight(small):
+    """An index takes the same number of bits as the weight."""
     _, params, _ = small
     layers = bcdl_jax.variational_layers(params).values()
     total = sum(layer.kernel_mean.size for layer in layers)
@@ -157,7 +157,7 @@ def test_rates_charge_an_index_for_every_kept_weight(small):
     assert float(bcdl_jax.compression.rate_paper(reduced)) == pytest.approx(32 * total / bits)
 
 
-def test_it_comes_back_from_a_file_and_shrinks(small):
+def test_quantised_network_survives_a_file_and_shrinks(small):
     model, params, images = small
     reduced = bcdl_jax.reduce_precision(bcdl_jax.prune(params, -3.0, CHAIN), 0.5)
     data = bcdl_jax.codec.encode(reduced)
@@ -173,8 +173,8 @@ def test_it_comes_back_from_a_file_and_shrinks(small):
     assert report.multiply_adds[1] < report.multiply_adds[0]
 
 
-def test_thresholds_are_chosen_among_very_many_weights(key):
-    """Against brute force: the error is the number of kept weights below a limit, so that the limit itself is the best threshold."""
+def test_choose_thresholds_with_very_many_weights(key):
+    """The error counts the pruned weights with a score below 1.2, so 1.2 is the best threshold."""
     layer = FAMILY.create(key, jnp.ones((300, 200)), None, "input")
     rates = jax.random.normal(key, (300, 200))
     layer = layer.replace(kernel_log_variance=rates)
@@ -192,7 +192,7 @@ def test_thresholds_are_chosen_among_very_many_weights(key):
 
 
 @pytest.mark.parametrize("family", [FAMILY, bcdl_jax.GroupNormalJeffreys()])
-def test_start_from_trained_weights(family, key):
+def test_from_trained_keeps_the_outputs(family, key):
     model = bcdl_jax.Conv(4, (3, 3), family=family)
     images = jax.random.normal(key, (2, 6, 6, 3))
     params = model.init(key, images)["params"]
@@ -202,13 +202,13 @@ def test_start_from_trained_weights(family, key):
     np.testing.assert_allclose(run(model, started, images), run(twin, trained, images), atol=1e-5)
 
 
-def test_errors_are_one_sentence():
+def test_clip_var_must_be_positive():
     with pytest.raises(ValueError, match="clip_var is -1; it must be a positive finite variance"):
         bcdl_jax.SparseVariationalDropout(clip_var=-1)
 
 
-def test_it_does_not_shrink_in_training(small):
-    """Units without weights have biases that are still trained."""
+def test_units_without_weights_are_not_left_out_in_training(small):
+    """The biases of units without weights are still trained."""
     model, params, images = small
 
     def loss(params, batch, key):
@@ -216,7 +216,7 @@ def test_it_does_not_shrink_in_training(small):
 
     optimizer = optax.adam(1e-3)
     make_step = functools.partial(bcdl_jax.train.make_train_step, optimizer=optimizer, num_examples=100)
-    shrinking = bcdl_jax.train.Shrinking(loss, make_step, -3.0, CHAIN)
+    shrinking = bcdl_jax.train.ShrinkingConfig(loss, make_step, -3.0, CHAIN)
     state = bcdl_jax.train.create_train_state(bcdl_jax.prune(params, -3.0, CHAIN), optimizer, jax.random.key(0))
     assert any((layer.input_mask == 0).any() for layer in bcdl_jax.variational_layers(state.params).values())
     assert bcdl_jax.train.leave_out_pruned(shrinking, state, images) is None

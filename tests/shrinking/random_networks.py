@@ -1,4 +1,4 @@
-"""Random networks with random structured zeros, as functions of a params tree: chains of layers of many kinds."""
+"""Random chains of layers of many kinds, with random structured zeros, as functions of a params tree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax import lax
 
 
 class Builder:
-    """Collects params while a network is drawn; the network is then a list of functions (params, x) -> x."""
+    """Draws layers and collects their params. A network is a list of functions (params, x) -> x."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -20,14 +20,14 @@ class Builder:
         fan_in = max(1, int(np.prod(shape[:-1])))
         value = self.rng.normal(size=shape) * (scale or fan_in**-0.5)
         for axis in zero_axes:
-            gone = self.rng.random(shape[axis]) < self.rng.choice([0, 0.2, 0.4])
-            np.moveaxis(value, axis, 0)[gone] = 0
+            zero = self.rng.random(shape[axis]) < self.rng.choice([0, 0.2, 0.4])
+            np.moveaxis(value, axis, 0)[zero] = 0
         key = f"{len(self.params)}_{name}"
         self.params[key] = value.astype(np.float32)
         return key
 
     def vector(self, name, size, like=None):
-        """A bias or scale; mostly zero where the last axis of ``like`` is."""
+        """A bias or scale. In most cases it is zero where all weights along the last axis of ``like`` are zero."""
         key = self.array(name, (size,), scale=0.5)
         if like is not None and self.rng.random() < 0.7:
             dead = ~self.params[like].any(tuple(range(self.params[like].ndim - 1)))
@@ -35,7 +35,7 @@ class Builder:
                 self.params[key][dead] = 0
         return key
 
-    # Layers: each takes the shape of an example and returns (function, new shape).
+    # Each layer takes the shape of an example and returns (function, new shape).
 
     def activation(self, shape):
         kind = self.rng.choice(["relu", "gelu", "tanh", "leaky", "sigmoid", "none", "square"])
@@ -63,7 +63,7 @@ class Builder:
         dilation = tuple(int(self.rng.choice([1, 1, 2])) for _ in range(rank))
         spread = (1,) * rank
         if not keep_shape and self.rng.random() < 0.15:
-            spread, strides = (2,) * rank, (1,) * rank  # a transposed convolution
+            spread, strides = (2,) * rank, (1,) * rank  # A transposed convolution.
         padding = "SAME"
         if not keep_shape:
             roll = self.rng.random()
@@ -95,9 +95,9 @@ class Builder:
         variance = self.vector("variance", shape[-1])
         self.params[variance] = np.abs(self.params[variance]) + 0.5
         if self.rng.random() < 0.7:
-            gone = self.rng.random(shape[-1]) < 0.4
-            self.params[names["scale"]][gone] = 0
-            self.params[names["bias"]][gone & (self.rng.random(shape[-1]) < 0.6)] = 0
+            zero = self.rng.random(shape[-1]) < 0.4
+            self.params[names["scale"]][zero] = 0
+            self.params[names["bias"]][zero & (self.rng.random(shape[-1]) < 0.6)] = 0
 
         def apply(params, x):
             x = (x - params[names["mean"]]) * lax.rsqrt(params[variance] + 1e-3)
@@ -107,9 +107,9 @@ class Builder:
 
     def layer_norm(self, shape):
         scale, bias = self.vector("scale", shape[-1]), self.vector("bias", shape[-1])
-        gone = self.rng.random(shape[-1]) < 0.3
-        self.params[scale][gone] = 0
-        self.params[bias][gone] = 0
+        zero = self.rng.random(shape[-1]) < 0.3
+        self.params[scale][zero] = 0
+        self.params[bias][zero] = 0
 
         def apply(params, x):
             mean = x.mean(-1, keepdims=True)
@@ -155,13 +155,13 @@ class Builder:
         return (swap, shape) if self.rng.random() < 0.5 else (gate, (*shape[:-1], at))
 
     def attention(self, shape):
-        """On [tokens, features]."""
+        """Self-attention on [tokens, features]."""
         heads, size = int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4))
         fused = self.rng.random() < 0.5
         names = [self.array(name, (shape[-1], heads * size), (1,)) for name in ("query", "key", "value")]
         biases = [self.vector("bias", heads * size, name) for name in names]
         out = self.array("out", (heads * size, shape[-1]), (0, 1))
-        for name in names[: self.rng.integers(0, 4)]:  # whole heads go too
+        for name in names[: self.rng.integers(0, 4)]:  # Some heads become zero as a whole.
             head = int(self.rng.integers(0, heads))
             self.params[name].reshape(shape[-1], heads, size)[:, head] = 0
 
@@ -186,7 +186,7 @@ class Builder:
 
 
 def random_network(seed):
-    """Returns (apply, params, inputs): a network of up to eight layers."""
+    """A network of up to eight layers: (apply, params, inputs)."""
     builder = Builder(seed)
     rng = builder.rng
     rank = int(rng.choice([0, 1, 2, 2, 2, 3]))

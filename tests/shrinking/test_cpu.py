@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from bcdl_jax import cpu
-from bcdl_jax.graph.program import trace
+from bcdl_jax.graph import trace
+from bcdl_jax.shrinking import cpu_rules
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 OPTIONS = {
@@ -16,7 +16,7 @@ OPTIONS = {
     "uneven padding": {"window_strides": (3, 2), "padding": ((2, 0), (1, 4)), "dimension_numbers": NHWC},
     "channels first": {"window_strides": (1, 2), "padding": "SAME", "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
     "mixed": {"window_strides": (2, 1), "padding": "SAME", "dimension_numbers": ("NCHW", "HWIO", "NWCH")},
-    # Left as they are:
+    # XLA runs these without changes.
     "dilated": {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1), "dimension_numbers": NHWC},
     "transposed": {
         "window_strides": (1, 1),
@@ -80,10 +80,10 @@ def net(key):
     return Net().apply, jax.jit(Net().init)(key, images), images
 
 
-@pytest.mark.parametrize("pieces", [None, 1, 4, 11, 100])
-def test_networks_compute_the_same_in_pieces_of_any_size(net, pieces):
+@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 100])
+def test_networks_compute_the_same_in_chunks_of_any_size(net, chunk):
     apply, params, images = net
-    fast = jax.jit(bcdl_jax.for_cpu(apply, examples_at_a_time=pieces))
+    fast = jax.jit(bcdl_jax.for_cpu(apply, examples_at_a_time=chunk))
     for batch in (1, 8, 11):
         jax.tree.map(
             lambda mine, theirs: np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5),
@@ -94,24 +94,24 @@ def test_networks_compute_the_same_in_pieces_of_any_size(net, pieces):
 
 @pytest.mark.parametrize("name", ["plain", "same", "strides", "uneven padding", "channels first", "transposed"])
 def test_convolutions_in_a_loop_compute_the_same(name, key, monkeypatch):
-    """In pieces, convolutions of any number of channels are matrix products, whose patches are cut to fit, too."""
+    """In chunks, convolutions of any number of channels are matrix products, whose patches are cut to fit, too."""
     options = OPTIONS[name]
     specs = options["dimension_numbers"]
     images = shaped(specs[0], {"N": 13, "H": 9, "W": 10, "C": 7}, key)
     kernel = shaped(specs[1], {"H": 3, "W": 5, "I": 7, "O": 4}, key)
     apply = lambda kernel, images: jax.lax.conv_general_dilated(images, kernel, **options)  # noqa: E731
-    monkeypatch.setattr(cpu, "_PATCH_BYTES", 100_000)
+    monkeypatch.setattr(cpu_rules, "_PATCH_BYTES", 100_000)
     fast = bcdl_jax.for_cpu(apply, examples_at_a_time=6)
     (loop,) = [step for step in trace(fast, kernel, images).steps if step.name == "scan"]
     assert ("conv_general_dilated" in str(loop.params["jaxpr"])) == (name == "transposed")
     np.testing.assert_allclose(jax.jit(fast)(kernel, images), apply(kernel, images), rtol=1e-5, atol=1e-5)
 
 
-def test_empty_outputs_other_types_and_large_windows_are_left_as_they_are(key):
+def test_empty_outputs_other_dtypes_and_large_windows_stay_unchanged(key):
     images, kernel = jax.random.normal(key, (5, 4, 4, 3)), jax.random.normal(key, (5, 4, 3, 2))
     shrinking = lambda kernel, x: jax.lax.conv_general_dilated(x, kernel, **OPTIONS["plain"])  # noqa: E731
-    for pieces in (None, 2):
-        assert bcdl_jax.for_cpu(shrinking, examples_at_a_time=pieces)(kernel, images).shape == (5, 0, 1, 2)
+    for chunk in (None, 2):
+        assert bcdl_jax.for_cpu(shrinking, examples_at_a_time=chunk)(kernel, images).shape == (5, 0, 1, 2)
     half = lambda kernel, x: jax.lax.conv_general_dilated(  # noqa: E731
         x, kernel, preferred_element_type=jnp.float32, **OPTIONS["plain"]
     )
@@ -124,18 +124,18 @@ def test_empty_outputs_other_types_and_large_windows_are_left_as_they_are(key):
     assert "reduce_window_max" in names
 
 
-def test_weights_do_not_count_for_the_size_of_a_piece():
+def test_weights_do_not_count_for_the_size_of_a_chunk():
     apply = lambda params, x: x @ params.astype(jnp.float32)  # noqa: E731
     struct = jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16)  # 32 MiB in float32
     names = [step.name for step in trace(bcdl_jax.for_cpu(apply), struct, jnp.ones((64, 2048))).steps]
     assert "scan" not in names
 
 
-def test_a_large_batch_is_cut_to_what_fits_the_cache(net):
+def test_a_large_batch_is_cut_to_chunks_that_fit_the_cache(net):
     apply, params, _ = net
     images = jax.ShapeDtypeStruct((65536, 12, 12, 1), jnp.float32)
     (loop,) = [step for step in trace(bcdl_jax.for_cpu(apply), params, images).steps if step.name == "scan"]
-    assert loop.params["length"] == 65536 // 2048  # 2,048 times 4 x 4 x 30 numbers, the largest value, just fit 4 MiB
+    assert loop.params["length"] == 65536 // 2048  # The largest value has 4 x 4 x 30 numbers; 2,048 of it fit 4 MiB.
 
 
 def test_shrunk_networks_under_vmap_and_grad(net):

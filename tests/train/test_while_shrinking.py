@@ -9,7 +9,8 @@ import pytest
 import bcdl_jax
 from bcdl_jax import ensemble, shrinking_training
 from bcdl_jax._tree import map_named_layers
-from bcdl_jax.graph.program import multiply_adds, multiply_adds_by_owner, trace
+from bcdl_jax.graph.counting import multiply_adds, multiply_adds_by_owner
+from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.posterior import Posterior
 from bcdl_jax.train.while_shrinking import mask_further, shrink_measure
 from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments.benchmarks import inference as benchmark_inference
+from experiments.benchmarks import inference
+from experiments.benchmarks.contestants import CASES, masks_of
 
 
 def test_the_shrunk_networks_have_the_kept_sizes(capsys):
     for name, widths in (("lenet300", (278, 98, 13)), ("lenet5", (76, 16))):
-        case = benchmark_inference.CASES[name]
+        case = CASES[name]
         images = np.zeros((2, *case.image), np.uint8)
         variables = jax.jit(case.model.init)(jax.random.key(0), images)
-        masks = benchmark_inference.masks_of(case, variables, 0)
+        masks = masks_of(case, variables, 0)
         pruned = jax.tree.map(np.multiply, variables, masks)
         _, _, report = bcdl_jax.shrink(case.model.apply, pruned, images)
         dense = [leaf.after for leaf in report.leaves if "Dense" in leaf.path and leaf.path.endswith("kernel")]
@@ -32,10 +33,10 @@ def test_the_benchmark_prints_all_sides_and_writes_its_files(onnx, tmp_path, mon
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     else:
         pytest.importorskip("jax2onnx")
-    case = dataclasses.replace(benchmark_inference.CASES["lenet300"], batches=(1, 64))
-    monkeypatch.setitem(benchmark_inference.CASES, "lenet300", case)
+    case = dataclasses.replace(CASES["lenet300"], batches=(1, 64))
+    monkeypatch.setitem(CASES, "lenet300", case)
     arguments = ["--nets", "lenet300", "--rounds", "2", "--seconds", "0.001", "--out", str(tmp_path / "out")]
-    assert benchmark_inference.main(arguments) == 0
+    assert inference.main(arguments) == 0
     out = capsys.readouterr().out
     assert "LeNet-300-100, GNJ, batch 64" in out
     assert out.count("9.29x fewer multiply-adds") == 2
@@ -55,7 +56,7 @@ def test_the_benchmark_prints_all_sides_and_writes_its_files(onnx, tmp_path, mon
         for side in ("masked", "shrunk"):
             expected = np.median(np.divide(fastest["dense"], fastest[side]))
             assert result["speed_up"][side] == pytest.approx(expected)
-    assert benchmark_inference.main(arguments) == 2
+    assert inference.main(arguments) == 2
     assert "exists and is not empty" in capsys.readouterr().err
 
 
@@ -68,6 +69,6 @@ def test_the_benchmark_prints_all_sides_and_writes_its_files(onnx, tmp_path, mon
     ],
 )
 def test_bad_input_gets_one_sentence(arguments, message, tmp_path, capsys):
-    assert benchmark_inference.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert inference.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
     assert message in capsys.readouterr().err

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments.benchmarks import floor as matrix_products
-from experiments.benchmarks import training as benchmark_training
+from experiments.benchmarks import floor, training, training_measures, training_sides
 from experiments.benchmarks.floor import Products, floor_seconds, products_of
-from experiments.networks.models import VGG, LeNet5, LeNet300
+from experiments.benchmarks.training_sides import Settings, images_of
+from experiments.networks.lenet import LeNet5, LeNet300
+from experiments.networks.vgg import VGG
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ from experiments.networks.models import VGG, LeNet5, LeNet300
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, message, capsys):
-    assert benchmark_training.main(arguments) == 2
+    assert training.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: {message}\n"
     assert captured.out == ""
@@ -39,13 +40,13 @@ def test_bad_arguments_get_one_sentence(arguments, message, capsys):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is a GPU")
 def test_a_gpu_that_is_not_there_gets_one_sentence(capsys, monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")  # which the benchmark leaves alone
-    assert benchmark_training.main(["--device", "gpu"]) == 2
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+    assert training.main(["--device", "gpu"]) == 2
     assert capsys.readouterr().err == "error: --device is gpu, but jax finds no gpu here: it runs on cpu.\n"
 
 
 class OneLayer(nn.Module):
-    """Compiles fast."""
+    """A network that compiles fast."""
 
     dtype: Any = None
 
@@ -57,15 +58,15 @@ class OneLayer(nn.Module):
 
 def test_it_measures_prints_and_writes_without_torch(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(benchmark_training, "LeNet300", OneLayer)
-    monkeypatch.setattr(matrix_products, "_ALL_SECONDS", 0.05)
+    monkeypatch.setattr(training_sides, "LeNet300", OneLayer)
+    monkeypatch.setattr(floor, "_ALL_SECONDS", 0.05)
     out = tmp_path / "result.json"
     arguments = ["--network", "lenet300", "--measure", "speed", "ensemble"]
     arguments += ["--rounds", "2", "--examples", "256", "--out", str(out)]
-    assert benchmark_training.main(arguments) == 0
+    assert training.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "torch: not installed" in printed
-    assert "LeNet-300-100, float32, batch 128, 2 steps an epoch: 0.01 GFLOP" in printed
+    assert "LeNet-300-100, float32, batch 128, 2 steps per epoch: 0.01 GFLOP" in printed
     content = json.loads(out.read_text())
     assert content["command"].startswith("python -m experiments.benchmark_training --network lenet300")
     assert content["versions"]["jax"] == jax.__version__
@@ -74,35 +75,33 @@ def test_it_measures_prints_and_writes_without_torch(capsys, monkeypatch, tmp_pa
     assert list(speed["seconds_per_step"]) == ["bcdl_jax"]
     first, second = speed["loss"]["bcdl_jax"]
     assert second < first
-    floor = sum(min(layer["seconds"].values()) for layer in speed["layers"])
-    assert speed["floor_seconds"] == pytest.approx(floor)
-    assert speed["fraction_of_floor_speed"] == pytest.approx(floor / np.median(speed["seconds_per_step"]["bcdl_jax"]))
+    least = sum(min(layer["seconds"].values()) for layer in speed["layers"])
+    assert speed["floor_seconds"] == pytest.approx(least)
+    assert speed["fraction_of_floor_speed"] == pytest.approx(least / np.median(speed["seconds_per_step"]["bcdl_jax"]))
     at_once, in_a_row = (ensemble["seconds_per_step"][name] for name in ("at once", "in a row"))
     assert ensemble["seeds"] == 8
     assert ensemble["factor"] == pytest.approx(np.median(np.divide(in_a_row, at_once)))
-    assert benchmark_training.main(arguments) == 2
+    assert training.main(arguments) == 2
     assert f"--out {out} exists" in capsys.readouterr().err
 
 
 def test_the_peak_memory_is_that_of_the_process():
-    before = benchmark_training._peak_resident_bytes()
-    size = before + 10**8  # more than ever before
+    before = training_measures._peak_resident_bytes()
+    size = before + 10**8
     np.ones(size, np.uint8)
-    assert size < benchmark_training._peak_resident_bytes() < 3 * size
+    assert size < training_measures._peak_resident_bytes() < 3 * size
 
 
 @pytest.mark.slow
 def test_the_memory_of_training_is_measured_in_a_process_of_its_own():
-    settings = benchmark_training.Settings(
-        "lenet5", *benchmark_training.images_of("lenet5", 256), 128, "float32", "steps", 1.0
-    )
-    np.ones(2 * 10**9, np.uint8)  # which must not count
-    assert 3e8 < benchmark_training.memory(settings)["peak_bytes"]["host"] < 1.5e9
+    settings = Settings("lenet5", *images_of("lenet5", 256), 128, "float32", 1.0)
+    np.ones(2 * 10**9, np.uint8)  # The memory of this process must not count.
+    assert 3e8 < training_measures.memory(settings)["peak_bytes"]["host"] < 1.5e9
 
 
 @pytest.mark.parametrize(("model", "side", "channels"), [(LeNet300(), 28, 1), (LeNet5(), 28, 1), (VGG(), 32, 3)])
 def test_the_products_are_those_of_the_layers(model, side, channels):
-    """Against the shapes of the kernels, and for LeNet-5-Caffe against the count by hand."""
+    """They fit the shapes of the kernels, and for LeNet-5-Caffe the count by hand."""
     images = jax.ShapeDtypeStruct((4, side, side, channels), np.uint8)
     layers = products_of(model, images)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
@@ -117,7 +116,7 @@ def test_the_products_are_those_of_the_layers(model, side, channels):
 
 
 def test_the_floor_grows_with_the_products(monkeypatch):
-    monkeypatch.setattr(matrix_products, "_ALL_SECONDS", 0.05)
+    monkeypatch.setattr(floor, "_ALL_SECONDS", 0.05)
     pytest.importorskip("torch")
     small, large = floor_seconds([Products(8, 8, 8, True), Products(256, 256, 256, True)], "float32", "cpu")
     assert set(small) == set(large) == {"XLA", "numpy", "torch"}
@@ -132,12 +131,12 @@ CASES = {
 
 
 def twins(name, **fields):
-    """The same network on both sides, as functions of images and (ours) a key; fields of all variational_layers are set to a constant."""
+    """The same network on both sides, as functions of images and, on ours, a key. The given fields of all layers are set to constants."""
     torch = pytest.importorskip("torch")
-    from experiments.benchmarks import torch_twins as torch_networks
+    from experiments.benchmarks import torch_twins
 
     model, options = CASES[name]
-    images = benchmark_training.images_of(name, 16)[0]
+    images = images_of(name, 16)[0]
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
     def is_posterior(node):
@@ -149,7 +148,7 @@ def twins(name, **fields):
         return node.replace(**{field: jnp.full_like(getattr(node, field), value) for field, value in fields.items()})
 
     params = jax.tree.map(with_fields, params, is_leaf=is_posterior)
-    net = torch_networks.network(bcdl_jax.variational_layers(jax.device_get(params)), **options)
+    net = torch_twins.network(bcdl_jax.variational_layers(jax.device_get(params)), **options)
 
     @jax.jit
     def ours(images, key):
@@ -167,7 +166,7 @@ def twins(name, **fields):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_torch_twin_is_the_same_network(name):
-    """Without variance the scores are the same, and the KL is the same whatever the variance."""
+    """Without variance the scores are the same. The KL is the same for any variance."""
     vanishing = dict.fromkeys(("kernel_log_variance", "bias_log_variance", "scale_log_variance"), -40.0)
     _, _, images, ours, theirs = twins(name, **vanishing)
     np.testing.assert_allclose(theirs(images), ours(images, jax.random.key(1)), atol=5e-3)
@@ -178,8 +177,8 @@ def test_the_torch_twin_is_the_same_network(name):
 
 @pytest.mark.parametrize("name", ["lenet300", "lenet5"])
 def test_the_torch_twin_has_the_same_noise(name):
-    """One image, many times: mean and standard deviation of the scores agree. The scales' noise, shared by the positions of a
-    convolution, is the larger part."""
+    """The mean and the standard deviation of the scores of one image agree. The noise of the scales, which the positions of a convolution
+    share, is the larger part."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     noisy = {"kernel_log_variance": -7.0, "bias_log_variance": -7.0, "scale_log_variance": -2.0}
@@ -202,11 +201,11 @@ def test_the_torch_twin_clips_the_first_layer():
 
 @pytest.mark.parametrize(("network", "examples"), [("lenet300", 1280), ("lenet5", 1280)])
 def test_both_sides_train_alike(network, examples):
-    """The loss of the first epochs agrees. Most of it is the KL, which has no noise; the tolerance is small beside the rest."""
+    """The loss of the first epochs agrees. Most of it is the KL, which has no noise; the tolerance is small compared with the rest."""
     pytest.importorskip("torch")
-    images, labels = benchmark_training.images_of(network, examples)
-    settings = benchmark_training.Settings(network, images, labels, 64, "float32", 1.0)
-    ours, _ = benchmark_training.our_side(settings)
-    theirs = benchmark_training.torch_side(settings, "cpu", compiled=False)
+    images, labels = images_of(network, examples)
+    settings = Settings(network, images, labels, 64, "float32", 1.0)
+    ours, _ = training_sides.our_side(settings)
+    theirs = training_sides.torch_side(settings, "cpu", compiled=False)
     for _ in range(2):
         assert ours() == pytest.approx(theirs(), abs=0.15)

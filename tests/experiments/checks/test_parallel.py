@@ -5,16 +5,16 @@ import pytest
 from experiments.checks import parallel as parallel_check
 
 
-# The widest cases of each way; the program itself runs all.
+# The hardest cases of each way. The program itself runs all.
 @pytest.mark.parametrize(
     ("net", "way"), [("dense", "mesh"), ("convolutional", "mesh"), ("relu", "pmap"), ("dense", "processes")]
 )
 def test_twenty_steps_on_many_devices_are_those_on_one(net, way, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # these compile more than they compute
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Compilation takes most of the time.
     found = parallel_check.in_child_processes(net, way)
     assert (found["devices"], found["processes"]) == ((2, 2) if way == "processes" else (8, 1))
-    for what in ("params", "gradients"):
-        assert 0 < found[what] <= 1e-5, found
+    for name in ("params", "gradients"):
+        assert 0 < found[name] <= 1e-5, found
 
 
 def test_the_largest_difference_is_relative_to_the_largest_value_of_its_array():

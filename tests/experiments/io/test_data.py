@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.io import data
+from experiments.io import data, internet, prepared, tfds_builders
 from experiments.runtime.errors import UserError
 
 
@@ -41,23 +41,25 @@ def test_unknown_data_set():
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(data, "_reachable", lambda url: False)
+    monkeypatch.setattr(internet, "is_reachable", lambda url: False)
 
 
-def test_without_network_full_mnist_falls_back_and_says_so(tmp_path, monkeypatch, offline):
+def test_without_internet_connection_full_mnist_falls_back_and_says_so(tmp_path, monkeypatch, offline):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
     dataset = data.load("mnist")
     assert dataset.name == "mnist_5k"
-    assert "no prepared copy was found and there is no network" in dataset.notice
+    assert "no prepared copy was found and there is no internet connection" in dataset.notice
     assert "uses the 5,000 embedded MNIST digits" in dataset.notice
     assert not (tmp_path / "none").exists()
 
 
-def test_what_cannot_be_replaced_is_refused(tmp_path, monkeypatch, offline):
+def test_a_missing_data_set_without_replacement_is_refused(tmp_path, monkeypatch, offline):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="--dataset fashion_mnist cannot be had: no prepared copy"):
+    with pytest.raises(UserError, match="--dataset fashion_mnist is not available: no prepared copy"):
         data.load("fashion_mnist")
-    with pytest.raises(UserError, match=r"--data-dir .*empty holds no prepared mnist, and it could not be put there"):
+    with pytest.raises(
+        UserError, match=r"--data-dir .*empty holds no prepared mnist, and it could not be prepared there"
+    ):
         data.load("mnist", str(tmp_path / "empty"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--data-dir .*file is a file; it must be a directory"):
@@ -73,15 +75,15 @@ def test_without_tensorflow_datasets_the_embedded_digits_are_used(monkeypatch):
 
 
 def test_a_host_that_refuses_or_never_answers_is_not_reachable():
-    assert not data._reachable("http://127.0.0.1:9/")
+    assert not internet.is_reachable("http://127.0.0.1:9/")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.perf_counter()
-        assert not data._reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        assert time.perf_counter() - start < data._OFFLINE_SECONDS + 1
+        assert not internet.is_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        assert time.perf_counter() - start < internet._TIMEOUT_SECONDS + 1
 
 
-def test_a_copy_that_takes_tensorflow_to_read_is_passed_by(tmp_path, monkeypatch, offline):
-    """Not called damaged, and left as it is."""
+def test_a_copy_that_needs_tensorflow_is_skipped(tmp_path, monkeypatch, offline):
+    """It is not called damaged, and it stays unchanged."""
     copy = tmp_path / "mnist" / "3.0.1"
     copy.mkdir(parents=True)
     (copy / "dataset_info.json").write_text('{"name": "mnist", "fileFormat": "tfrecord"}')
@@ -95,7 +97,7 @@ TRAIN, TEST, VALIDATION = 300, 60, 40
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A web server on this machine that offers small idx files, in place of MNIST's; its folder."""
+    """The folder of a web server on this machine that offers small idx files in place of MNIST's."""
     folder = tmp_path / "web"
     folder.mkdir()
     embedded = data.load("mnist_5k")
@@ -123,8 +125,8 @@ def served(tmp_path, monkeypatch):
 
         monkeypatch.setattr(cifar, "_cifar_info", property(info))
         for name in ("mnist", "cifar10"):
-            changed = dataclasses.replace(data._FULL[name], train=TRAIN, test=TEST, validation=VALIDATION)
-            monkeypatch.setitem(data._FULL, name, changed)
+            changed = dataclasses.replace(prepared._SIZES[name], train=TRAIN, test=TEST, validation=VALIDATION)
+            monkeypatch.setitem(prepared._SIZES, name, changed)
         yield folder
         server.shutdown()
         thread.join()
@@ -142,7 +144,7 @@ def test_download_prepare_read_and_damage(served, tmp_path, capfd):
         expected = sorted((i.tobytes(), int(c)) for i, c in zip(images.reshape(-1, 784), labels, strict=True))
         assert expected == sorted((i.tobytes(), int(c)) for part in parts for i, c in zip(part.images, part.labels))
 
-    # Prepared once, it is read without a network, in the same order.
+    # Prepared once, it is read without an internet connection, in the same order.
     for file in served.iterdir():
         file.unlink()
     again = data.load("mnist", str(directory))
@@ -164,9 +166,9 @@ def test_download_prepare_read_and_damage(served, tmp_path, capfd):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_failed_download_is_said_in_one_sentence(served, tmp_path):
+def test_a_failed_download_is_reported_in_one_sentence(served, tmp_path):
     (served / "train-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(UserError, match=r"could not be put there: downloading or preparing it failed, .*404"):
+    with pytest.raises(UserError, match=r"could not be prepared there: downloading or preparing it failed, .*404"):
         data.load("mnist", str(tmp_path / "tfds"))
 
 
@@ -199,17 +201,17 @@ def test_cifar_is_prepared_without_tensorflow(served, tmp_path, monkeypatch):
         Image.fromarray(image).save(file, format="JPEG")
         return io.BytesIO(file.getvalue())
 
-    # A copy that somebody stored with loss.
-    monkeypatch.setattr(data, "_png", jpeg)
+    # A copy that was stored with loss.
+    monkeypatch.setattr(tfds_builders, "_png", jpeg)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for _ in range(2):  # the second time from the arrays that were kept
+    for _ in range(2):  # The second time reads the cache.
         lossy = data.load("cifar10", str(tmp_path / "lossy"))
         assert "stored as JPEG" in lossy.remark
         assert lossy.summary()["remark"] == lossy.remark
     assert list((tmp_path / "cache" / "bcdl_jax" / "data").glob("cifar10-*.npz"))
 
 
-def test_images_are_padded_to_what_the_network_takes():
+def test_images_are_padded_to_the_shape_that_the_network_takes():
     digits = data.load("mnist_5k")
     padded = digits.padded_to((32, 32, 3))
     assert padded.test.images.shape == (len(digits.test), 32, 32, 3)
@@ -222,25 +224,25 @@ def test_images_are_padded_to_what_the_network_takes():
         padded.padded_to((28, 28, 1))
 
 
-def test_the_lack_of_a_network_is_remembered_for_an_hour(tmp_path, monkeypatch):
+def test_a_missing_internet_connection_is_remembered_for_an_hour(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
-    asked = []
-    monkeypatch.setattr(data, "_reachable", lambda url: bool(asked.append(url)))
-    assert "there is no network" in data.load("mnist").notice
-    assert "no network within the last hour" in data.load("mnist").notice
-    assert len(asked) == 1
-    # Whoever names a directory wants the data there now.
-    with pytest.raises(UserError, match="there is no network to download it"):
+    tested = []
+    monkeypatch.setattr(internet, "is_reachable", lambda url: bool(tested.append(url)))
+    assert "there is no internet connection" in data.load("mnist").notice
+    assert "no internet connection within the last hour" in data.load("mnist").notice
+    assert len(tested) == 1
+    # An explicit directory is tried again at once.
+    with pytest.raises(UserError, match="there is no internet connection to download it"):
         data.load("mnist", str(tmp_path / "none"))
-    assert len(asked) == 2
+    assert len(tested) == 2
     remembered = tmp_path / "cache" / "bcdl_jax" / "network" / "unreachable-mnist"
     os.utime(remembered, (time.time() - 3700,) * 2)
-    assert "there is no network" in data.load("mnist").notice
-    assert len(asked) == 3
+    assert "there is no internet connection" in data.load("mnist").notice
+    assert len(tested) == 3
 
 
-def test_arrays_are_kept_and_read_anew_where_they_do_not_fit(tmp_path, monkeypatch):
+def test_arrays_are_cached_and_read_again_where_the_cache_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     record = tmp_path / "tfds" / "mnist" / "3.0.1" / "mnist-train.array_record"
     record.parent.mkdir(parents=True)
@@ -251,7 +253,7 @@ def test_arrays_are_kept_and_read_anew_where_they_do_not_fit(tmp_path, monkeypat
         reads.append(directory)
         return dataclasses.replace(whole, name=name)
 
-    monkeypatch.setattr(data, "_read_prepared", read)
+    monkeypatch.setattr(prepared, "read_prepared", read)
 
     def load():
         dataset = data.load("mnist", str(tmp_path / "tfds"))
@@ -262,11 +264,11 @@ def test_arrays_are_kept_and_read_anew_where_they_do_not_fit(tmp_path, monkeypat
         return len(reads)
 
     assert [load(), load()] == [1, 1]
-    record.write_bytes(b"other")  # other data
+    record.write_bytes(b"other")  # The data has changed.
     assert [load(), load()] == [2, 2]
     (copy,) = (tmp_path / "cache" / "bcdl_jax" / "data").iterdir()
     content = bytearray(copy.read_bytes())
-    content[len(content) // 2] ^= 1  # damage within the images
+    content[len(content) // 2] ^= 1  # The images are damaged.
     copy.write_bytes(content)
     assert [load(), load()] == [3, 3]
     copy.write_bytes(copy.read_bytes()[:1000])

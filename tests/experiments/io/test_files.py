@@ -10,7 +10,7 @@ from experiments.io import files
 from experiments.runtime.errors import UserError
 
 
-def test_nothing_half_written_stays(tmp_path):
+def test_no_incomplete_file_stays(tmp_path):
     def fail(file):
         file.write(b"half")
         raise RuntimeError("disk full")
@@ -46,7 +46,7 @@ def test_out_directory(tmp_path):
         files.prepare_out("/proc/no", False, [])
 
 
-def test_arrays_are_written_by_path_and_integers_small(tmp_path, net):
+def test_arrays_are_written_by_path_and_integers_in_the_smallest_type(tmp_path, net):
     _, params, _ = net
     reduced = bcdl_jax.reduce_precision(params, 0.25)
     files.write_arrays(tmp_path / "params.npz", params)
@@ -71,7 +71,7 @@ def test_pretrained_files(tmp_path):
     assert set(files.read_pretrained(str(path), "mnist", ("mnist_5k",))) == {"Dense_0/kernel"}
     for trained_on in ({"trained_on": "mnist"}, {}):
         np.savez(path, **{"Dense_0/kernel": np.ones((2, 3))}, **trained_on)
-        with pytest.raises(UserError, match="on mnist_5k only a net trained on mnist_5k"):
+        with pytest.raises(UserError, match='mnist_5k takes only a network whose entry "trained_on" is mnist_5k'):
             files.read_pretrained(str(path), "mnist_5k", ("mnist_5k",))
     np.savez(path, **{"Dense_0/kernel": np.array([{}], dtype=object)})
     with pytest.raises(UserError, match=r"--pretrained .* cannot be read as an .npz file of arrays"):
@@ -92,7 +92,7 @@ def test_pretrained_files(tmp_path):
 
 
 def test_lines_that_cannot_be_written_leave_nothing_behind(tmp_path, monkeypatch):
-    """A disk that takes half of a write: the line is not there, and the file can be gone on with."""
+    """A disk takes half of a write: no line stays, and the file can be continued."""
     path = tmp_path / "metrics.jsonl"
     files.append_json_lines(path, [{"epoch": 1}])
     real = Path.open

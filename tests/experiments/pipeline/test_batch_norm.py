@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.networks import models
+from experiments.networks.lenet import LeNet5
+from experiments.networks.vgg import VGG
 from experiments.pipeline import batch_norm
 
 WIDTHS = {"widths": ((3, 4), (5,)), "hidden": 6}
@@ -14,7 +15,7 @@ WIDTHS = {"widths": ((3, 4), (5,)), "hidden": 6}
 @pytest.fixture(scope="module")
 def nets():
     """(twin, learner, params of the learner with norms that do something, images)."""
-    twin = models.VGG(None, **WIDTHS, batch_norm=False)
+    twin = VGG(None, **WIDTHS, batch_norm=False)
     learner = batch_norm.with_batch_norm(twin)
     images = jax.random.randint(jax.random.key(0), (40, 8, 8, 3), 0, 256).astype(jnp.uint8)
     params = jax.jit(learner.init)(jax.random.key(1), images)["params"]
@@ -48,7 +49,7 @@ def test_it_learns_by_the_cross_entropy_of_the_batch(nets):
 def test_images_sorted_by_class_make_mixed_batches(nets, monkeypatch):
     twin, learner, params, images = nets
     dark_first = jnp.concatenate([images // 8, images])
-    monkeypatch.setattr(batch_norm, "_AT_A_TIME", 20)
+    monkeypatch.setattr(batch_norm, "_BATCH_SIZE", 20)
     expected, _ = learner.apply(
         {"params": params}, dark_first, deterministic=False, train=True, mutable=["batch_stats"]
     )
@@ -57,4 +58,4 @@ def test_images_sorted_by_class_make_mixed_batches(nets, monkeypatch):
 
 
 def test_a_network_that_knows_none_is_trained_as_it_is():
-    assert batch_norm.with_batch_norm(models.LeNet5(None)) is None
+    assert batch_norm.with_batch_norm(LeNet5(None)) is None

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import lenet5, lenet300, score, vgg
-from experiments.cli import command_line
+from experiments import lenet5, lenet300, registry, vgg
 from experiments.io import data
-from experiments.networks import models
-from experiments.pipeline import bayesian as compress
-from experiments.pipeline import plain as plain_methods
+from experiments.networks.lenet import LeNet300
+from experiments.pipeline import measures, plain_methods
+from experiments.pipeline.plain_work import PlainWork
 from experiments.pipeline.recipe import PlainRecipe
+from experiments.report import scoring
+from experiments.report.run_table import print_table
 from tests.experiments.small_data import SAMPLE_IMAGES, few_digits
 
 METHODS = ("dc", "dns", "sws")
@@ -37,10 +38,10 @@ def test_the_file_holds_the_network_that_was_scored(finished):
     """Decoded, and run with NumPy's arithmetic."""
     _, out, dataset = finished
     (run,) = json.loads((out / "result.json").read_text())["runs"]
-    like = jax.eval_shape(models.LeNet300().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
+    like = jax.eval_shape(LeNet300().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
     net = bcdl_jax.load(out / "compressed_seed2.bcdl", like)
     hidden = (dataset.test.images / 127.5 - 1).reshape(len(dataset.test), -1)
-    for number, name in enumerate(lenet300.CHAIN):
+    for number, name in enumerate(lenet300.EXPERIMENT.network.chain):
         layer = net[name]["posterior"]
         assert layer.prunes_weights
         kernel, bias = map(np.asarray, layer.mean_weights())
@@ -60,7 +61,7 @@ def test_rates_follow_from_the_kept_weights(finished):
     with np.load(out / "pruned_seed2.npz") as arrays:
         kept = sum(
             int(np.count_nonzero(arrays[f"{name}/weight_mask"] * arrays[f"{name}/output_mask"]))
-            for name in lenet300.CHAIN
+            for name in lenet300.EXPERIMENT.network.chain
         )
     assert run["kept_weights"] == kept < run["total_weights"] == 266_200
     assert run["rate_paper"]["pruned"] == pytest.approx(266_200 / (2 * kept), rel=1e-5)
@@ -76,7 +77,7 @@ def test_rates_follow_from_the_kept_weights(finished):
 def test_the_summary_names_the_pre_trained_network_once(finished, capsys):
     _, out, _ = finished
     runs = json.loads((out / "result.json").read_text())["runs"]
-    compress.print_table(runs, plain=True)
+    print_table(runs, plain=True)
     header, _, *lines = capsys.readouterr().out.splitlines()
     stages = ["after pre-training", "after pruning", "after precision reduction"]
     assert [line[6:32].strip() for line in lines[:3]] == stages
@@ -107,7 +108,7 @@ ROUNDS = PlainRecipe(
 def test_soft_weight_sharing_goes_in_rounds(key):
     """What a round sets to zero stays zero: of a wider mixture fewer weights are left, and the last round takes none back."""
     dataset = few_digits(256, 64, 128)
-    twin = models.LeNet300(family=None)
+    twin = LeNet300(family=None)
     params = twin.init(key, SAMPLE_IMAGES)["params"]
     seen = []
 
@@ -119,16 +120,16 @@ def test_soft_weight_sharing_goes_in_rounds(key):
             )
         )
 
-    work = plain_methods._Work(twin, compress.on_device(dataset.train), ROUNDS, lenet300.CHAIN, show)
+    work = PlainWork(twin, measures.on_device(dataset.train), ROUNDS, lenet300.EXPERIMENT.network.chain, show)
     assert work.round_limits(3) == [(0, 2), (2, 4), (4, 12)]
     assert work.round_limits(1) == [(0, 12)]
-    work.recipe = dataclasses.replace(ROUNDS, epochs=10, last_round=0.1)
+    work = dataclasses.replace(work, recipe=dataclasses.replace(ROUNDS, epochs=10, last_round=0.1))
     assert work.round_limits(4) == [(0, 3), (3, 6), (6, 9), (9, 10)]
     for epochs, rounds, starts in ((60, 3, [0, 10, 20]), (14, 2, [0, 3]), (90, 3, [0, 15, 30])):
-        work.recipe = dataclasses.replace(ROUNDS, epochs=epochs)
+        work = dataclasses.replace(work, recipe=dataclasses.replace(ROUNDS, epochs=epochs))
         assert [start for start, _ in work.round_limits(rounds)] == starts
-    work.recipe = ROUNDS
-    trained, masks, (places, levels) = plain_methods._soft_weight_sharing(work, params, key)
+    work = dataclasses.replace(work, recipe=ROUNDS)
+    trained, masks, (places, levels) = plain_methods.soft_weight_sharing(work, params, key)
     assert [epoch for epoch, _ in seen] == list(range(1, 13))
     in_use = [number for _, number in seen]
     left = {name: np.asarray(mask) for name, mask in bcdl_jax.baselines.kernels_by_layer(masks).items()}
@@ -143,25 +144,27 @@ def test_soft_weight_sharing_goes_in_rounds(key):
 def test_too_few_epochs_for_all_rounds_leave_some_out(key):
     """One epoch, of three rounds: only the last one is there, and its narrow mixture prunes less than a wide one."""
     dataset = few_digits(64, 64, 128)
-    twin = models.LeNet300(family=None)
+    twin = LeNet300(family=None)
     params = twin.init(key, SAMPLE_IMAGES)["params"]
     kept = []
     for recipe in (
         dataclasses.replace(ROUNDS, epochs=1),
         dataclasses.replace(ROUNDS, epochs=1, deviations=ROUNDS.deviations[-1:], prior_weights=(0.0001,)),
     ):
-        work = plain_methods._Work(twin, compress.on_device(dataset.train), recipe, lenet300.CHAIN, lambda *_: None)
-        _, masks, _ = plain_methods._soft_weight_sharing(work, params, key)
+        work = PlainWork(
+            twin, measures.on_device(dataset.train), recipe, lenet300.EXPERIMENT.network.chain, lambda *_: None
+        )
+        _, masks, _ = plain_methods.soft_weight_sharing(work, params, key)
         kept.append(sum(int(np.sum(mask)) for mask in bcdl_jax.baselines.kernels_by_layer(masks).values()))
     assert kept[0] == pytest.approx(kept[1], rel=0.05)  # with another order of the examples
 
 
 def test_rounds_need_as_many_weights_as_deviations():
     with pytest.raises(
-        ValueError, match="deviations has 2 values and prior_weights 1; each must have one for every round"
+        ValueError, match="deviations has 2 values and prior_weights 1; each must have one value per round"
     ):
         PlainRecipe(epochs=1, fine_tune_epochs=0, deviations=(0.1, 0.2))
-    with pytest.raises(ValueError, match="last_round is 0; it must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match="last_round is 0; it must be more than 0 and at most 1"):
         PlainRecipe(epochs=1, fine_tune_epochs=0, last_round=0)
 
 
@@ -169,7 +172,7 @@ def test_rounds_need_as_many_weights_as_deviations():
 def test_recipes_have_a_value_for_every_layer(module):
     experiment = module.EXPERIMENT
     dataset = experiment.datasets[0]
-    assert set(experiment.recipes) == set(command_line.METHODS)
+    assert set(experiment.recipes) == set(registry.method_names())
     for method, values in (("dc", "kept"), ("dns", "spread")):
         recipe = experiment.recipe(dataset, method=method)
         assert len(getattr(recipe, values)) == len(recipe.levels) == len(experiment.chain)
@@ -196,6 +199,6 @@ def test_scoring_reads_files_of_levels(finished):
     _, out, dataset = finished
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_: dataset)
-        (error,) = score.test_errors([out / "compressed_seed2.bcdl"], "mnist_5k", None, None)
+        (error,) = scoring.test_errors([out / "compressed_seed2.bcdl"], "mnist_5k", None, None)
     (run,) = json.loads((out / "result.json").read_text())["runs"]
     assert error == pytest.approx(run["test_error"]["reduced"], abs=1e-4)

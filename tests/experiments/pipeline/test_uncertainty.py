@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments.networks import models
+from experiments.networks.lenet import LeNet300
 from experiments.pipeline import uncertainty
 
 
@@ -31,7 +31,7 @@ def test_certain_predictions_are_finite():
 
 def test_sampled_probabilities_are_the_mean_over_samples(key):
     """Of a pruned network, against full-size passes with keys of their own."""
-    model = models.LeNet300()
+    model = LeNet300()
     images = np.asarray(jax.random.randint(key, (6, 28, 28, 1), 0, 256), np.uint8)
     params = model.init(key, images)["params"]
     rates = bcdl_jax.compression.pruning_scores(params)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from experiments import table
-from experiments.networks import models
+from experiments.networks.lenet import LeNet5, LeNet300
+from experiments.report import tables
 
 ROOT = Path(__file__).parents[3]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*_mnist*.json")}
@@ -25,9 +25,9 @@ def test_there_are_results():
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("lenet5_gnj_mnist_seed0", models.LeNet5()),
-        ("lenet300_sparse_vd_mnist_seed2", models.LeNet300()),
-        ("lenet300_sws_mnist_seed0", models.LeNet300()),
+        ("lenet5_gnj_mnist_seed0", LeNet5()),
+        ("lenet300_sparse_vd_mnist_seed2", LeNet300()),
+        ("lenet300_sws_mnist_seed0", LeNet300()),
     ],
 )
 def test_what_a_committed_file_holds_is_written_to_the_same_bytes(name, model):
@@ -39,8 +39,8 @@ def test_what_a_committed_file_holds_is_written_to_the_same_bytes(name, model):
 
 def test_the_readme_has_the_table_that_is_printed():
     readme = (ROOT / "README.md").read_text()
-    for line in table.as_markdown(
-        table.make_table(table.read_results([table.COMMITTED], ["mnist", "cifar10"])[0])
+    for line in tables.as_markdown(
+        tables.make_table(tables.read_results([tables.COMMITTED], ["mnist", "cifar10"])[0])
     ).splitlines():
         assert line in readme, line
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from experiments import table
-from experiments.cli import command_line
+from experiments import registry, table
+from experiments.report import tables
 from experiments.report.published import MODELS, PAPER
 
 
@@ -57,7 +57,7 @@ def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path)
     quick = "python -m experiments.lenet5 --quick"
     write(second.parent, result(method="dc", command=quick, dataset="mnist_5k"), "quick.json")
     write(second.parent, result(dataset="kmnist"), "unknown.json")
-    found, left_out = table.read_results([first, second.parent], ["mnist"])
+    found, left_out = tables.read_results([first, second.parent], ["mnist"])
     assert set(found) == {("lenet5", "ghs")}
     assert found["lenet5", "ghs"]["seconds"] == 2
     assert left_out == [
@@ -94,22 +94,22 @@ def test_a_narrower_network_has_a_row_of_its_own(tmp_path, capsys):
 
 
 def test_a_run_without_a_finished_seed_is_said_so():
-    assert table.our_row(result(mean=None))[1] == "no seed was trained to the end"
+    assert tables.our_row(result(mean=None))[1] == "no seed was trained to the end"
 
 
 def test_committed_results_make_a_table():
-    results, left_out = table.read_results([table.COMMITTED], ["mnist"])
+    results, left_out = tables.read_results([tables.COMMITTED], ["mnist"])
     assert not left_out
-    assert not table.read_results([table.COMMITTED.parent / "results" / ".." / "results"], ["mnist"])[1]
+    assert not tables.read_results([tables.COMMITTED.parent / "results" / ".." / "results"], ["mnist"])[1]
     assert ("lenet300", "gnj") in results
-    text = table.as_text(table.make_table(results))
-    assert all(title in text for title in table.TITLES.values())
+    text = tables.as_text(tables.make_table(results))
+    assert all(tables.title_of(name) in text for name in registry.EXPERIMENTS)
 
 
 def test_what_was_published_names_known_methods_and_networks():
-    assert {row.method for row in PAPER} == set(command_line.METHODS)
-    assert {row.network for row in PAPER} == set(table.TITLES)
-    assert {model.network for model in MODELS} <= set(table.TITLES)
+    assert {row.method for row in PAPER} == set(registry.method_names())
+    assert {row.network for row in PAPER} == set(registry.EXPERIMENTS)
+    assert {model.network for model in MODELS} <= set(registry.EXPERIMENTS)
 
 
 @pytest.mark.parametrize(

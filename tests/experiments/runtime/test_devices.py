@@ -17,7 +17,7 @@ def parsed(*arguments):
 
 def test_one_device_of_one_process_is_the_default():
     args = parsed()
-    devices.join(args)  # nothing to join
+    devices.join(args)  # There is no other process.
     assert devices.choose(args.devices) == jax.devices()[:1]
     assert devices.is_writer()
 
@@ -52,7 +52,7 @@ def test_devices_that_do_not_exist_are_refused():
         devices.choose(count + 1)
 
 
-def test_a_batch_that_cannot_be_spread_is_refused():
+def test_a_batch_that_cannot_be_divided_is_refused():
     devices.check_batch_size(128, 8)
     with pytest.raises(UserError, match="--batch-size is 100; it must be a multiple of the number of devices, 8"):
         devices.check_batch_size(100, 8)
@@ -61,5 +61,5 @@ def test_a_batch_that_cannot_be_spread_is_refused():
 def test_a_coordinator_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(devices, "_CONNECT_SECONDS", 0.2)
     args = parsed("--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "1")
-    with pytest.raises(UserError, match=r"--coordinator is 127.0.0.1:1, where no process answers within 0.2 s"):
+    with pytest.raises(UserError, match=r"--coordinator is 127.0.0.1:1, but no process answers there within 0.2 s"):
         devices.join(args)

@@ -27,7 +27,7 @@ def test_the_cache_directory_is_private(cache):
     assert startup.cache_directory("compiled") is None
 
 
-def test_what_cannot_be_a_cache_directory(tmp_path, monkeypatch):
+def test_files_and_links_are_no_cache_directory(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert startup.cache_directory("compiled") is None
@@ -38,14 +38,14 @@ def test_what_cannot_be_a_cache_directory(tmp_path, monkeypatch):
 
 
 def run_once(enabled):
-    """Compiles a function that no other test compiles; what that took."""
+    """The measured compilation of a function that no other test compiles."""
     jax.clear_caches()
     with startup.compilation_cache(enabled), startup.CompileTime() as clock:
         jax.jit(lambda x: jax.random.normal(jax.random.key(7), (33,)) * jnp.sin(x))(1.0).block_until_ready()
     return clock
 
 
-def test_compiled_programs_are_kept_and_said_to_be(cache, monkeypatch):
+def test_compiled_programs_are_cached_and_counted(cache, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setattr(startup, "_LEAST_COMPILE_SECONDS", 0.0)
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
@@ -63,22 +63,22 @@ def test_compiled_programs_are_kept_and_said_to_be(cache, monkeypatch):
     assert (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs) == before
 
 
-def test_the_directory_that_jax_is_told_of_is_used(tmp_path):
+def test_the_directory_of_the_environment_variable_of_jax_is_used(tmp_path):
     code = (
-        "import jax\nfrom experiments import startup\n"
+        "import jax\nfrom experiments.runtime import startup\n"
         "with startup.compilation_cache(True): jax.jit(lambda x: x + 1)(1.0)\n"
     )
     env = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "told"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "given"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XDG_CACHE_HOME": str(tmp_path / "xdg"),
     }
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parents[3])
-    assert list((tmp_path / "told").iterdir())
+    assert list((tmp_path / "given").iterdir())
     assert not (tmp_path / "xdg").exists()
 
 
-def test_the_first_step_is_over_when_stop_is_asked_again():
+def test_the_first_step_ends_at_the_second_call_of_stop():
     answers = iter([False, False, True])
     watch = startup.FirstStep(lambda: next(answers))
     assert watch.sentence() == ""
@@ -86,9 +86,9 @@ def test_the_first_step_is_over_when_stop_is_asked_again():
     assert watch.sentence() == ""
     assert not watch()
     assert re.fullmatch(r"first step after \d+\.\d s, ", watch.sentence())
-    said = watch.sentence()
+    measured = watch.sentence()
     assert watch()
-    assert watch.sentence() == said
+    assert watch.sentence() == measured
 
 
 def test_garbage_is_collected_as_before_afterwards():

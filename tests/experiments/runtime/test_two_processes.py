@@ -1,4 +1,4 @@
-"""A run in two processes over loopback: one of them writes the checkpoints, from which both go on."""
+"""A run in two processes over loopback. One of them writes the checkpoints, and both are resumed from them."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def end(children):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_to_the_same_files(tmp_path):
+def test_a_run_that_was_stopped_is_resumed_to_the_same_files(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     statuses, outputs = end(start(whole))
     assert statuses == [0, 0], outputs
@@ -49,10 +49,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(tmp_path):
         child.send_signal(signal.SIGTERM)
     statuses, outputs = end(children)
     assert statuses == [143, 143], outputs
-    assert "--resume goes on from there" in outputs[0]
+    assert "--resume continues from there" in outputs[0]
     statuses, outputs = end(start(cut, "--resume"))
     assert statuses == [0, 0], outputs
-    assert "Goes on with the run" in outputs[0]
+    assert "Resumes the run" in outputs[0]
     result = json.loads((cut / "result.json").read_text())
     assert result["resumed"] == 1
     names = sorted(path.name for path in whole.iterdir())

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from bcdl_jax.compression.pruning import prune_units
-from experiments.networks import models
-from experiments.networks.models import VGG, LeNet5
+from bcdl_jax.compression import prune_units
+from experiments.networks.lenet import LeNet5, LeNet300
+from experiments.networks.vgg import VGG
 
 
 def weights(tree):
@@ -38,26 +38,8 @@ def test_plain_and_variational_twins_compute_the_same_at_the_mean():
     )
 
 
-def test_pooling_in_training_gives_the_same_values_and_one_gradient_for_each_window():
-    images = jax.random.permutation(jax.random.key(0), 2 * 7 * 6 * 3).reshape(2, 7, 6, 3).astype(jnp.float32)
-    weights = jax.random.normal(jax.random.key(1), (2, 3, 3, 3))
-
-    def pooled(values, deterministic):
-        out = models._pool(values, deterministic)
-        return jnp.sum(out * weights), out
-
-    (usual, usual_gradient), (fast, gradient) = (
-        (value[1], slope)
-        for value, slope in (jax.value_and_grad(pooled, has_aux=True)(images, kind) for kind in (True, False))
-    )
-    np.testing.assert_array_equal(usual, fast)
-    np.testing.assert_array_equal(usual_gradient, gradient)  # no two values are the same
-    slopes = jax.grad(lambda values: models._pool(values, False).sum())(jnp.zeros((1, 4, 4, 1)))
-    np.testing.assert_allclose(slopes.reshape(2, 2, 2, 2).sum((1, 3)), 1, rtol=1e-6)  # of equals: shared out
-
-
 def test_a_pruned_lenet5_in_training_can_be_shrunk():
-    """Its channels are followed through the pooling of training and the flatten."""
+    """``shrink`` follows its channels through the pooling of training and the flatten."""
     model = LeNet5(widths=(4, 6, 8))
     images = jax.random.randint(jax.random.key(0), (3, 28, 28, 1), 0, 256).astype(jnp.uint8)
     params = jax.jit(model.init)(jax.random.key(1), images)["params"]
@@ -73,7 +55,7 @@ def test_a_pruned_lenet5_in_training_can_be_shrunk():
     assert report.multiply_adds[1] < report.multiply_adds[0]
 
 
-@pytest.mark.parametrize("model", [models.LeNet300, LeNet5])
+@pytest.mark.parametrize("model", [LeNet300, LeNet5])
 def test_plain_layers_drop_hidden_units_in_training_alone(model):
     images = jax.random.randint(jax.random.key(0), (2, 28, 28, 1), 0, 256).astype(jnp.uint8)
     plain, dropping = model(family=None), model(family=None, dropout=0.5)

@@ -1,0 +1,191 @@
+"""The constants, headers and limits of the compressed file, which the writer and the reader share. FORMAT.md specifies them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import jax.numpy as jnp
+import numpy as np
+
+MAGIC = b"BCDL"
+VERSION = 1
+
+
+class FileFlag(enum.IntFlag):
+    """Flags of the whole file."""
+
+    NAMES = 1
+
+
+class EntryKind(enum.IntEnum):
+    """The kind of an entry: a quantised layer or an array."""
+
+    LAYER = 0
+    ARRAY = 1
+
+
+class LayerFlag(enum.IntFlag):
+    """Flags of a layer. The bits between ``BITS`` and ``PRUNED_WEIGHTS`` hold the type of the steps, see ``STEP_DTYPE_SHIFT``."""
+
+    BIAS = 1
+    OUTPUT_GROUPS = 2
+    FEATURE_GROUPS = 4
+    BITS = 8
+    PRUNED_WEIGHTS = 64
+    LEVELS = 128
+
+
+class ArrayFlag(enum.IntFlag):
+    """Flags of an array. The lower bits hold the type of the array, an index into ``ARRAY_DTYPES``."""
+
+    CODED = 128
+
+
+class IntegerCoding(enum.IntEnum):
+    """The codings of an array of integers."""
+
+    RAW = 0
+    WITH_NEIGHBOURS = 1
+    PLAIN = 2
+    SPARSE = 3
+
+
+class SetCoding(enum.IntEnum):
+    """The codings of a set of kept indices."""
+
+    ALL = 0
+    BITMAP = 1
+    REMOVED = 2
+    KEPT = 3
+
+
+ARRAY_DTYPES = tuple(
+    np.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", jnp.bfloat16, "float32", "float64"),
+    )
+)
+STEP_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat16, "float64"))
+# The index into STEP_DTYPES takes two bits among the flags of a layer.
+STEP_DTYPE_SHIFT, STEP_DTYPE_MASK = 4, 3 << 4
+
+MAX_AXES = 15
+MAX_CODED_MAGNITUDE = 2**32 - 1  # Arrays with larger integers are copied.
+
+# The limits of a file of a given length. The writer keeps to them.
+CODED_PER_BYTE, MIN_CODED_LIMIT = 32, 2**12
+ELEMENTS_PER_BYTE, MIN_ELEMENT_LIMIT = 4096, 2**22
+
+
+class CompressedFileError(ValueError):
+    """An error of a compressed file that cannot be read. Its message names the cause in one sentence."""
+
+
+def damaged(cause: str) -> CompressedFileError:
+    """The error of a file that contradicts the format."""
+    return CompressedFileError(f"The file is damaged: {cause}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayHeader:
+    """The header of an array.
+
+    Attributes:
+      shape: Shape of the array.
+      dtype: Type of the array.
+      coded: True if the values are in the coded stream, False if they are in the copied part.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    coded: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerHeader:
+    """The header of a quantised layer.
+
+    Attributes:
+      shape: Shape of the kernel, [*window, in / feature groups, out].
+      flags: Flags of the layer, without the type of the steps.
+      feature_groups: Number of feature groups.
+      bits: Bits of the kernel and of the bias, if the file stores them, else None.
+      steps: Step of the kernel and, for a layer with bias, step of the bias. They have the same type. With levels, the first one is 1.
+      levels: Levels of the kernel, or None.
+    """
+
+    shape: tuple[int, ...]
+    flags: LayerFlag
+    feature_groups: int
+    bits: tuple[int, ...] | None
+    steps: tuple[np.ndarray, ...]
+    levels: np.ndarray | None
+
+    @property
+    def stored_numbers(self) -> tuple[np.ndarray, ...]:
+        """The floats of the header: the step or the levels of the kernel, then the step of the bias."""
+        return self.steps if self.levels is None else (self.levels, *self.steps[1:])
+
+
+@dataclasses.dataclass
+class Limits:
+    """The amounts that a reader may still decode. They bound the time and memory that a small damaged file can take.
+
+    Attributes:
+      coded: Number of coded integers and bitmap entries.
+      elements: Number of elements of kernels and arrays.
+    """
+
+    coded: int
+    elements: int
+
+    @classmethod
+    def of_file(cls, length: int) -> Limits:
+        """The limits of a file of ``length`` bytes."""
+        return cls(MIN_CODED_LIMIT + CODED_PER_BYTE * length, MIN_ELEMENT_LIMIT + ELEMENTS_PER_BYTE * length)
+
+    def use_coded(self, count: int) -> None:
+        """Subtracts ``count`` coded numbers. Raises CompressedFileError if fewer are left."""
+        self.coded -= count
+        if self.coded < 0:
+            raise damaged("it has more coded numbers than its length allows")
+
+    def use_elements(self, count: int) -> None:
+        """Subtracts ``count`` elements. Raises CompressedFileError if fewer are left."""
+        self.elements -= count
+        if self.elements < 0:
+            raise damaged("it has more elements than its length allows")
+
+
+def described(is_layer: bool, shape: tuple[int, ...]) -> str:
+    """The words for an entry in error messages."""
+    return f"{'a layer' if is_layer else 'an array'} of shape {tuple(shape)}"
+
+
+def nonzero_indices(array: np.ndarray) -> list[np.ndarray]:
+    """For each axis, the indices whose slice has a nonzero bit, as an array of bool. The float -0.0 has one."""
+    if not array.ndim:
+        return []
+    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    axes = range(array.ndim)
+    return [(bits != 0).any(tuple(other for other in axes if other != axis)) for axis in axes]
+
+
+def two_complement_width(values: np.ndarray) -> int:
+    """The number of bits of the shortest two's complement that holds all values of an int64 array, at least 1."""
+    largest = max(int(values.max(initial=0)), -int(values.min(initial=0)) - 1)
+    return largest.bit_length() + 1
+
+
+def default_bits(values: np.ndarray) -> int:
+    """The bits of a layer's integers where the header stores none: 0 if all are zero, else ``two_complement_width``."""
+    return two_complement_width(values.astype(np.int64)) if values.any() else 0
+
+
+def levels_fit(levels: np.ndarray, kernel: np.ndarray) -> bool:
+    """Whether the levels are ascending finite numbers without 0, one for each integer of the kernel."""
+    negative = int((levels < 0).sum())
+    enough = -negative <= int(kernel.min(initial=0)) and int(kernel.max(initial=0)) <= levels.size - negative
+    return enough and bool(np.isfinite(levels).all() and (levels != 0).all() and (levels[:-1] < levels[1:]).all())

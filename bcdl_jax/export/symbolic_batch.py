@@ -1,0 +1,52 @@
+"""Inputs with a batch axis of unknown size, for exports that run at any batch size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from bcdl_jax._tree import PyTree
+
+
+def symbolic_inputs(example_inputs: Any) -> tuple[PyTree, ...]:
+    """The shapes and dtypes of the inputs, with a symbolic batch size.
+
+    Args:
+      example_inputs: A tuple of inputs, or a single array. Its first array begins with the batch axis.
+
+    Returns:
+      A tuple of trees of ``ShapeDtypeStruct``. Each leading axis that has the length of the batch axis is symbolic.
+
+    Raises:
+      ValueError: There is no array, or the first one is a scalar.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    leaves = jax.tree.leaves(inputs)
+    if not leaves or not np.ndim(leaves[0]):
+        given = "begin with a scalar" if leaves else "are empty"
+        raise ValueError(f"example_inputs {given}; they must begin with an array whose leading axis is the batch.")
+    size = np.shape(leaves[0])[0]
+    (batch,) = jax.export.symbolic_shape("batch")
+
+    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = np.shape(leaf)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+        return jax.ShapeDtypeStruct((batch, *shape[1:]) if shape and shape[0] == size else shape, dtype)
+
+    return jax.tree.map(struct, inputs)
+
+
+@contextlib.contextmanager
+def batch_size_errors() -> Iterator[None]:
+    """Turns every error of tracing with a symbolic batch size into a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"The network cannot be traced with a batch of unknown size, so it cannot be exported: {detail}"
+        ) from error

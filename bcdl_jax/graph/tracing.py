@@ -1,0 +1,153 @@
+"""Traces functions to programs, at fixed sizes or with a symbolic batch size.
+
+JAX traces indexing differently if a size is symbolic, and the result differs from the program that ``shrink`` has analysed. So a function
+with a symbolic size is traced at several fixed sizes. All numbers in the steps that grow linearly with the size become expressions of the
+symbolic size. If this is not possible, the program is the one that JAX traces with the symbolic size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from bcdl_jax._tree import PyTree
+from bcdl_jax.graph.primitives import CUSTOM
+from bcdl_jax.graph.program import Program, Rule, Step, trace_fixed_sizes
+
+# Sizes at which a function with a symbolic size is traced. The first two differ by one. The last reveals a size that the function caps.
+_SIZES = (2, 3, 7, 2**16 + 1)
+
+
+def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
+    """Traces a function and lists its steps.
+
+    Args:
+      function: A JAX function of pytrees of arrays.
+      *arguments: Its arguments: arrays or ``jax.ShapeDtypeStruct``. Sizes may be symbolic, see ``jax.export.symbolic_shape``.
+
+    Returns:
+      The program. With symbolic sizes it runs at any size.
+    """
+    symbols = {size for leaf in jax.tree.leaves(arguments) for size in np.shape(leaf) if not isinstance(size, int)}
+    if len(symbols) != 1:
+        return trace_fixed_sizes(function, *arguments)
+    (symbol,) = symbols
+    # JAX raises an error here if the program depends on the size.
+    symbolic = trace_fixed_sizes(function, *arguments)
+    try:
+        programs = [trace_fixed_sizes(function, *_resized(arguments, size)) for size in _SIZES]
+        extended = _extended(programs, symbol)
+    except (
+        Exception
+    ):  # The function rejects one of the sizes, with an error of any type, or its steps depend on the size.
+        return symbolic
+    shapes, expected = (
+        [program.shapes[number].shape for number in program.outputs] for program in (extended, symbolic)
+    )
+    return extended if shapes == expected else symbolic
+
+
+def rewrite(function: Callable[..., PyTree], rules: Mapping[str, Rule]) -> Callable[..., PyTree]:
+    """Replaces primitives of a function.
+
+    Args:
+      function: A JAX function of pytrees of arrays.
+      rules: Replacements by name of the primitive, see ``Program.run``.
+
+    Returns:
+      A function of the same arguments. It is traced anew at each call.
+    """
+
+    def rewritten(*arguments: PyTree) -> PyTree:
+        return trace(function, *arguments).run(jax.tree.leaves(arguments), rules)
+
+    return rewritten
+
+
+def _resized(arguments: PyTree, size: int) -> PyTree:
+    """The arguments with a fixed size in place of the symbolic one."""
+
+    def resized(leaf: Any) -> Any:
+        shape = np.shape(leaf)
+        if all(isinstance(each, int) for each in shape):
+            return leaf
+        return jax.ShapeDtypeStruct(tuple(each if isinstance(each, int) else size for each in shape), leaf.dtype)
+
+    return jax.tree.map(resized, arguments)
+
+
+def _extended(programs: Sequence[Program], symbol: Any) -> Program:
+    """The program at the symbolic size, from the programs at ``_SIZES``.
+
+    Raises:
+      ValueError: The programs differ in more than sizes that grow linearly.
+    """
+    first, *others = programs
+    if any(other.signature() != first.signature() for other in others):
+        raise ValueError
+    for number, value in first.constants.items():
+        for other in others:
+            if other.constants[number] is not value and not _equal(other.constants[number], value):
+                raise ValueError
+    shapes = zip(*(program.shapes for program in programs), strict=True)
+    steps = zip(*(program.steps for program in programs), strict=True)
+    return dataclasses.replace(
+        first,
+        shapes=tuple(
+            jax.ShapeDtypeStruct(_combined([value.shape for value in values], symbol), values[0].dtype)
+            for values in shapes
+        ),
+        steps=tuple(_combined_step(each, symbol) for each in steps),
+    )
+
+
+def _combined_step(steps: Sequence[Step], symbol: Any) -> Step:
+    """The step at the symbolic size, from the same step at ``_SIZES``. Raises ValueError like ``_extended``."""
+    first = steps[0]
+    if first.name in CUSTOM and first.elementwise:
+        # The step runs at any shape without changes, unless the size is a number within the function.
+        _combined([each.params["call_jaxpr"] for each in steps], symbol)
+        return first
+    params = {name: _combined([each.params[name] for each in steps], symbol) for name in first.params}
+    return dataclasses.replace(first, equation=first.equation.replace(params=params))
+
+
+def _combined(values: Sequence[Any], symbol: Any) -> Any:
+    """A parameter at the symbolic size, from its values at ``_SIZES``. Raises ValueError like ``_extended``."""
+    first, *others = values
+    if all(other is first for other in others):
+        return first
+    if any(type(other) is not type(first) for other in others):
+        raise ValueError
+    if isinstance(first, tuple | list) and {len(value) for value in values} == {len(first)}:
+        parts = [_combined(entries, symbol) for entries in zip(*values, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if isinstance(first, core.ClosedJaxpr):
+        traced = [trace_fixed_sizes(core.jaxpr_as_fun(each), *each.in_avals) for each in values]
+        return _as_jaxpr(_extended(traced, symbol))
+    if all(other is first or np.all(np.asarray(other == first)) for other in others):
+        return first
+    if not isinstance(first, int) or isinstance(first, bool):
+        raise ValueError
+    slope = values[1] - first
+    constant = first - slope * _SIZES[0]
+    if any(value != slope * size + constant for size, value in zip(_SIZES, values, strict=True)):
+        raise ValueError
+    return slope * symbol + constant
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two constants are equal. NaN equals NaN."""
+    inexact = all(jnp.issubdtype(jnp.result_type(value), jnp.inexact) for value in (first, second))
+    return np.array_equal(first, second, equal_nan=inexact)
+
+
+def _as_jaxpr(program: Program) -> core.ClosedJaxpr:
+    arguments = [program.shapes[number] for number in program.inputs]
+    return jax.make_jaxpr(lambda *arguments: program.run(arguments, {}))(*arguments)

@@ -1,0 +1,175 @@
+"""Plans the small program: for each value of a program, the indices that are kept along each axis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bcdl_jax.graph.facts import Analysis
+from bcdl_jax.graph.program import Program, Step
+from bcdl_jax.graph.rules import MIXING, REDUCTIONS, WINDOWS, unindexed_axes
+from bcdl_jax.shrinking.layouts import Axis, AxisGroups, Layout, indices, reshape_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The arrays of the small program.
+
+    Attributes:
+      layouts: The layout of each value; None for a value that is not needed.
+      contracted: For each product, by the index of its step, the indices to sum over along each contracted axis.
+      reshapes: For each reshape, by the index of its step, its runs of axes, see ``reshape_groups``.
+      constants: For each product with folded elements, by the index of its step, the constant to add to its output. An axis along which
+        the constant does not change has size 1.
+    """
+
+    layouts: tuple[Layout | None, ...]
+    contracted: dict[int, Layout]
+    reshapes: dict[int, AxisGroups]
+    constants: dict[int, np.ndarray]
+
+
+def make_plan(program: Program, analysis: Analysis, moving_axes: Sequence[frozenset[int]], multiple_of: int) -> Plan:
+    """Plans to keep the live indices of each value.
+
+    Args:
+      program: The program of the whole network.
+      analysis: Its analysis.
+      moving_axes: For each value, the axes whose size depends on the batch size. They stay whole.
+      multiple_of: The divisor of kept widths. Each width is rounded up to a multiple of it.
+    """
+    layouts: list[Layout | None] = []
+    for fact, moving in zip(analysis.facts, moving_axes, strict=True):
+        layouts.append(_layout(fact.live, moving, multiple_of) if fact.live.any() else None)
+    for step in program.steps:
+        for number in step.outputs:
+            layout = layouts[number]
+            if layout is not None:
+                whole = _whole_axes(step, program, moving_axes)
+                layouts[number] = tuple(None if axis in whole else kept for axis, kept in enumerate(layout))
+    reshapes = {
+        index: reshape_groups(program.shapes[step.inputs[0]].shape, program.shapes[step.outputs[0]].shape)
+        for index, step in enumerate(program.steps)
+        if step.name == "reshape"
+    }
+    contracted, constants = {}, {}
+    for index, product in analysis.products.items():
+        contracted[index] = tuple(_rounded(needed, multiple_of) for needed in product.needed)
+        if product.folded is not None and product.folded_side is not None:
+            constant = _folded_constant(index, program, analysis, contracted[index])
+            if constant is not None:
+                constants[index] = constant
+    return Plan(tuple(layouts), contracted, reshapes, constants)
+
+
+def _layout(live: np.ndarray, moving: frozenset[int], multiple_of: int) -> Layout:
+    axes = range(live.ndim)
+    return tuple(
+        None
+        if axis in moving
+        else _rounded(np.asarray(live.any(tuple(other for other in axes if other != axis))), multiple_of)
+        for axis in axes
+    )
+
+
+def _rounded(needed: np.ndarray, multiple_of: int) -> Axis:
+    """The needed indices, with enough other indices to round their number up to a multiple."""
+    count = min(-(-int(needed.sum()) // multiple_of) * multiple_of, needed.size)
+    if count == needed.size:
+        return None
+    spare = np.flatnonzero(~needed)[: count - int(needed.sum())]
+    return np.sort(np.concatenate([np.flatnonzero(needed), spare]))
+
+
+def _whole_axes(step: Step, program: Program, moving_axes: Sequence[frozenset[int]]) -> set[int]:
+    """The axes along which the outputs of a step must be computed whole."""
+    rank = len(program.shapes[step.outputs[0]].shape)
+    params = step.params
+    if step.elementwise or step.name in (
+        "squeeze",
+        "expand_dims",
+        "transpose",
+        "broadcast_in_dim",
+        "slice",
+        "rev",
+        "split",
+    ):
+        return set()
+    if step.name in ("concatenate", "iota", "dot_general", *REDUCTIONS):
+        return set()
+    if step.name in WINDOWS:
+        return {axis for axis in range(rank) if not _window_is_trivial(params, axis)}
+    if step.name == "conv_general_dilated" and params["batch_group_count"] == 1:
+        return set(params["dimension_numbers"].out_spec) - {params["dimension_numbers"].out_spec[1]}
+    if step.name == "reshape":
+        groups = reshape_groups(program.shapes[step.inputs[0]].shape, program.shapes[step.outputs[0]].shape)
+        moving = moving_axes[step.inputs[0]], moving_axes[step.outputs[0]]
+        return {axis for ins, outs in groups if moving[0] & set(ins) or moving[1] & set(outs) for axis in outs}
+    if step.name == "tile":
+        return {axis for axis, count in enumerate(params["reps"]) if count != 1}
+    if step.name == "pad":
+        return {axis for axis, config in enumerate(params["padding_config"]) if any(config)}
+    if step.name in MIXING:
+        return {params[MIXING[step.name]] % rank}
+    if step.name in ("gather", "dynamic_slice"):
+        return set(range(rank)) - set(unindexed_axes(step, program).values())
+    return set(range(rank))
+
+
+def _window_is_trivial(params: Mapping[str, Any], axis: int) -> bool:
+    """Whether pooling leaves an axis unchanged."""
+    names = ("window_dimensions", "window_strides", "base_dilation")
+    return all(params[name][axis] == 1 for name in names) and tuple(params["padding"][axis]) == (0, 0)
+
+
+def _folded_constant(index: int, program: Program, analysis: Analysis, contracted: Layout) -> np.ndarray | None:
+    """The constant that the folded elements of a product add to its output; None if the product keeps all of them.
+
+    Args:
+      index: The index of the product's step.
+      program: The program of the whole network.
+      analysis: Its analysis.
+      contracted: The indices that the small product sums over.
+    """
+    step, product = program.steps[index], analysis.products[index]
+    side = product.folded_side
+    assert product.folded is not None
+    assert side is not None
+    left_out = product.folded.copy()
+    grid = np.ix_(*(indices(axis, size) for axis, size in zip(contracted, left_out.shape, strict=True)))
+    left_out[grid] = False
+    if not left_out.any():
+        return None
+    contracted_axes, free, free_outputs = product_axes(step, program, side)
+    facts = [analysis.facts[number] for number in step.inputs]
+    value = facts[side].value
+    for axis in free:
+        value = np.take(value, [0], axis)
+    flags = np.transpose(left_out, np.argsort(contracted_axes))
+    values = [facts[0].value, facts[1].value]
+    values[side] = np.broadcast_to(np.where(np.expand_dims(flags, tuple(free)), value, 0), facts[side].value.shape)
+    arrays = [
+        jnp.asarray(array, program.shapes[number].dtype) for array, number in zip(values, step.inputs, strict=True)
+    ]
+    constant = np.asarray(step.bind(*arrays)[0])
+    for axis in free_outputs:
+        constant = np.take(constant, [0], axis)
+    return constant
+
+
+def product_axes(step: Step, program: Program, side: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The contracted axes of one operand of a product, its other axes, and the output's axes that correspond to the latter."""
+    rank = len(program.shapes[step.inputs[side]].shape)
+    if step.name == "conv_general_dilated":
+        numbers = step.params["dimension_numbers"]
+        free = [numbers.lhs_spec[0], *numbers.lhs_spec[2:]]
+        return (numbers.lhs_spec[1],), free, [numbers.out_spec[0], *numbers.out_spec[2:]]
+    contracted = step.params["dimension_numbers"][0][side]
+    free = [axis for axis in range(rank) if axis not in contracted]
+    out_rank = len(program.shapes[step.outputs[0]].shape)
+    outputs = range(len(free)) if side == 0 else range(out_rank - len(free), out_rank)
+    return contracted, free, list(outputs)

@@ -1,0 +1,194 @@
+"""The contestants of the inference benchmark: dense, masked and shrunk networks, compiled in every available engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bcdl_jax
+from experiments.networks.lenet import LeNet5, LeNet300
+from experiments.networks.vgg import VGG
+
+SIDES = ("dense", "masked", "shrunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and the sizes to prune it to.
+
+    Attributes:
+      title: The network and the method whose kept sizes it has [L17 table 1].
+      model: The plain Flax module.
+      image: The shape of one image.
+      outputs: The numbers of kept output channels of the convolutions, in order.
+      inputs: The numbers of kept inputs of the dense layers, in order.
+      batches: The batch sizes to time.
+    """
+
+    title: str
+    model: nn.Module
+    image: tuple[int, int, int]
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    batches: tuple[int, ...]
+
+
+CASES = {
+    "lenet300": Case("LeNet-300-100, GNJ", LeNet300(family=None), (28, 28, 1), (), (278, 98, 13), (1, 256, 8192)),
+    "lenet5": Case("LeNet-5-Caffe, GHS", LeNet5(family=None), (28, 28, 1), (5, 10), (76, 16), (1, 256, 8192)),
+    "vgg": Case(
+        "VGG, GHS",
+        VGG(family=None),
+        (32, 32, 3),
+        (51, 62, 125, 128, 228, 129, 38, 13, 9, 6, 5, 6, 6),
+        (6, 20),
+        (1, 256),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A network in one engine.
+
+    Attributes:
+      side: "dense", "masked" or "shrunk".
+      engine: "XLA", "XLA, for_cpu" or "onnxruntime".
+      run: A function that processes one batch.
+      bytes: The memory of the program in bytes (arguments, results and temporary arrays); None if the engine does not report it.
+    """
+
+    side: str
+    engine: str
+    run: Callable[[], Any]
+    bytes: int | None
+
+
+def contestants_of(case: Case, batch: int, seed: int = 0) -> tuple[list[Contestant], tuple[int, int]]:
+    """Compiles the three sides of a network in every available engine.
+
+    Args:
+      case: The network and its kept sizes.
+      batch: The batch size.
+      seed: The seed of the weights, the images and the kept units.
+
+    Returns:
+      The contestants, and the multiply-adds of the dense and of the shrunk network.
+    """
+    images = jax.random.randint(jax.random.key(seed), (batch, *case.image), 0, 256).astype(jnp.uint8)
+    variables = jax.jit(case.model.init)(jax.random.key(seed + 1), images[:1])
+    masks = jax.tree.map(jnp.asarray, masks_of(case, variables, seed))
+    small_apply, small, report = bcdl_jax.shrink(
+        case.model.apply, jax.tree.map(jnp.multiply, variables, masks), images[:2]
+    )
+
+    def masked(arguments: Any, images: jax.Array) -> Any:
+        return case.model.apply(jax.tree.map(jnp.multiply, *arguments), images)
+
+    sides: dict[str, tuple[Callable[..., Any], Any]] = {
+        "dense": (case.model.apply, variables),
+        "masked": (masked, (variables, masks)),
+        "shrunk": (small_apply, small),
+    }
+    on_cpu = jax.default_backend() == "cpu"
+    contestants = []
+    for side, (apply, params) in sides.items():
+        engines = {"XLA": apply} | ({"XLA, for_cpu": bcdl_jax.for_cpu(apply)} if on_cpu else {})
+        for engine, function in engines.items():
+            compiled = jax.jit(function).lower(params, images).compile()
+            memory: Any = compiled.memory_analysis()
+            size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            contestants.append(Contestant(side, engine, functools.partial(_run, compiled, params, images), size))
+        if on_cpu and has_onnx():
+            contestants.append(Contestant(side, "onnxruntime", _in_onnxruntime(apply, params, images), None))
+    return contestants, report.multiply_adds
+
+
+def masks_of(case: Case, variables: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Random masks with the kept sizes of a case.
+
+    Args:
+      case: The network and its kept sizes.
+      variables: The variables of the network.
+      seed: The seed of the kept units.
+
+    Returns:
+      A tree like ``variables`` with 1 for kept entries and 0 for pruned ones.
+    """
+    generator = np.random.default_rng(seed)
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
+    last_channels = _mask_convolutions(masks["params"], case.outputs, generator)
+    _mask_dense_layers(masks["params"], case.inputs, last_channels, generator)
+    return masks
+
+
+def has_onnx() -> bool:
+    """Whether jax2onnx and onnxruntime are installed."""
+    return all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime")))
+
+
+def _mask_convolutions(params: Any, outputs: tuple[int, ...], generator: np.random.Generator) -> np.ndarray | None:
+    """Masks the output channels of the convolutions in place. Returns the mask of the last one; None without convolutions."""
+    kept = None
+    for number, count in enumerate(outputs):
+        layer = params[f"Conv_{number}"]
+        kept = _random_mask(layer["kernel"].shape[-1], count, generator)
+        layer["kernel"] *= kept
+        layer["bias"] *= kept
+        norm = params.get(f"BatchNorm_{number}")
+        if norm is not None:
+            norm["scale"] *= kept
+            norm["bias"] *= kept
+    return kept
+
+
+def _mask_dense_layers(
+    params: Any, inputs: tuple[int, ...], last_channels: np.ndarray | None, generator: np.random.Generator
+) -> None:
+    """Masks the inputs of the dense layers in place. The first layer keeps inputs from kept channels only."""
+    for number, count in enumerate(inputs):
+        kernel = params[f"Dense_{number}"]["kernel"]
+        channels = last_channels if number == 0 else None
+        allowed = None if channels is None else np.tile(channels, kernel.shape[0] // channels.size)
+        kept = _random_mask(kernel.shape[0], count, generator, allowed)
+        kernel *= kept[:, None]
+        if number:
+            before = params[f"Dense_{number - 1}"]
+            before["kernel"] *= kept
+            before["bias"] *= kept
+
+
+def _random_mask(
+    size: int, count: int, generator: np.random.Generator, allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """A mask [size] of bool with ``count`` kept entries, which are drawn from the allowed ones."""
+    places = np.arange(size) if allowed is None else np.flatnonzero(allowed)
+    mask = np.zeros(size, bool)
+    mask[generator.choice(places, count, replace=False)] = True
+    return mask
+
+
+def _run(function: Callable[..., Any], params: Any, images: jax.Array) -> None:
+    jax.block_until_ready(function(params, images))
+
+
+def _in_onnxruntime(apply: Callable[..., Any], params: Any, images: jax.Array) -> Callable[[], Any]:
+    """The network in onnxruntime. The export multiplies the masks into the weights."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "net.onnx"
+        bcdl_jax.export_onnx(path, apply, params, images[:2])
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: np.asarray(images)}
+    return lambda: session.run(None, feed)

@@ -1,0 +1,205 @@
+"""The sides of the training benchmark: functions that train the same network for one epoch, in this project and in PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bcdl_jax
+from experiments.io import data
+from experiments.networks.lenet import LeNet5, LeNet300
+from experiments.networks.vgg import VGG, VGG_WIDTHS, vgg_widths
+from experiments.pipeline.measures import sampled_cross_entropy
+
+_LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and the options of its twin in PyTorch.
+
+    Attributes:
+      title: The name of the network for printed lines.
+      model: The variational Flax module.
+      cross_entropy: A function (model, params, batch, key) that returns the mean cross-entropy of the batch in nats, for sampled weights.
+      torch_options: The options of ``torch_twins.network``.
+    """
+
+    title: str
+    model: nn.Module
+    cross_entropy: Callable[..., jax.Array]
+    torch_options: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of one comparison.
+
+    Attributes:
+      network: The name of the network: "lenet300", "lenet5" or "vgg".
+      images: The images, [examples, height, width, channels] of uint8.
+      labels: The classes of the images, [examples].
+      batch_size: The number of images per step.
+      dtype: The dtype of the computation: "float32" or "bfloat16".
+      width: The factor of VGG's widths.
+    """
+
+    network: str
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int
+    dtype: str
+    width: float
+
+    @property
+    def steps(self) -> int:
+        """The number of steps per epoch."""
+        return len(self.labels) // self.batch_size
+
+    @functools.cached_property
+    def case(self) -> Case:
+        """The network and its twin."""
+        dtype = None if self.dtype == "float32" else self.dtype
+        if self.network == "lenet300":
+            return Case("LeNet-300-100", LeNet300(dtype=dtype), sampled_cross_entropy, {})
+        if self.network == "lenet5":
+            return Case("LeNet-5-Caffe", LeNet5(dtype=dtype), sampled_cross_entropy, {"pool_after": (0, 1)})
+        ends = np.cumsum([len(part) for part in VGG_WIDTHS]) - 1
+        return Case(
+            "VGG" if self.width == 1 else f"VGG, {self.width:g} times as wide",
+            VGG(**vgg_widths(self.width), dtype=dtype),
+            _batch_norm_cross_entropy,
+            {"padding": 1, "pool_after": tuple(ends.tolist()), "batch_norm": True},
+        )
+
+    def description(self) -> dict[str, Any]:
+        """The settings as entries of the result file."""
+        return {
+            "network": self.network,
+            "title": self.case.title,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "examples": len(self.labels),
+        }
+
+
+def images_of(network: str, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels for a network: the embedded digits, repeated as needed. VGG gets them padded to 32 x 32 and in three equal channels.
+
+    Args:
+      network: The name of the network.
+      examples: The number of images.
+    """
+    digits = data.load(data.EMBEDDED).train
+    order = np.random.default_rng(0).permutation(len(digits))  # The file is sorted by class.
+    rows = order[np.arange(examples) % len(digits)]
+    images = digits.images[rows]
+    if network == "vgg":
+        images = np.repeat(np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)]), 3, axis=-1)
+    return images, digits.labels[rows]
+
+
+def fresh_state(settings: Settings, seed: int = 0) -> bcdl_jax.train.TrainState:
+    """The state of this project before the first step."""
+    optimizer = optax.adam(_LEARNING_RATE)
+    return bcdl_jax.train.create_train_state(_fresh_params(settings, seed), optimizer, jax.random.key(seed))
+
+
+def jax_epoch(settings: Settings, state: Any) -> Callable[[Any], tuple[Any, jax.Array]]:
+    """Compiles an epoch of this project.
+
+    Args:
+      settings: The settings of the training.
+      state: An example of a state, or of stacked states, which are trained in one program.
+
+    Returns:
+      A function ``epoch(state) -> (state, mean loss)``, which donates its argument.
+    """
+    likelihood = functools.partial(settings.case.cross_entropy, settings.case.model)
+    optimizer = optax.adam(_LEARNING_RATE)
+    step = bcdl_jax.train.make_train_step(likelihood, optimizer, num_examples=len(settings.labels))
+    train = (jnp.asarray(settings.images), jnp.asarray(settings.labels))
+    epoch: Any = bcdl_jax.train.make_train_epoch(step, batch_size=settings.batch_size)
+    if state.step.ndim:
+        epoch = bcdl_jax.train.each_seed(epoch)
+    compiled = jax.jit(epoch, donate_argnums=0).lower(state, train).compile()
+
+    def run(state: Any) -> tuple[Any, jax.Array]:
+        state, metrics = compiled(state, train)
+        return state, jnp.mean(metrics["loss"])
+
+    return run
+
+
+def our_side(settings: Settings) -> tuple[Callable[[], float], float]:
+    """Compiles the side of this project.
+
+    Returns:
+      A function that trains one epoch and returns its mean loss, and the compile time in seconds.
+    """
+    state = fresh_state(settings)
+    start = time.perf_counter()
+    epoch = jax_epoch(settings, state)
+    seconds = time.perf_counter() - start
+
+    def run() -> float:
+        nonlocal state
+        state, loss = jax.block_until_ready(epoch(state))
+        return float(loss)
+
+    return run, seconds
+
+
+def torch_side(settings: Settings, device: str, compiled: bool) -> Callable[[], float]:
+    """Builds the side of PyTorch.
+
+    Args:
+      settings: The settings of the training.
+      device: "cpu" or "gpu".
+      compiled: True for ``torch.compile``, False for eager PyTorch.
+
+    Returns:
+      A function that trains one epoch and returns its mean loss.
+
+    Raises:
+      ImportError: PyTorch is not installed.
+    """
+    from experiments.benchmarks import torch_twins
+
+    layers: Mapping[str, Any] = bcdl_jax.variational_layers(jax.device_get(_fresh_params(settings)))
+    return torch_twins.epoch(
+        torch_twins.network(layers, **settings.case.torch_options),
+        settings.images,
+        settings.labels,
+        batch_size=settings.batch_size,
+        learning_rate=_LEARNING_RATE,
+        device="cuda" if device == "gpu" else "cpu",
+        dtype=settings.dtype,
+        compiled=compiled,
+    )
+
+
+def _fresh_params(settings: Settings, seed: int = 0) -> Any:
+    """The start values, the same for all sides."""
+    return jax.jit(settings.case.model.init)(jax.random.key(seed), settings.images[:1])["params"]
+
+
+def _batch_norm_cross_entropy(
+    model: nn.Module, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array
+) -> jax.Array:
+    """``sampled_cross_entropy`` for a network with batch norms. Their moving averages are dropped, since training does not read them."""
+    images, labels = batch
+    logits: Any
+    logits, _ = model.apply(
+        {"params": params}, images, deterministic=False, train=True, rngs={"noise": key}, mutable=["batch_stats"]
+    )
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

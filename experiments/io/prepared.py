@@ -1,0 +1,122 @@
+"""Full data sets in a directory of tensorflow-datasets: reading them, and preparing them first where needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.io import internet, tfds_builders
+from experiments.io.dataset import Dataset, Split, Unavailable
+from experiments.runtime.errors import UserError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """The sizes of a full data set.
+
+    Attributes:
+      shape: The shape of an image, (height, width, channels).
+      train: The number of its training images.
+      test: The number of its test images.
+      validation: The number of training images that are held out for validation.
+    """
+
+    shape: tuple[int, int, int]
+    train: int
+    test: int
+    validation: int = 5_000
+
+
+_SIZES = {
+    "mnist": _Sizes((28, 28, 1), 60_000, 10_000),
+    "fashion_mnist": _Sizes((28, 28, 1), 60_000, 10_000),
+    "cifar10": _Sizes((32, 32, 3), 50_000, 10_000),
+}
+
+
+def needs_tensorflow(directory: Path) -> bool:
+    """Whether a directory holds prepared copies of a data set, but none in the format that is read without TensorFlow."""
+    infos = [path.read_text(errors="replace") for path in directory.glob("*/dataset_info.json")]
+    # A damaged file has no format here. It is reported when the data is read.
+    formats = [re.search(r'"fileFormat":\s*"(\w+)"', info) for info in infos]
+    return bool(infos) and all(found is not None and found[1] != "array_record" for found in formats)
+
+
+def read_prepared(name: str, directory: Path) -> Dataset:
+    """Reads a full data set, which takes some ten seconds. Prepares it first if the directory does not hold it.
+
+    Args:
+      name: The name of the data set.
+      directory: The directory of the prepared data sets.
+
+    Raises:
+      Unavailable: The data set cannot be prepared.
+      UserError: The prepared files are damaged.
+    """
+    with tfds_builders.quiet_tfds() as tfds:
+        try:
+            builder = tfds_builders.create_builder(tfds, name, directory)
+            prepared = builder.is_prepared()
+        except Exception as error:
+            raise _damaged(directory / name, error) from error
+        if not prepared:
+            _prepare(builder, directory)
+        print(f"Reading {name} from {directory} ...", flush=True)
+        try:
+            sizes = _SIZES[name]
+            train = _read(builder, "train", sizes.train, sizes.shape)
+            test = _read(builder, "test", sizes.test, sizes.shape)
+            lossy = _is_jpeg(tfds, builder)
+        except Exception as error:
+            raise _damaged(builder.data_dir, error) from error
+    # The order of the records depends on their preparation. Sorted by content, the split is the same on every machine.
+    order = np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in train.images], kind="stable")
+    chosen, held_out = order[sizes.validation :], order[: sizes.validation]
+    remark = f"The images of this copy of {name} are stored as JPEG, which has changed them a little."
+    return Dataset(
+        name,
+        Split(train.images[chosen], train.labels[chosen]),
+        Split(train.images[held_out], train.labels[held_out]),
+        test,
+        remark=remark if lossy else None,
+    )
+
+
+def _prepare(builder: Any, directory: Path) -> None:
+    if not tfds_builders.is_downloaded(directory, builder.name) and not internet.is_reachable(
+        tfds_builders.download_address(builder)
+    ):
+        internet.record_unreachable(builder.name)
+        raise Unavailable("no prepared copy was found and there is no internet connection to download it")
+    print(f"Downloading and preparing {builder.name} in {directory} ...", flush=True)
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise Unavailable(f"downloading or preparing it failed, {first_line(error)}") from error
+
+
+def _read(builder: Any, split: str, count: int, shape: tuple[int, int, int]) -> Split:
+    source = builder.as_data_source(split=split)
+    images, labels = np.zeros((len(source), *shape), np.uint8), np.zeros(len(source), np.int32)
+    for row, record in enumerate(source):
+        images[row], labels[row] = record["image"], record["label"]
+    if len(source) != count:
+        raise ValueError(f"split {split} has {len(source)} images, not {count}")
+    return Split(images, labels)
+
+
+def _is_jpeg(tfds: Any, builder: Any) -> bool:
+    """Whether the first test image is stored as JPEG, a format with loss."""
+    skip = {"image": tfds.decode.SkipDecoding()}
+    return bytes(builder.as_data_source(split="test", decoders=skip)[0]["image"]).startswith(b"\xff\xd8")
+
+
+def _damaged(directory: Any, error: Exception) -> UserError:
+    return UserError(
+        f"The data in {directory} is damaged and cannot be read ({first_line(error)}); delete that directory to have it prepared again."
+    )

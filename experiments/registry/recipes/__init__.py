@@ -1,0 +1,1 @@
+"""The recipes of the experiments, as data, each file with its results."""

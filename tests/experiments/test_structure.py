@@ -1,0 +1,62 @@
+"""The order of the experiments' folders, and that they use the library's public names alone."""
+
+from __future__ import annotations
+
+import importlib
+
+import bcdl_jax
+from tests.test_structure import (
+    ROOT,
+    assert_no_circles,
+    assert_no_upward_imports,
+    imported_modules,
+    long_functions,
+    sources,
+)
+
+ORDER = (
+    "__init__",
+    "embedded",
+    "runtime",
+    "io",
+    "networks",
+    "pipeline",
+    "registry",
+    "report",
+    "cli",
+    "benchmarks",
+    "checks",
+    "lenet300",
+    "lenet5",
+    "vgg",
+    "score",
+    "table",
+    "benchmark_training",
+    "benchmark_inference",
+    "crash_test",
+    "parallel_check",
+)
+
+
+def test_no_folder_imports_a_later_one():
+    assert_no_upward_imports("experiments", ORDER)
+
+
+def test_imports_have_no_circles():
+    assert_no_circles("experiments")
+
+
+def test_functions_are_short():
+    assert long_functions("experiments") == []
+
+
+def test_experiments_use_public_names_alone():
+    for path in sources("experiments"):
+        for module in imported_modules(path):
+            if not module.startswith("bcdl_jax."):
+                continue
+            *parents, name = module.split(".")
+            package = importlib.import_module(".".join(parents))
+            assert len(parents) <= 2, f"{path.relative_to(ROOT)} imports {module}"
+            assert name in package.__all__, f"{path.relative_to(ROOT)} imports {module}"
+    assert bcdl_jax.__all__

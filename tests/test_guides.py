@@ -1,0 +1,158 @@
+"""The README and the guides are run as they stand, and show every public name."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import bcdl_jax
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "bcdl_jax").glob("**/README.md"))
+SUBPACKAGES = sorted(path.parent.name for path in (ROOT / "bcdl_jax").glob("*/__init__.py"))
+
+
+def code_of(path: Path) -> str:
+    """The Python blocks of a page, one after the other."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+
+
+def run(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs code in a directory; returns what it printed."""
+    monkeypatch.chdir(directory)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "<guide>", "exec"), {"__name__": "guide"})
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_a_guide_runs(path, tmp_path, monkeypatch):
+    run(code_of(path), tmp_path, monkeypatch)
+
+
+def check_readme(printed: str) -> None:
+    kept, fewer, before, after = re.fullmatch(
+        r"(\d+) of 40 inputs kept, (\d+) times fewer bytes,\n([\d.]+) % error before compression, ([\d.]+) % after\n",
+        printed,
+    ).groups()
+    assert int(kept) == 10  # the inputs that carry the label
+    assert int(fewer) > 15
+    assert float(after) <= float(before) + 1
+
+
+def test_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
+    check_readme(run(code_of(README), tmp_path, monkeypatch))
+    (shown,) = re.findall(r"```text\n(.*?)```", README.read_text(), re.DOTALL)
+    check_readme(shown)
+    assert (tmp_path / "model.bcdl").stat().st_size < 1500
+
+
+def test_the_readme_runs_with_the_compilers_optimisations(tmp_path):
+    """In a process of its own, as users have it: the other tests compile without most optimisations."""
+    code = f"import re\nfrom pathlib import Path\nexec({code_of(README)!r}, {{}})"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    check_readme(done.stdout)
+
+
+# Users' settings of JAX. A few epochs are enough to see that everything runs.
+SETTINGS = {
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "x64": lambda: jax.enable_x64(True),
+    "rbg": lambda: jax.default_prng_impl("rbg"),
+    "legacy_keys": contextlib.nullcontext,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_readme_runs_under(setting, tmp_path, monkeypatch):
+    code = code_of(README).replace("range(30)", "range(2)").replace("(2000, 40)", "(200, 40)")
+    if setting == "legacy_keys":
+        code = code.replace("jax.random.key(", "jax.random.PRNGKey(")
+    with SETTINGS[setting]():
+        printed = run(code, tmp_path, monkeypatch)
+    assert "inputs kept" in printed
+
+
+def test_the_readme_is_one_page():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    prose = re.sub(r"```.*?```", "", README.read_text(), flags=re.DOTALL).splitlines()
+    assert max(map(len, prose)) <= 120
+
+
+def links(path: Path) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()) if "://" not in link]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [README, *GUIDES, *(ROOT / "experiments").glob("**/README.md")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_lead_somewhere(path):
+    assert [link for link in links(path) if not (path.parent / link).exists()] == []
+
+
+def edit_distance(first: str, second: str) -> int:
+    row = list(range(len(second) + 1))
+    for index, left in enumerate(first, start=1):
+        row, before = [index], row
+        for column, right in enumerate(second, start=1):
+            row.append(min(before[column] + 1, row[-1] + 1, before[column - 1] + (left != right)))
+    return row[-1]
+
+
+def public_names() -> dict[str, object]:
+    """All public names, those of the subpackages as "train.make_train_step"."""
+    names = {name: getattr(bcdl_jax, name) for name in bcdl_jax.__all__ if name not in SUBPACKAGES}
+    for package in SUBPACKAGES:
+        module = getattr(bcdl_jax, package)
+        names |= {f"{package}.{name}": getattr(module, name) for name in module.__all__ if name not in names}
+    return names
+
+
+def test_the_main_road_has_few_names():
+    flat = [name for name in bcdl_jax.__all__ if name not in SUBPACKAGES]
+    assert 30 <= len(flat) <= 40
+    assert set(SUBPACKAGES) <= set(bcdl_jax.__all__)
+    for name, value in public_names().items():
+        assert value.__doc__, name
+
+
+def test_no_two_public_names_differ_by_a_letter():
+    names = sorted({name.rpartition(".")[2].lower() for name in public_names()})
+    pairs = [(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
+    assert [pair for pair in pairs if edit_distance(*pair) < 2] == []
+
+
+def names_in(code: str) -> set[str]:
+    """All names and attributes that code mentions."""
+    nodes = list(ast.walk(ast.parse(code)))
+    found = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    found |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    return found | {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def test_every_public_name_is_shown():
+    shown = names_in("\n".join(code_of(path) for path in [README, *GUIDES]))
+    assert sorted(name for name in public_names() if name.rpartition(".")[2] not in shown) == []
