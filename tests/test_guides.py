@@ -32,7 +32,7 @@ def run(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(directory)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "<guide>", "exec"), {"__name__": "guide"})
+        exec(compile(code, "<guide>", "exec", dont_inherit=True), {"__name__": "guide"})
     return printed.getvalue()
 
 
@@ -58,6 +58,7 @@ def test_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
     assert (tmp_path / "model.bcdl").stat().st_size < 1500
 
 
+@pytest.mark.slow
 def test_the_readme_runs_with_the_compilers_optimisations(tmp_path):
     """In a process of its own, as users have it: the other tests compile without most optimisations."""
     code = f"import re\nfrom pathlib import Path\nexec({code_of(README)!r}, {{}})"
@@ -83,6 +84,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_readme_runs_under(setting, tmp_path, monkeypatch):
     code = code_of(README).replace("range(30)", "range(2)").replace("(2000, 40)", "(200, 40)")

@@ -1,13 +1,13 @@
-"""Pruning single weights of plain networks by their magnitude: once, as in Deep Compression, or again and again, with splicing.
+"""Pruning of single weights of a plain network by magnitude: once, as in Deep Compression, or at each step, with splicing.
 
-    masks = bcdl_jax.baselines.magnitude_masks(params, 0.08)  # [Han et al. 2016], then train on with
+    masks = bcdl_jax.baselines.magnitude_masks(params, 0.08)  # [H15, H16]
     loss = lambda params, batch: plain_loss(bcdl_jax.baselines.apply_masks(params, masks), batch)
 
-    thresholds = bcdl_jax.baselines.surgery_thresholds(params, 2.0)  # [Guo et al. 2016]: at each step
-    masks = bcdl_jax.baselines.prune_and_splice(params, masks, thresholds)
+    thresholds = bcdl_jax.baselines.surgery_thresholds(params, 2.0)  # [G16]
+    masks = bcdl_jax.baselines.prune_and_splice(params, masks, thresholds)  # at each step
     loss = lambda params, batch: plain_loss(bcdl_jax.baselines.apply_masks(params, masks, splicing=True), batch)
 
-From there to a file as at the top of ``weight_sharing``.
+``weight_sharing`` shows how the pruned network becomes a file.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ ByLayer = float | Mapping[str, float]
 
 
 def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
-    """Which weights are the largest of their layer [H16 section 2].
+    """Masks that keep the largest weights of each layer [H16 section 2].
 
     Args:
-      params: of a plain network: a tree with ``{"kernel": ..., "bias": ...}`` for each layer, of Linen or NNX.
-      kept: share of the weights of each kernel to keep, above 0 and at most 1, for all layers or by layer name.
+      params: The params of a plain network: a tree with ``{"kernel": ..., "bias": ...}`` for each layer, of Linen or NNX.
+      kept: The share of the weights of each kernel to keep, above 0 and at most 1, for all layers or by layer name.
 
     Returns:
-      A tree like ``params`` of bools; all that is not a kernel is kept.
+      A tree like ``params`` with arrays of bool. All arrays that are not kernels are kept.
 
     Raises:
-      ValueError: a share that is out of range, or a layer without one, or one for a layer that is not there; or there is no kernel.
+      ValueError: A share is out of range, a layer lacks a share, a share names an unknown layer, or there is no kernel.
     """
 
     def mask(kernel: jax.Array, share: float) -> jax.Array:
@@ -48,35 +48,39 @@ def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
     return _map_kernels(mask, params, kept, "kept")
 
 
-def mask_tree(params: PyTree, masks: Mapping[str, jax.Array | np.ndarray]) -> PyTree:
-    """Masks of kernels as a tree like the params, in which all that is not a kernel is kept.
+def expand_masks(params: PyTree, masks: Mapping[str, jax.Array | np.ndarray]) -> PyTree:
+    """Masks by layer name as a tree like the params.
 
     Args:
-      params: of a plain network.
-      masks: by layer name, bools of the shape of the layer's kernel.
+      params: The params of a plain network.
+      masks: The mask of each kernel by layer name, an array of bool of the kernel's shape.
+
+    Returns:
+      A tree like ``params`` with arrays of bool. All arrays that are not kernels are kept.
 
     Raises:
-      ValueError: a mask of another shape or type, a layer without one, or one for a layer that is not there; or there is no kernel.
+      ValueError: A mask has another shape or type, a layer lacks a mask, a mask names an unknown layer, or there is no kernel.
     """
     for name, kernel in kernels_by_layer(params).items():
         if name in masks and (jnp.shape(masks[name]) != kernel.shape or jnp.result_type(masks[name]) != np.dtype(bool)):
             raise ValueError(
                 f"masks holds {jnp.result_type(masks[name])}{list(jnp.shape(masks[name]))} for layer {name}; "
-                f"it must be bool{list(kernel.shape)}, as its kernel."
+                f"it must be bool{list(kernel.shape)}, the shape of the kernel."
             )
     return _map_kernels(lambda _, mask: jnp.asarray(mask), params, masks, "masks")
 
 
 def apply_masks(params: PyTree, masks: PyTree, *, splicing: bool = False) -> PyTree:
-    """The params, zero where their mask is False.
+    """The params with zeros where the masks are False.
 
     Args:
-      params: of a plain network.
-      masks: of the same structure, see ``mask_tree``.
-      splicing: whether the gradient goes to the pruned weights too, as if they were in use, so that they can grow back [G16 eq. 3].
+      params: The params of a plain network.
+      masks: A tree like ``params`` with arrays of bool, from ``magnitude_masks`` or ``expand_masks``.
+      splicing: True to pass the gradient on to pruned weights as if they were in use, so that they can grow again [G16 eq. 3]. False for
+        a gradient of zero there.
 
     Raises:
-      ValueError: ``masks`` has another structure.
+      ValueError: ``masks`` is not a tree like ``params``.
     """
     _check_masks(params, masks)
 
@@ -88,15 +92,19 @@ def apply_masks(params: PyTree, masks: PyTree, *, splicing: bool = False) -> PyT
 
 
 def surgery_thresholds(params: PyTree, spread: ByLayer) -> PyTree:
-    """Per kernel the threshold about which weights are pruned and spliced: mean + spread * standard deviation of the magnitudes, as in the
-    code that [G16] published; 0 for all that is not a kernel.
+    """The thresholds of ``prune_and_splice``: mean + spread * standard deviation of the magnitudes of each kernel.
+
+    This is the rule of the code that was published with [G16].
 
     Args:
-      params: of a plain network, trained.
-      spread: for all layers or by layer name.
+      params: The params of a plain network, trained.
+      spread: The factor of the standard deviation, for all layers or by layer name.
+
+    Returns:
+      A tree like ``params`` of scalars, 0 for arrays that are not kernels.
 
     Raises:
-      ValueError: a layer without a spread, or one for a layer that is not there; or there is no kernel.
+      ValueError: A layer lacks a spread, a spread names an unknown layer, or there is no kernel.
     """
 
     def threshold(kernel: jax.Array, factor: float) -> jax.Array:
@@ -107,16 +115,20 @@ def surgery_thresholds(params: PyTree, spread: ByLayer) -> PyTree:
 
 
 def prune_and_splice(params: PyTree, masks: PyTree, thresholds: PyTree, margin: float = 0.1) -> PyTree:
-    """Prunes what is small by now, and takes back what has grown [G16 eq. 3]; what lies between stays as it is.
+    """Prunes weights that have become small, and restores pruned weights that have grown [G16 eq. 3]. The others keep their masks.
 
     Args:
-      params: of a plain network, those of pruned weights included.
-      masks: a tree like it of bools.
-      thresholds: from ``surgery_thresholds``.
-      margin: a weight is pruned below (1 - margin) times its threshold, and comes back from (1 + margin) times it.
+      params: The params of a plain network, including the values of pruned weights.
+      masks: A tree like ``params`` with arrays of bool.
+      thresholds: The thresholds from ``surgery_thresholds``.
+      margin: The distance between the two limits. A weight is pruned below (1 - margin) times its threshold, and restored from
+        (1 + margin) times it.
+
+    Returns:
+      The new masks.
 
     Raises:
-      ValueError: ``masks`` has another structure.
+      ValueError: ``masks`` is not a tree like ``params``.
     """
     _check_masks(params, masks)
 
@@ -130,10 +142,10 @@ def prune_and_splice(params: PyTree, masks: PyTree, thresholds: PyTree, margin: 
 
 
 def kernels_by_layer(params: PyTree) -> dict[str, jax.Array]:
-    """The kernels of a plain network by layer name: the arrays called "kernel" that have two axes or more.
+    """The kernels of a plain network by layer name: the arrays called "kernel" with two axes or more.
 
     Raises:
-      ValueError: there is none.
+      ValueError: There is no kernel.
     """
     names, leaves = _named(params)
     found = {
@@ -152,7 +164,8 @@ def _check_masks(params: PyTree, masks: PyTree) -> None:
     given = jax.tree.structure(masks)
     if expected != given:
         raise ValueError(
-            f"masks must be a tree like params, with bools for every array; it is {given}. mask_tree(params, masks) makes one of masks by layer name."
+            f"masks must be a tree like params, with an array of bool for every array; it is {given}. "
+            "expand_masks(params, masks) makes such a tree from masks by layer name."
         )
 
 
@@ -160,12 +173,12 @@ def _map_kernels(
     function: Callable[[jax.Array, Any], jax.Array],
     params: PyTree,
     values: float | Mapping[str, Any],
-    what: str,
+    argument: str,
     other: Callable[[jax.Array], jax.Array] = lambda leaf: jnp.ones(leaf.shape, bool),
 ) -> PyTree:
-    """``function(kernel, its layer's value)`` for kernels, ``other(leaf)`` elsewhere."""
+    """``function(kernel, value of its layer)`` for the kernels, and ``other(leaf)`` for the other arrays."""
     layers = list(kernels_by_layer(params))
-    by_layer = values_by_layer(values, layers, what)
+    by_layer = values_by_layer(values, layers, argument)
 
     def map_leaf(name: str, leaf: jax.Array) -> jax.Array:
         layer = _layer_of(name, leaf)
@@ -175,11 +188,12 @@ def _map_kernels(
 
 
 def _named(params: PyTree) -> tuple[list[str], list[jax.Array]]:
+    """The names and the arrays of the params."""
     named = named_arrays(params)
     return [name for name, _ in named], [leaf for _, leaf in named]
 
 
 def _layer_of(name: str, leaf: jax.Array) -> str | None:
-    """The layer whose kernel this is, or None."""
+    """The name of the layer that has this array as its kernel, or None for an array that is not a kernel."""
     *parents, last = name.split("/")
     return "/".join(parents) if last == "kernel" and jnp.ndim(leaf) >= 2 else None

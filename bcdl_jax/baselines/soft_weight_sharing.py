@@ -1,18 +1,18 @@
-"""Soft weight-sharing: retraining under a mixture-of-Gaussians prior that draws the weights to a few values [Ullrich et al. 2017].
+"""Soft weight-sharing: retraining under a mixture-of-Gaussians prior that draws the weights to a few values [U17].
 
     mixture = bcdl_jax.baselines.create_mixture(params, components=16)
     loss = lambda params, mixture, batch: plain_loss(params, batch) + tau * bcdl_jax.baselines.mixture_nll(params, mixture) / num_examples
-    places, levels = bcdl_jax.baselines.collapse(params, mixture)
+    assignments, levels = bcdl_jax.baselines.collapse(params, mixture)
 
-From there to a file as at the top of ``weight_sharing``, with masks ``{name: place >= 0 for name, place in places.items()}``.
+``weight_sharing`` shows how the network becomes a file, with the masks ``{name: indices >= 0 for name, indices in assignments.items()}``.
 
-To prune more, go on in rounds. Set the weights whose place is -1 to zero and keep them there,
+More weights are pruned in several rounds. After each round, the weights with the index -1 are set to zero and stay zero:
 
-    masks = bcdl_jax.baselines.mask_tree(params, {name: place >= 0 for name, place in places.items()})
+    masks = bcdl_jax.baselines.expand_masks(params, {name: indices >= 0 for name, indices in assignments.items()})
     params = bcdl_jax.baselines.apply_masks(params, masks)
 
-apply the same masks inside the loss, train on under a new mixture that starts with a greater ``deviation``, and collapse again. In a last round
-a small deviation and a lighter prior let the weights that are left make up for the others.
+The next round applies the same masks inside the loss, trains under a new mixture with a larger ``deviation``, and collapses again. A last
+round with a small deviation and a smaller ``tau`` lets the kept weights compensate for the pruned ones.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from jax.scipy import special, stats
 from bcdl_jax._tree import PyTree
 from bcdl_jax.baselines.magnitude import kernels_by_layer
 
+# Shape and rate of the gamma hyper-priors of the precisions [U17 section 4.2].
+_ZERO_GAMMA, _OTHER_GAMMA = (5e3, 20e-1), (2.5e2, 1e-1)
+
+# The number of weights per chunk of ``mixture_nll``.
+_CHUNK = 2048
+
 
 class Mixture(flax.struct.PyTreeNode):
-    """A mixture of Gaussians over the weights of a network, one component of which is fixed at zero [U17 section 3].
+    """A mixture of Gaussians over the weights of a network. The mean of one component is fixed at zero [U17 section 3].
 
     Attributes:
-      means: [components], of all but the component at zero.
-      log_precisions: [components + 1], that of the component at zero first: log of 1 / variance.
-      logits: [components], of the proportions of all but the component at zero, among themselves.
-      zero_proportion: of the component at zero; fixed, since the data hardly resist a proportion of 1.
+      means: The means of all components but the one at zero, [components].
+      log_precisions: The logarithms of the precisions 1 / variance, [components + 1]. The component at zero is the first.
+      logits: The logits of the proportions of all components but the one at zero, among themselves, [components].
+      zero_proportion: The proportion of the component at zero. It is fixed: training would move it to 1.
     """
 
     means: jax.Array
@@ -43,37 +49,38 @@ class Mixture(flax.struct.PyTreeNode):
     zero_proportion: float = flax.struct.field(pytree_node=False)
 
     def all_means(self) -> jax.Array:
-        """[components + 1], with the zero first."""
+        """The means of all components, [components + 1]. The component at zero is the first."""
         return jnp.concatenate([jnp.zeros(1, self.means.dtype), self.means])
 
     def log_proportions(self) -> jax.Array:
-        """[components + 1]."""
+        """The logarithms of the proportions of all components, [components + 1]."""
         rest = jax.nn.log_softmax(self.logits) + jnp.log1p(-self.zero_proportion)
         return jnp.concatenate([jnp.log(self.zero_proportion)[None], rest])
 
     def log_joint(self, weights: jax.Array) -> jax.Array:
-        """log of proportion times density, [components + 1, ...]: sums over a first axis are the fast ones."""
+        """The logarithm of proportion times density for each component and each weight, [components + 1, ...]."""
 
         def joint(log_proportion: jax.Array, mean: jax.Array, log_precision: jax.Array) -> jax.Array:
             return log_proportion + stats.norm.logpdf(weights, mean, jnp.exp(-0.5 * log_precision))
 
+        # The components form the first axis, since sums over a first axis are the fast ones.
         return jax.vmap(joint)(self.log_proportions(), self.all_means(), self.log_precisions)
 
 
 def create_mixture(
     params: PyTree, components: int = 16, zero_proportion: float = 0.99, deviation: float | None = None
 ) -> Mixture:
-    """The mixture that retraining starts from, with means at equal distances over the range of the weights [U17 section 4.1].
+    """The mixture that retraining starts from. Its means have equal distances over the range of the weights [U17 section 4.1].
 
     Args:
-      params: of a plain network, trained.
-      components: beside the one at zero.
-      zero_proportion: of the component at zero, above 0 and below 1.
-      deviation: standard deviation of every component, above 0 and finite; where it is not given, the range of the weights by four times the
-        number of components. The greater it is, the more weights belong to a component at zero of a large proportion.
+      params: The params of a plain network, trained.
+      components: The number of components without the one at zero, at least 2.
+      zero_proportion: The proportion of the component at zero, above 0 and below 1.
+      deviation: The standard deviation of every component, above 0 and finite. None stands for the range of the weights divided by
+        4 * components. With a large ``zero_proportion``, a larger deviation assigns more weights to the component at zero.
 
     Raises:
-      ValueError: fewer than two components, or a proportion or deviation out of range.
+      ValueError: ``components`` is below 2, or ``zero_proportion`` or ``deviation`` is out of range.
     """
     if components < 2:
         raise ValueError(f"components is {components}; it must be at least 2.")
@@ -92,31 +99,28 @@ def create_mixture(
     )
 
 
-# Of the gamma hyper-priors over the precisions [U17 section 4.2]: shape and rate, for the component at zero and for the others.
-_ZERO_GAMMA, _OTHER_GAMMA = (5e3, 20e-1), (2.5e2, 1e-1)
-
-
 def mixture_nll(params: PyTree, mixture: Mixture) -> jax.Array:
-    """-log p(weights, precisions) of all kernels, in nats, up to a constant: a scalar [U17 eq. 2].
+    """-log p(weights, precisions) of all kernels in nats, up to a constant: a scalar [U17 eq. 2].
 
-    The gamma hyper-priors keep the components from growing infinitely narrow. Biases have no prior.
+    Gamma hyper-priors keep the components from becoming infinitely narrow. Biases have no prior.
 
     Args:
-      params: of a plain network.
-      mixture: of its weights.
+      params: The params of a plain network.
+      mixture: The prior of its weights.
     """
     weights = _all_weights(params)
-    rows = -(-weights.size // _AT_A_TIME)
-    padded = jnp.zeros(rows * _AT_A_TIME, weights.dtype).at[: weights.size].set(weights).reshape(rows, -1)
-    real = (jnp.arange(rows * _AT_A_TIME) < weights.size).reshape(rows, -1)
+    rows = -(-weights.size // _CHUNK)
+    padded = jnp.zeros(rows * _CHUNK, weights.dtype).at[: weights.size].set(weights).reshape(rows, -1)
+    is_weight = (jnp.arange(rows * _CHUNK) < weights.size).reshape(rows, -1)
 
-    # In pieces that fit the cache, computed again for the gradient: all joint densities at once would be many times as much memory.
+    # All joint densities at once would take many times the memory of the weights. Each chunk fits the cache, and its densities are
+    # computed again for the gradient.
     @jax.checkpoint
-    def add(total: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        some, there = piece
-        return total - jnp.sum(jnp.where(there, special.logsumexp(mixture.log_joint(some), axis=0), 0)), None
+    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        values, valid = chunk
+        return total - jnp.sum(jnp.where(valid, special.logsumexp(mixture.log_joint(values), axis=0), 0)), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(()), (padded, real))
+    total, _ = jax.lax.scan(add_chunk, jnp.zeros(()), (padded, is_weight))
     for (shape, rate), log_precisions in (
         (_ZERO_GAMMA, mixture.log_precisions[:1]),
         (_OTHER_GAMMA, mixture.log_precisions[1:]),
@@ -128,22 +132,46 @@ def mixture_nll(params: PyTree, mixture: Mixture) -> jax.Array:
 def collapse(
     params: PyTree, mixture: Mixture, *, closest: float = 1e-10
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Sets every weight to the mean of the component that is most responsible for it, and prunes those of the component at zero.
+    """Assigns every weight to the component that is most responsible for it. Weights of the component at zero are pruned.
 
-    First components that have become alike are merged: as long as any two have a symmetric KL divergence below ``closest``, the pair with the
-    smallest one becomes one, with the mean and variance of both [U17 section 4.3].
+    Equal components are merged first: while two components have a symmetric KL divergence below ``closest``, the closest pair becomes one
+    component with the mean and the variance of both [U17 section 4.3].
 
     Args:
-      params: of a plain network, retrained.
-      mixture: retrained with it.
-      closest: in nats.
+      params: The params of a plain network, retrained.
+      mixture: The mixture that was retrained with it.
+      closest: The smallest divergence between components that stay separate, in nats.
 
     Returns:
-      By layer name, the place of each weight's level (-1 where pruned), and the levels, as for ``reduce_to_levels``.
+      Two dictionaries by layer name for ``reduce_to_levels``: the index of each weight's level, -1 where pruned, and the levels.
     """
-    means = np.asarray(mixture.all_means(), np.float64)
-    variances = np.exp(-np.asarray(mixture.log_precisions, np.float64))
-    proportions = np.exp(np.asarray(mixture.log_proportions(), np.float64))
+    means, variances, proportions = _merge_components(
+        np.array(mixture.all_means(), np.float64),
+        np.exp(-np.asarray(mixture.log_precisions, np.float64)),
+        np.exp(np.asarray(mixture.log_proportions(), np.float64)),
+        closest,
+    )
+
+    def most_responsible(kernel: jax.Array) -> np.ndarray:
+        best, component = np.full(kernel.shape, -np.inf), np.zeros(kernel.shape, np.int32)
+        weights = np.asarray(kernel, np.float64)
+        for number, (mean, variance, proportion) in enumerate(zip(means, variances, proportions, strict=True)):
+            joint = np.log(proportion) - 0.5 * np.log(variance) - 0.5 * (weights - mean) ** 2 / variance
+            component, best = np.where(joint > best, number, component), np.maximum(joint, best)
+        return component
+
+    # Component 0 lies at zero and has no level, so that level i is the mean of component i + 1.
+    assignments = {name: most_responsible(kernel) - 1 for name, kernel in kernels_by_layer(params).items()}
+    return assignments, dict.fromkeys(assignments, means[1:].astype(np.float32))
+
+
+def _merge_components(
+    means: np.ndarray, variances: np.ndarray, proportions: np.ndarray, closest: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Merges the closest pair of components until all pairs differ by ``closest``. Component 0 keeps the mean 0.
+
+    The arrays are changed in place.
+    """
     while len(means) > 2:
         squared = (means[:, None] - means) ** 2
         divergence = (variances[:, None] + squared) / variances + (variances + squared.T) / variances[:, None]
@@ -153,25 +181,13 @@ def collapse(
         if divergence[first, second] >= closest:
             break
         first, second = sorted((first, second))
-        weight = proportions[[first, second]] / proportions[[first, second]].sum()
-        mean = 0.0 if first == 0 else weight @ means[[first, second]]  # the one at zero stays there
-        variances[first] = weight @ (variances[[first, second]] + (means[[first, second]] - mean) ** 2)
-        means[first], proportions[first] = mean, proportions[[first, second]].sum()
+        pair = [first, second]
+        weight = proportions[pair] / proportions[pair].sum()
+        mean = 0.0 if first == 0 else weight @ means[pair]
+        variances[first] = weight @ (variances[pair] + (means[pair] - mean) ** 2)
+        means[first], proportions[first] = mean, proportions[pair].sum()
         means, variances, proportions = (np.delete(array, second) for array in (means, variances, proportions))
-
-    def responsible(kernel: jax.Array) -> np.ndarray:
-        best, place = np.full(kernel.shape, -np.inf), np.zeros(kernel.shape, np.int32)
-        weights = np.asarray(kernel, np.float64)
-        for number, (mean, variance, proportion) in enumerate(zip(means, variances, proportions, strict=True)):
-            joint = np.log(proportion) - 0.5 * np.log(variance) - 0.5 * (weights - mean) ** 2 / variance
-            place, best = np.where(joint > best, number, place), np.maximum(joint, best)
-        return place - 1
-
-    assignments = {name: responsible(kernel) for name, kernel in kernels_by_layer(params).items()}
-    return assignments, dict.fromkeys(assignments, means[1:].astype(np.float32))
-
-
-_AT_A_TIME = 2048
+    return means, variances, proportions
 
 
 def _all_weights(params: PyTree) -> jax.Array:

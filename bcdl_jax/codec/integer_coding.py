@@ -7,7 +7,7 @@ probabilities, and is trained during coding (context mixing [Mahoney 2005], with
 the code is shorter than the entropy of the histogram.
 
 Integers are coded in chunks. The counts and weights stay fixed within a chunk, so that a chunk takes a few array operations. The encoder
-knows all decisions of a chunk, and computes their probabilities at once. The decoder needs the bits of one step for the next one. All
+has all decisions of a chunk, and computes their probabilities at once. The decoder needs the bits of one step for the next one. All
 results are exact integers, also where floating point computes them faster, so that every machine decodes the same values. FORMAT.md
 specifies the algorithm for other decoders.
 """

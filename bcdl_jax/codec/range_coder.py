@@ -29,7 +29,7 @@ class Encoder:
 
         Args:
           bits: The bits, 0 or 1.
-          probabilities: For each bit, the probability that it is 1, in units of 2^-16, from 1 to 65535.
+          probabilities: The probability that each bit is 1, in units of 2^-16, from 1 to 65535.
         """
         low, size = self._low, self._range
         for bit, probability in zip(bits, probabilities, strict=True):

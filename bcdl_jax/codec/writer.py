@@ -66,8 +66,9 @@ class FileWriter:
                 f"{MAX_AXES} axes."
             )
         sets = nonzero_indices(array)
-        extremes = array.min(initial=0), array.max(initial=0)
-        coded = array.dtype.kind in "biu" and all(abs(int(value)) <= MAX_CODED_MAGNITUDE for value in extremes)
+        coded = array.dtype.kind in "biu" and all(
+            abs(int(value)) <= MAX_CODED_MAGNITUDE for value in (array.min(initial=0), array.max(initial=0))
+        )
         if coded:
             # Coded zeros may take fewer bytes than the sets that leave them out.
             full = [np.ones(size, bool) for size in array.shape]

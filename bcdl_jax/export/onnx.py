@@ -38,7 +38,7 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
     Raises:
       ValueError: The first input has no leading axis, or the network does not run at every batch size.
       OSError: The file cannot be written.
-      ModuleNotFoundError: jax2onnx is not installed.
+      ModuleNotFoundError: The package jax2onnx is not installed.
       NotImplementedError: A primitive of the network has no counterpart in ONNX, or its conversion fails.
     """
     try:

@@ -30,7 +30,7 @@ def export_safetensors(
     Raises:
       ValueError: Two arrays have the same name, an array does not hold plain numbers, or ``metadata`` has an entry that is not a string.
       OSError: The file cannot be written.
-      ModuleNotFoundError: safetensors is not installed.
+      ModuleNotFoundError: The package safetensors is not installed.
     """
     try:
         from safetensors.numpy import save

@@ -130,7 +130,7 @@ class _Flattening(NamedTuple):
     """The values of one example that a dense layer reads after a flatten.
 
     Attributes:
-      places: For each input of the layer, its place among the flattened values, [in].
+      places: The place of each input of the layer among the flattened values, [in].
       shape: The shape of the values before the flatten, [*window, channels].
     """
 
@@ -157,7 +157,7 @@ class _Source(NamedTuple):
 
     Attributes:
       origin: The number of the value from which elements were only moved, or changed one by one.
-      places: For each element of the value, the place of its source in an example of the origin.
+      places: The place of each element's source in an example of the origin.
     """
 
     origin: int

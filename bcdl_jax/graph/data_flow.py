@@ -37,7 +37,7 @@ def analyze(
       program: A program, traced at the shapes of params and of example inputs.
       values: All values of the program for params and example inputs, from ``Program.evaluate``.
       num_params: The number of the program's inputs that are params. They come first.
-      moving_axes: For each value, the axes whose size depends on the batch size. An element is known only if it is known, and equal, at all
+      moving_axes: The axes of each value whose size depends on the batch size. An element is known only if it is known, and equal, at all
         indices along them.
       moving_constants: Numbers of the constants that depend on the batch size. They count as unknown.
 

@@ -37,7 +37,7 @@ class Product:
     """The facts about a matrix product or convolution.
 
     Attributes:
-      needed: For each contracted axis, flags of the indices that contribute to a live result.
+      needed: Flags of the indices that contribute to a live result, per contracted axis.
       folded: Flags over the contracted axes. They mark known elements of one operand that can be left out of the product, if a constant is
         added to its result instead. None if there are none.
       folded_side: The operand of the folded elements, 0 or 1; None if there are none.

@@ -15,7 +15,7 @@ from bcdl_jax._backend import on_cpu
 def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     """Max pooling over adjacent windows without padding.
 
-    The values are those of ``flax.linen.max_pool(inputs, window_shape, window_shape)``. On a CPU the gradient is several times as fast: it needs
+    The values agree with ``flax.linen.max_pool(inputs, window_shape, window_shape)``. On a CPU the gradient is several times as fast: it needs
     no scatter, and it works in the order of axes that a sampled ``Conv`` of this library leaves there. If several entries of a window are equal to
     its maximum, they share the gradient evenly. Flax assigns it to the first of them.
 

@@ -45,7 +45,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def start_fields(self, keys: Sequence[jax.Array], kernel: jax.Array, groups: int) -> dict[str, jax.Array | float]:
-        """The fields that the family adds to those of ``Posterior``, at the start of training.
+        """The start values of the fields that the family adds to ``Posterior``.
 
         Args:
           keys: ``start_keys`` PRNG keys.

@@ -84,7 +84,9 @@ class GroupHorseshoePosterior(Posterior):
         # One s per example: all groups of the layer share it.
         layer_noise = example_normal(layer_key, (num_examples, 1), mean.dtype)
         group_noise = example_normal(group_key, (num_examples, *mean.shape), mean.dtype)
-        return jnp.exp(mean[None] + jnp.sqrt(layer_variance) * layer_noise + jnp.sqrt(group_variance)[None] * group_noise)
+        return jnp.exp(
+            mean[None] + jnp.sqrt(layer_variance) * layer_noise + jnp.sqrt(group_variance)[None] * group_noise
+        )
 
     def with_scales_times(self, factor: jax.Array) -> Self:
         # The prior of the layer's scale is almost flat, so the geometric mean of the factors goes there.

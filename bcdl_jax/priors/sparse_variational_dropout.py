@@ -83,7 +83,10 @@ class SparseVariationalDropoutPosterior(Posterior):
         return pruned.with_masks(self.input_mask > 0, self.output_mask > 0)
 
     def inputs_read_by(self, outputs: jax.Array) -> jax.Array:
-        read = jnp.any((self.weight_mask > 0) & of_rank(outputs, self.weight_mask.ndim), axis=tuple(range(self.kernel_mean.ndim - 2)))
+        read = jnp.any(
+            (self.weight_mask > 0) & of_rank(outputs, self.weight_mask.ndim),
+            axis=tuple(range(self.kernel_mean.ndim - 2)),
+        )
         return jnp.any(self._by_feature_group(read), axis=-1).T.ravel()
 
     def with_masks(self, inputs: jax.Array, outputs: jax.Array) -> Self:

@@ -22,7 +22,7 @@ class TracedNetwork:
 
     Attributes:
       program: The program.
-      moving_axes: For each value, the axes whose size depends on the batch size.
+      moving_axes: The axes of each value whose size depends on the batch size.
       moving_constants: Numbers of the constants that depend on the batch size.
     """
 

@@ -26,7 +26,7 @@ def run_small_program(
       program: The program of the whole network, traced at the batch size of the inputs.
       plan: The plan of the small program.
       facts: The facts about each value.
-      moving_axes: For each value, the axes whose size depends on the batch size.
+      moving_axes: The axes of each value whose size depends on the batch size.
       small_params: The params by number, in the layouts of the plan.
       inputs: The inputs by number.
 

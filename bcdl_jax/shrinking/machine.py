@@ -25,7 +25,7 @@ class Machine:
       program: The program of the whole network, traced at the batch size of the run.
       plan: The plan.
       facts: The facts about each value.
-      moving_axes: For each value, the axes whose size depends on the batch size.
+      moving_axes: The axes of each value whose size depends on the batch size.
       values: The values computed so far with their layouts, by number.
     """
 

@@ -21,9 +21,9 @@ class Plan:
 
     Attributes:
       layouts: The layout of each value; None for a value that is not needed.
-      contracted: For each product, by the index of its step, the indices to sum over along each contracted axis.
-      reshapes: For each reshape, by the index of its step, its runs of axes, see ``reshape_groups``.
-      constants: For each product with folded elements, by the index of its step, the constant to add to its output. An axis along which
+      contracted: The indices to sum over along each contracted axis of a product, by the index of its step.
+      reshapes: The runs of axes of a reshape, by the index of its step, see ``reshape_groups``.
+      constants: The constant to add to the output of a product with folded elements, by the index of its step. An axis along which
         the constant does not change has size 1.
     """
 
@@ -39,7 +39,7 @@ def make_plan(program: Program, analysis: Analysis, moving_axes: Sequence[frozen
     Args:
       program: The program of the whole network.
       analysis: Its analysis.
-      moving_axes: For each value, the axes whose size depends on the batch size. They stay whole.
+      moving_axes: The axes of each value whose size depends on the batch size. They stay whole.
       multiple_of: The divisor of kept widths. Each width is rounded up to a multiple of it.
     """
     layouts: list[Layout | None] = []

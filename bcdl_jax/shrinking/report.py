@@ -111,7 +111,7 @@ def warn_of_empty_layers(report: ShrinkReport, has_elements: Sequence[bool]) -> 
 
     Args:
       report: The report.
-      has_elements: For each array of the params, a flag that it has elements before shrinking.
+      has_elements: A flag for each array of the params that has elements before shrinking.
     """
     layers: dict[str, list[bool]] = {}
     for leaf, filled in zip(report.leaves, has_elements, strict=True):

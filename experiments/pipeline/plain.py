@@ -155,8 +155,19 @@ def _tune_levels(work: PlainWork, pruned: Any, shared: tuple[Any, Any], key: jax
             phase="fine_tune",
             done=recipe.epochs,
         )
-    with_biases = {name: layer.replace(bias_mean=biases.get(name)) for name, layer in layers.items()}
-    return bcdl_jax.baselines.reduce_to_levels(with_biases, assignments, levels)
+    return bcdl_jax.baselines.reduce_to_levels(_with_biases(pruned, biases), assignments, levels)
+
+
+def _with_biases(net: Any, biases: dict[str, jax.Array]) -> Any:
+    """The network with other means of its biases, by layer name."""
+    layers = bcdl_jax.variational_layers(net)
+    tuned = iter([layer.replace(bias_mean=biases.get(name)) for name, layer in layers.items()])
+    # ``variational_layers`` has the order of the tree.
+    return jax.tree.map(
+        lambda node: next(tuned) if isinstance(node, bcdl_jax.Posterior) else node,
+        net,
+        is_leaf=lambda node: isinstance(node, bcdl_jax.Posterior),
+    )
 
 
 def _plain_params(levels_and_biases: tuple[Any, Any], assignments: Any) -> Any:

@@ -122,7 +122,7 @@ def soft_weight_sharing(work: PlainWork, params: Any, key: jax.Array) -> Found:
             make_loss(prior_weight), optimizer, (params, mixture), masks, round_key, end - begin, net=net, done=begin
         )
         assignments, levels = bcdl_jax.baselines.collapse(bcdl_jax.baselines.apply_masks(params, masks), mixture)
-        kept = bcdl_jax.baselines.mask_tree(params, {name: indices >= 0 for name, indices in assignments.items()})
+        kept = bcdl_jax.baselines.expand_masks(params, {name: indices >= 0 for name, indices in assignments.items()})
         masks = jax.tree.map(jnp.logical_and, masks, kept)
         params = bcdl_jax.baselines.apply_masks(params, masks)
     return params, masks, (assignments, levels)

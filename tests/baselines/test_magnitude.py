@@ -33,7 +33,7 @@ def test_the_largest_weights_of_each_layer_are_kept(key):
 def test_masks_by_layer_name_become_a_tree(key):
     params = plain(key)
     by_name = {name: np.asarray(kernel) > 0 for name, kernel in bcdl_jax.baselines.kernels_by_layer(params).items()}
-    masks = bcdl_jax.baselines.mask_tree(params, by_name)
+    masks = bcdl_jax.baselines.expand_masks(params, by_name)
     pruned = jax.jit(bcdl_jax.baselines.apply_masks)(params, masks)
     for name in by_name:
         np.testing.assert_array_equal(pruned[name]["kernel"], np.maximum(params[name]["kernel"], 0))
@@ -44,12 +44,12 @@ def test_masks_by_layer_name_become_a_tree(key):
     ):
         with pytest.raises(ValueError, match="masks must be a tree like params"):
             function(params, by_name)
-    with pytest.raises(ValueError, match="masks names the layers Conv_0; it must name Conv_0, Dense_0"):
-        bcdl_jax.baselines.mask_tree(params, {"Conv_0": by_name["Conv_0"]})
+    with pytest.raises(ValueError, match="masks has no value for layer Dense_0; the layers are Conv_0, Dense_0"):
+        bcdl_jax.baselines.expand_masks(params, {"Conv_0": by_name["Conv_0"]})
     with pytest.raises(ValueError, match=r"masks holds bool\[5\] for layer Conv_0; it must be bool\[3, 3, 2, 5\]"):
-        bcdl_jax.baselines.mask_tree(params, by_name | {"Conv_0": np.ones(5, bool)})
+        bcdl_jax.baselines.expand_masks(params, by_name | {"Conv_0": np.ones(5, bool)})
     with pytest.raises(ValueError, match=r"masks holds int32\[3, 3, 2, 5\] for layer Conv_0"):
-        bcdl_jax.baselines.mask_tree(params, by_name | {"Conv_0": np.ones((3, 3, 2, 5), np.int32)})
+        bcdl_jax.baselines.expand_masks(params, by_name | {"Conv_0": np.ones((3, 3, 2, 5), np.int32)})
 
 
 @pytest.mark.parametrize("splicing", [False, True])
@@ -98,5 +98,5 @@ def test_errors_are_one_sentence(key):
             function({"a": {"kernel": jnp.ones(3)}, "b": {"w": jnp.ones((3, 4))}})
     with pytest.raises(ValueError, match="kept holds 0; it must be above 0 and at most 1"):
         bcdl_jax.baselines.magnitude_masks(plain(key), 0)
-    with pytest.raises(ValueError, match="spread names the layers Dense_0; it must name Conv_0, Dense_0"):
+    with pytest.raises(ValueError, match="spread has no value for layer Conv_0; the layers are Conv_0, Dense_0"):
         bcdl_jax.baselines.surgery_thresholds(plain(key), {"Dense_0": 1.0})

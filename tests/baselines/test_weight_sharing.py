@@ -167,9 +167,9 @@ def test_errors_are_one_sentence(net):
     places, levels = bcdl_jax.baselines.share_weights(net[1], 3)
     with pytest.raises(ValueError, match="bias_bits is 17; it must be from 2 to 16"):
         bcdl_jax.baselines.reduce_to_levels(net[1], places, levels, bias_bits=17)
-    with pytest.raises(ValueError, match="levels has nothing for layer Dense_0; it has nothing"):
+    with pytest.raises(ValueError, match="levels lacks layer Dense_0; it has no layer"):
         bcdl_jax.baselines.reduce_to_levels(net[1], places, {})
     with pytest.raises(ValueError, match="counts holds 0 for layer"):
         bcdl_jax.baselines.share_weights(net[1], 0)
-    with pytest.raises(ValueError, match="counts names the layers nowhere; it must name"):
+    with pytest.raises(ValueError, match="counts names layer nowhere, which does not exist; the layers are"):
         bcdl_jax.baselines.share_weights(net[1], {"nowhere": 4})

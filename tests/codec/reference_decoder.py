@@ -1,4 +1,4 @@
-"""A slow, plain decoder of the compressed params file, in the terms and the order of bcdl_jax/FORMAT.md.
+"""A slow, simple decoder of the compressed params file, in the terms and the order of bcdl_jax/codec/FORMAT.md.
 
 It shares no code with bcdl_jax.
 """
@@ -30,13 +30,17 @@ _STEP_TYPES = [np.dtype("float32"), np.dtype("float16"), _BFLOAT16, np.dtype("fl
 
 
 def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
-    """Names, or None where none are stored, and entries of a compressed params file.
+    """Decodes a compressed params file.
 
-    An entry is a dict: of the kind "array" with its value, or of the kind "layer" with the fields of a quantised layer
-    (None for what it has not).
+    Args:
+      data: The bytes of the file.
+
+    Returns:
+      The names, or None if the file has none, and the entries. An entry is a dict of the kind "array" with its value, or of the kind
+      "layer" with the fields of a quantised layer (None for a missing bias or missing levels).
 
     Raises:
-      ValueError: the file is not one that the format allows.
+      ValueError: The file contradicts the format.
     """
     if len(data) < 4 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
         raise ValueError("The checksum is wrong.")
@@ -49,7 +53,7 @@ def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
     copied_length = reader.varint()
     headers = [_read_header(reader) for _ in range(number_of_entries)]
     stream_length = reader.left() - copied_length
-    _require(stream_length >= 0, "the copied part is longer than what is left")
+    _require(stream_length >= 0, "the copied part is longer than the rest of the file")
     stream = reader.take(stream_length)
 
     names = None
@@ -57,11 +61,11 @@ def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
         text = reader.take(reader.varint()).decode("utf-8")
         names = text.split("\n") if number_of_entries else []
         _require(bool(number_of_entries) or not text, "names without entries")
-        _require(len(names) == number_of_entries, "the number of names is not that of entries")
+        _require(len(names) == number_of_entries, "the number of names is not the number of entries")
 
     limits = _Limits(coded=4096 + 32 * len(data), elements=2**22 + 4096 * len(data))
     for header in headers:
-        _require(max(header.lengths(), default=0) <= limits.elements, "a length too large for its own")
+        _require(max(header.lengths(), default=0) <= limits.elements, "an axis that is too long for the file")
         limits.use_elements(math.prod(header.shape))
     contents = _Contents(_RangeDecoder(stream), limits)
     entries = [
@@ -79,7 +83,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 class _Bytes:
-    """Bytes read from front to back."""
+    """Bytes that are read from front to back."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -108,7 +112,7 @@ class _Bytes:
 
 @dataclass
 class _Limits:
-    """What may still be read, so that a small damaged file can't ask for much."""
+    """The numbers that may still be read. They bound the work that a small damaged file can cause."""
 
     coded: int
     elements: int
@@ -143,7 +147,7 @@ class _LayerHeader:
     prunes_weights: bool
     kernel_levels: np.ndarray | None
     has_bias: bool
-    kernel_bits: int | None  # None: not stored.
+    kernel_bits: int | None  # None if the file does not store it.
     bias_bits: int | None
     kernel_step: np.generic
     bias_step: np.generic | None
@@ -173,7 +177,7 @@ def _read_layer_header(reader: _Bytes, axes: int) -> _LayerHeader:
     has_bias = bool(flags & 1)
     shape = tuple(reader.varint() for _ in range(axes))
     feature_groups = reader.varint() if flags & 4 else 1
-    _require(feature_groups >= 2 or not flags & 4, "feature groups that are none")
+    _require(feature_groups >= 2 or not flags & 4, "fewer than two feature groups")
     kernel_bits = reader.byte() if flags & 8 else None
     bias_bits = reader.byte() if flags & 8 and has_bias else None
     levels = None
@@ -259,7 +263,7 @@ def _read_array(header: _ArrayHeader, contents: _Contents, copied: _Bytes) -> di
 
 
 def _placed(values: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
-    """The array with these values, in row-major order, at the kept indices, and zero elsewhere."""
+    """The array with the values at the kept indices, in row-major order, and zeros elsewhere."""
     array = np.zeros([len(mask) for mask in masks], values.dtype)
     if masks:
         array[np.ix_(*masks)] = values.reshape([np.count_nonzero(mask) for mask in masks])
@@ -274,10 +278,10 @@ class _Contents:
     def __init__(self, coder: _RangeDecoder, limits: _Limits) -> None:
         self.coder = coder
         self._limits = limits
-        self._latest_set: dict[int, np.ndarray] = {}  # By the number of indices.
+        self._latest_set: dict[int, np.ndarray] = {}  # By number of indices.
 
     def kept(self, length: int) -> np.ndarray:
-        """A set of kept indices, as a mask."""
+        """Reads a set of kept indices, as a mask."""
         coding = self.coder.raw(2)
         if coding == 0:
             mask = np.ones(length, bool)
@@ -304,7 +308,7 @@ class _Contents:
         return np.array(bits, bool)
 
     def _indices(self, length: int) -> list[int]:
-        """A list of indices below ``length``."""
+        """Reads a list of indices below ``length``."""
         count = self.coder.raw(32)
         _require(count <= length, "more indices than there are")
         indices = []
@@ -317,7 +321,7 @@ class _Contents:
         return indices
 
     def integer_array(self, masks: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-        """Integers at the kept indices, in an array that is zero elsewhere."""
+        """Reads the integers at the kept indices, in an array that is zero elsewhere."""
         integers = self._integers([int(np.count_nonzero(mask)) for mask in masks])
         smallest, largest = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
         _require(all(smallest <= integer <= largest for integer in integers), "an integer out of range of its type")
@@ -344,12 +348,12 @@ class _Contents:
         indices = self._indices(count)
         integers = [0] * count
         for index, value in zip(indices, self._scaled(len(indices), None)):
-            _require(value != 0, "a zero among the integers that are not")
+            _require(value != 0, "a zero among the nonzero integers")
             integers[index] = value
         return integers
 
     def _scaled(self, count: int, row_length: int | None) -> list[int]:
-        """Scaled integers; nothing is read for none."""
+        """Reads scaled integers. A count of 0 reads no bits."""
         if count == 0:
             return []
         self._limits.use_coded(count)
@@ -379,7 +383,7 @@ class _RangeDecoder:
             self._code = (self._code << 8 | self._next_byte()) & 0xFFFFFFFF
 
     def bit(self, probability: int) -> int:
-        """A bit that is 1 with this probability, in units of 2^-16."""
+        """Decodes a bit that is 1 with this probability, in units of 2^-16."""
         bound = (self._range >> 16) * probability
         bit = int(self._code < bound)
         if bit:
@@ -391,7 +395,7 @@ class _RangeDecoder:
         return bit
 
     def raw(self, bits: int) -> int:
-        """A number of this many raw bits."""
+        """Decodes a number of ``bits`` raw bits."""
         value = 0
         for _ in range(bits):
             self._range >>= 1
@@ -431,7 +435,7 @@ class _ScaledIntegers:
         start = 65536 // len(self._inputs) + 4096
         self._weights: dict[tuple[int, int], int] = defaultdict(lambda: start)
         self._values: list[int] = []
-        self._steps: list[list[_Decision]] = []  # Of the chunk.
+        self._steps: list[list[_Decision]] = []  # The decisions of the chunk, step by step.
 
     def read(self, count: int) -> list[int]:
         while len(self._values) < count:
@@ -447,14 +451,14 @@ class _ScaledIntegers:
         negative = self._step(dict.fromkeys(places, 1), contexts)
 
         digits = dict.fromkeys(places, 1)
-        asked = places
+        longer_places = places
         for e in range(31):
-            longer = self._step(dict.fromkeys(asked, 2 + e), contexts)
-            asked = [place for place in asked if longer[place]]
-            for place in asked:
+            longer = self._step(dict.fromkeys(longer_places, 2 + e), contexts)
+            longer_places = [place for place in longer_places if longer[place]]
+            for place in longer_places:
                 digits[place] += 1
 
-        magnitudes = dict.fromkeys(places, 1)  # The leading bits, as far as they are known.
+        magnitudes = dict.fromkeys(places, 1)  # The leading bits that are decoded so far.
         for t in range(3):
             kinds = {
                 place: 40 + 8 * (digits[place] - 1) + magnitudes[place] for place in places if digits[place] - 1 > t
@@ -488,7 +492,7 @@ class _ScaledIntegers:
         )
 
     def _step(self, kinds: dict[int, int], contexts: list[tuple[int, ...]]) -> dict[int, int]:
-        """Decides a question of the given kind at each place, in ascending order."""
+        """Decodes a decision of the given kind at each place, in ascending order."""
         decisions = {place: self._decide(kind, contexts[place]) for place, kind in kinds.items()}
         self._steps.append(list(decisions.values()))
         return {place: decision.bit for place, decision in decisions.items()}

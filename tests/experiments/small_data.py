@@ -1,15 +1,15 @@
-"""A few of the embedded digits, for runs in tests."""
+"""A small part of the embedded digits, for runs in tests."""
 
 import numpy as np
 
 from experiments.io import data
 
-# To trace or initialise the LeNets with.
+# A batch for tracing and initialising the LeNets.
 SAMPLE_IMAGES = np.zeros((1, 28, 28, 1), np.uint8)
 
 
 def few_digits(train: int, validation: int, test: int) -> data.Dataset:
-    """So many digits of each part, in random order: the file is sorted by class."""
+    """The data set with the given numbers of digits. They are chosen at random, since the file is sorted by class."""
     whole = data.load("mnist_5k")
 
     def few(split, count):

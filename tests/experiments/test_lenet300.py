@@ -97,7 +97,7 @@ def test_metrics_file(finished):
 
 
 def test_reduced_parameters_score_as_reported(finished):
-    """The error is computed again in plain numpy from the integers and steps in the file."""
+    """NumPy computes the error again from the integers and steps in the file."""
     _, out = finished
     test = data.load("mnist_5k").test
     with np.load(out / "reduced_seed5.npz", allow_pickle=False) as file:
@@ -149,7 +149,8 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     monkeypatch.setattr(data, "_load_full", unavailable)
     assert score.main([path]) == 2
     assert (
-        "Full MNIST is not available (no internet connection), on whose test images the files are scored" in capsys.readouterr().err
+        "Full MNIST is not available (no internet connection), on whose test images the files are scored"
+        in capsys.readouterr().err
     )
     assert score.main(["--dataset", "cifar", path]) == 2
     assert "--dataset is 'cifar'" in capsys.readouterr().err
@@ -161,13 +162,13 @@ def test_pictures(finished):
         with Image.open(out / name) as picture:
             assert min(picture.size) >= 300
             if name.endswith(".gif"):
-                assert picture.n_frames == 5  # the start and four epochs
+                assert picture.n_frames == 5  # These are the start and four epochs.
                 first = np.asarray(picture.convert("RGB"), np.int32)
                 picture.seek(4)
                 assert np.abs(np.asarray(picture.convert("RGB"), np.int32) - first).max() > 50
 
 
-def test_an_existing_directory_is_not_touched(finished, capsys):
+def test_an_existing_directory_stays_unchanged(finished, capsys):
     _, out = finished
     before = (out / "result.json").read_bytes()
     assert lenet300.main(["--dataset", "mnist_5k", "--quick", "--out", str(out)]) == 2
@@ -176,7 +177,7 @@ def test_an_existing_directory_is_not_touched(finished, capsys):
 
 
 def interrupted(monkeypatch, number, arguments):
-    """The exit status of a run that is sent a signal in its second epoch."""
+    """The exit status of a run that receives a signal in its second epoch."""
     show = Progress.show
 
     def interrupt(self, report):
@@ -191,7 +192,7 @@ def interrupted(monkeypatch, number, arguments):
     return stopped.value.code
 
 
-def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_finished_files(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["--dataset", "mnist_5k", "--quick", "--out", str(out)]
     assert interrupted(monkeypatch, signal.SIGINT, arguments) == 130
@@ -202,7 +203,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, monkeypatch, capsys):
         assert file["Dense_0/kernel_mean"].shape == (1, 784, 300)
 
 
-def test_after_sigterm_a_run_goes_on_to_the_same_files(finished, tmp_path, monkeypatch, capsys):
+def test_a_run_resumed_after_sigterm_writes_the_same_files(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
     assert interrupted(monkeypatch, signal.SIGTERM, arguments) == 143
@@ -253,11 +254,11 @@ def test_a_failed_seed_is_shown_and_left_out_of_the_mean(finished, capsys):
     assert make_result(context, failed, **about)["mean"] is None
 
 
-def test_epochs_on_the_command_line_take_the_warm_up_along():
+def test_the_warm_up_keeps_its_share_of_the_epochs():
     args = options.parse(lenet300.EXPERIMENT, ["--epochs", "26", "--learning-rate", "0.01"])
     adapted = options.adapt(lenet300.EXPERIMENT.recipe("mnist"), args)
     assert (adapted.epochs, adapted.warmup_epochs) == (26, 5)
-    assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.001)  # of 2e-3 and 2e-4
+    assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.001)  # The recipe has 2e-3 and 2e-4.
     adapted = options.adapt(lenet300.EXPERIMENT.recipe("mnist_5k"), args)
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
 
@@ -308,7 +309,7 @@ def test_ctrl_c_from_outside(tmp_path):
         (["--out", "/proc/nothing"], "--out /proc/nothing cannot be written"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_prints_one_sentence_and_writes_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     dataset = [] if "--dataset" in arguments else ["--dataset", "mnist_5k"]
     assert lenet300.main([*dataset, *arguments]) == 2
@@ -343,8 +344,8 @@ def test_pretrained_weights_of_another_network_are_refused(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_pretrained_net_is_where_training_starts(tmp_path):
-    """Weights of a finished run start another one at its error."""
+def test_training_starts_from_a_pretrained_network(tmp_path):
+    """A run that starts from the weights of another run has its error after a very small step."""
     finished = tmp_path / "first"
     assert lenet300.main(["--dataset", "mnist_5k", "--seeds", "0", "--epochs", "20", "--out", str(finished)]) == 0
     with np.load(finished / "trained_seed0.npz") as file:

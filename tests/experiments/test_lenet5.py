@@ -60,6 +60,7 @@ def finished(tmp_path_factory):
         return lenet5.main([*arguments, "--seeds", "2", "--out", str(out)]), out, dataset
 
 
+@pytest.mark.slow
 def test_the_change_of_the_predictions_is_their_divergence(finished):
     _, out, dataset = finished
     model, images = LeNet5(), dataset.validation.images
@@ -72,12 +73,13 @@ def test_the_change_of_the_predictions_is_their_divergence(finished):
     expected = np.mean(scipy.stats.entropy(old, new, axis=-1))
     assert float(measures.measure_change(model, images)(nets[0])(nets[1])) == pytest.approx(expected, rel=1e-3)
     assert float(measures.measure_change(model, images)(nets[0])(nets[0])) == pytest.approx(0, abs=1e-6)
-    # Once some groups are masked, the same without them.
+    # The change is the same without the groups that are already masked.
     further = bcdl_jax.prune(nets[1], float(np.quantile(bcdl_jax.compression.pruning_scores(trained)["Dense_0"], 0.3)))
     whole, shrunk = (measures.measure_change(model, images, masked)(nets[1])(further) for masked in (None, nets[1]))
     assert 1e-4 < float(whole) == pytest.approx(float(shrunk), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_all_files_are_there(finished):
     status, out, _ = finished
     assert status == 0
@@ -88,6 +90,7 @@ def test_all_files_are_there(finished):
     assert files == expected
 
 
+@pytest.mark.slow
 def test_result_file(finished):
     _, out, dataset = finished
     result = json.loads((out / "result.json").read_text())
@@ -98,7 +101,7 @@ def test_result_file(finished):
     assert run["float32_bytes"] == 4 * 431_080
     assert run["multiply_adds"][0] == 24 * 24 * 500 + 8 * 8 * 25_000 + 800 * 500 + 5000
     assert run["kept_units"][2] <= 16 * run["kept_units"][1]
-    # The pre-trained error again, with NumPy's arithmetic.
+    # NumPy computes the error of the pre-trained network again.
     with np.load(out / "pretrained_seed2.npz", allow_pickle=False) as file:
         assert str(file["trained_on"]) == "mnist_5k"
         assert {name: file[f"{name}/kernel"].shape for name in SHAPES} == SHAPES
@@ -114,7 +117,8 @@ def test_result_file(finished):
     assert error == pytest.approx(run["test_error"]["pretrained"], abs=1.6)
 
 
-def test_metrics_and_event_files_say_the_same(finished):
+@pytest.mark.slow
+def test_metrics_and_event_files_agree(finished):
     _, out, _ = finished
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["epoch"]) for line in lines] == [
@@ -138,13 +142,14 @@ def scalars(path):
     from tensorboardX.proto.event_pb2 import Event
 
     content, events = path.read_bytes(), []
-    while content:  # records: length, checksum of it, data, checksum of it
+    while content:  # A record is a length, its checksum, the data and their checksum.
         length = int.from_bytes(content[:8], "little")
         events.append(Event.FromString(content[12 : 12 + length]))
         content = content[16 + length :]
     return {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
 
 
+@pytest.mark.slow
 def test_pictures(finished):
     _, out, _ = finished
     for name in lenet5.EXPERIMENT.pictures:
@@ -153,6 +158,7 @@ def test_pictures(finished):
             assert not name.endswith(".gif") or picture.n_frames == 2
 
 
+@pytest.mark.slow
 def test_the_compressed_file_is_recognised_and_scored(finished, tmp_path, capsys):
     _, out, _ = finished
     path = out / "compressed_seed2.bcdl"
@@ -180,7 +186,7 @@ def test_the_compressed_file_is_recognised_and_scored(finished, tmp_path, capsys
         (["--thresholds", "1", "2", "3"], "--thresholds has 3 values; it must have 4, one per layer"),
     ],
 )
-def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_prints_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert lenet5.main(["--dataset", "mnist_5k", *arguments]) == 2
     error = capsys.readouterr().err

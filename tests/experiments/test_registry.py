@@ -74,6 +74,7 @@ def result_of(experiment, method, out):
     return json.loads((out / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_new_prior_is_one_entry(digits, tmp_path, capsys):
     with registry.PRIORS.temporarily(PRIOR):
         result = result_of(EXPERIMENTS["lenet300"], "fixed", tmp_path)
@@ -82,8 +83,11 @@ def test_a_new_prior_is_one_entry(digits, tmp_path, capsys):
     assert result["runs"][0]["rate_paper"]["reduced"] > 1
 
 
+@pytest.mark.slow
 def test_a_new_plain_method_is_one_entry(digits, tmp_path, capsys):
-    recipe = dataclasses.replace(EXPERIMENTS["lenet300"].recipe("mnist_5k", method="sws"), levels=(8, 8, 8))
+    recipe = dataclasses.replace(
+        EXPERIMENTS["lenet300"].recipe("mnist_5k", method="sws"), batch_size=32, levels=(8, 8, 8)
+    )
     recipes = EXPERIMENTS["lenet300"].recipes | {"half": {"mnist": recipe}}
     experiment = dataclasses.replace(EXPERIMENTS["lenet300"], recipes=recipes)
     with registry.PLAIN_METHODS.temporarily(METHOD):
@@ -92,6 +96,7 @@ def test_a_new_plain_method_is_one_entry(digits, tmp_path, capsys):
     assert result["runs"][0]["kept_weights"] == pytest.approx(266_200 / 2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_new_experiment_is_one_entry(digits, tmp_path, capsys):
     small = registry.Experiment(
         "small", "lenet300", (), EXPERIMENTS["lenet300"].recipes, {"epochs": 1, "fine_tune_epochs": 0}

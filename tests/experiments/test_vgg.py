@@ -1,4 +1,4 @@
-"""The VGG experiment, on a few padded digits with a narrow network."""
+"""The VGG experiment, with a narrow network on a few padded digits."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def test_errors_are_one_sentence(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_images_are_mirrored_half_of_the_time():
+def test_images_are_mirrored_with_probability_one_half():
     images = jax.random.randint(jax.random.key(0), (400, 4, 4, 2), 0, 256).astype(jnp.uint8)
     found = np.asarray(jax.jit(functools.partial(augmented, mirror=True))(images, jax.random.key(1)))
     same = (found == np.asarray(images)).all((1, 2, 3))
@@ -55,7 +55,7 @@ def test_images_are_mirrored_half_of_the_time():
     assert 150 < same.sum() < 250
 
 
-def test_images_are_moved_by_all_distances_alike_and_reflected_at_the_edges():
+def test_shifts_have_equal_probabilities_and_reflect_at_the_edges():
     images = jax.random.randint(jax.random.key(0), (900, 5, 6, 2), 0, 256).astype(jnp.uint8)
     found = np.asarray(jax.jit(functools.partial(augmented, shift=1))(images, jax.random.key(1)))
     padded = np.pad(np.asarray(images), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
@@ -71,7 +71,7 @@ def test_images_are_moved_by_all_distances_alike_and_reflected_at_the_edges():
             augmented(images, jax.random.key(1), shift=shift)
 
 
-def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
+def test_a_loss_with_random_changes_of_images_shrinks_at_any_batch_size():
     model = networks.VGG(bcdl_jax.GroupNormalJeffreys(), widths=((3, 4),), hidden=5, batch_norm=False)
     images = jax.random.randint(jax.random.key(0), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)
     batch, key = (images, jnp.arange(6)), jax.random.key(1)
@@ -96,7 +96,7 @@ def test_what_is_changed_at_random_can_shrink_at_any_batch_size():
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "quick"
     dataset = few_digits(64, 32, 32)
-    # So few steps teach nothing: by its predictions, on some machines, all of the network could be pruned.
+    # The network learns nothing in so few steps. Chosen thresholds could prune all of it on some machines, so they are given.
     thresholds = ["--thresholds", *["3"] * len(vgg.EXPERIMENT.network.chain)]
     arguments = ["--dataset", "mnist_5k", "--quick", "--width", "0.05", "--seeds", "1", *thresholds, "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
@@ -104,6 +104,7 @@ def finished(tmp_path_factory):
         return vgg.main(arguments), out
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_files_and_its_width(finished):
     status, out = finished
     assert status == 0
@@ -119,7 +120,8 @@ def test_a_run_writes_its_files_and_its_width(finished):
     }
 
 
-def test_the_file_is_scored_with_its_width_alone(finished):
+@pytest.mark.slow
+def test_the_file_is_scored_at_its_width_only(finished):
     _, out = finished
     (error,) = scoring.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.05)
     assert 0 <= error <= 100

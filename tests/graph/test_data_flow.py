@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 
 import bcdl_jax
 from bcdl_jax.graph import analyze, trace
@@ -8,6 +9,7 @@ from tests.conftest import CHAIN, CONV_CHAIN
 from tests.shrinking.random_networks import random_network
 
 
+@pytest.mark.slow
 def test_values_that_are_not_evaluated_are_wholly_unknown(net, conv_net, key):
     """Compares with an analysis for which all values are evaluated."""
     cases = [random_network(seed) for seed in range(1000, 1006)]

@@ -173,6 +173,7 @@ def test_training_lowers_the_loss(trained, key):
     assert metrics["nll"] < 0.8 * first["nll"]
 
 
+@pytest.mark.slow
 def test_pruned_network_has_zeros_shrinks_and_survives_a_file(trained, key, tmp_path):
     params, inputs = trained
     model = Net()

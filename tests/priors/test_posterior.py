@@ -81,7 +81,7 @@ def test_kernel_mask_against_loops(feature_groups):
     inputs, features = 6, 12
     values = np.random.default_rng(1)
     input_mask, output_mask = (jnp.asarray(values.integers(0, 2, size), jnp.float32) for size in (inputs, features))
-    mask = kernel_mask((3, inputs // feature_groups, features), input_mask, output_mask)
+    (mask,) = kernel_mask((3, inputs // feature_groups, features), input_mask, output_mask)
     per_group_in, per_group_out = inputs // feature_groups, features // feature_groups
     for o in range(features):
         for i in range(per_group_in):

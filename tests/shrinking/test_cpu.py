@@ -138,6 +138,7 @@ def test_a_large_batch_is_cut_to_chunks_that_fit_the_cache(net):
     assert loop.params["length"] == 65536 // 2048  # The largest value has 4 x 4 x 30 numbers; 2,048 of it fit 4 MiB.
 
 
+@pytest.mark.slow
 def test_shrunk_networks_under_vmap_and_grad(net):
     apply, params, images = net
     kernel = params["params"]["Conv_1"]["kernel"]

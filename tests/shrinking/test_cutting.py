@@ -11,6 +11,7 @@ from tests.conftest import assert_trees_close
 from tests.shrinking.networks import ResNet, dense_chain, random_chain
 
 
+@pytest.mark.slow
 def test_report_gives_the_kept_indices_and_cut_follows_them():
     params = random_chain(3)
     inputs = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)

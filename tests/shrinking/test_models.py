@@ -57,6 +57,7 @@ class Transformer(nn.Module):
         return nn.Dense(4)(nn.LayerNorm()(x)[:, 0])
 
 
+@pytest.mark.slow
 def test_a_vision_transformer(key):
     model, inputs = Transformer(), jax.random.normal(key, (3, 8, 8, 3))
     params = numpy_tree(model.init(key, inputs)["params"])

@@ -1,4 +1,4 @@
-"""Tests that need eight devices: ``test_mesh.py`` runs them in a process with eight fake ones."""
+"""Tests that need eight devices. ``test_mesh.py`` runs them in a process with eight simulated ones."""
 
 import re
 

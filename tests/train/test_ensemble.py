@@ -7,11 +7,9 @@ import optax
 import pytest
 
 import bcdl_jax
-from bcdl_jax import ensemble
+from bcdl_jax.train import trainer
 from tests.conftest import assert_trees_close
-from tests.train.test_step import BATCH, EXAMPLES, copy, data, nll, setup, validation_error
-
-__all__ = ["data"]  # the fixture
+from tests.train.helpers import BATCH, EXAMPLES, copy, nll, setup, validation_error
 
 
 def test_training_reports_every_epoch_and_learns(data):
@@ -194,7 +192,7 @@ def test_a_run_ended_anywhere_goes_on_bit_by_bit(data, in_turn, monkeypatch):
     """Ended after every three chunks, of one step each here, beside a run of whole epochs: same states, each epoch reported once."""
     step, _, states = setup(OPTIMIZER, seeds=(3, 4), kl_weight=bcdl_jax.kl_warmup(10))
     expected, expected_reports, _ = train(copy(states), data, step, (3, 4), epochs=2, in_turn=in_turn)
-    monkeypatch.setattr(ensemble, "_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "_CHUNK_SECONDS", 0.0)
     reports, ends, ended = [], 0, True
     while ended:
         stop = functools.partial(next, iter([False] * 3), True)

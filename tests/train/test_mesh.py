@@ -12,7 +12,17 @@ import bcdl_jax
 def test_on_eight_devices():
     """The number of fake devices is set before JAX starts, so in a process of its own."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/on_eight_devices.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/train/on_eight_devices.py",
+    ]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 

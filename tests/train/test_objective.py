@@ -48,5 +48,5 @@ def test_warm_up_refuses_nonsense():
     with pytest.raises(ValueError, match="must be 'linear' or 'cosine'"):
         bcdl_jax.kl_warmup(1, "square")
     for weight in (-0.1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"to is .*; it must be a number of 0 or more"):
+        with pytest.raises(ValueError, match=r"to is .*; it must be a finite number of 0 or more"):
             bcdl_jax.kl_warmup(1, to=weight)

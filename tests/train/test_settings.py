@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import bcdl_jax
 from tests.conftest import SmallNet, assert_trees_close
@@ -12,6 +13,7 @@ def nll(params, batch, key):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
+@pytest.mark.slow
 def test_many_settings_at_once_are_each_setting_alone(key):
     """Learning rates within a schedule, and KL weights, in an ensemble with reports."""
     inputs = jax.random.normal(key, (24, 6))

@@ -7,18 +7,16 @@ import optax
 import pytest
 
 import bcdl_jax
-from bcdl_jax import ensemble, shrinking_training
 from bcdl_jax._tree import map_named_layers
 from bcdl_jax.graph.counting import multiply_adds, multiply_adds_by_owner
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.posterior import Posterior
+from bcdl_jax.train import trainer, validation, while_shrinking
 from bcdl_jax.train.while_shrinking import mask_further, shrink_measure
 from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
+from tests.train.helpers import BATCH, EXAMPLES, copy, setup
+from tests.train.helpers import nll as dense_nll
 from tests.train.test_ensemble import train
-from tests.train.test_step import BATCH, EXAMPLES, copy, data, setup
-from tests.train.test_step import nll as dense_nll
-
-__all__ = ["data"]  # the fixture
 
 OPTIMIZER = optax.chain(optax.adam(optax.cosine_decay_schedule(0.01, 40)), bcdl_jax.train.params_ema(0.9))
 
@@ -69,7 +67,7 @@ def assert_same_where_kept(small, whole, params):
 def test_a_shrunk_step_equals_the_masked_step(multiple_of):
     state, conv_data = conv_state()
     state = bcdl_jax.train.prune_state(state, 3.0, CONV_CHAIN).replace(step=jnp.int32(5))
-    shrinking = bcdl_jax.train.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=multiple_of)
+    shrinking = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=multiple_of)
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
     small = bcdl_jax.train.leave_out_pruned(shrinking, state, batch)
     shapes = [layer.kernel_shape for layer in bcdl_jax.variational_layers(small.state.params).values()]
@@ -142,14 +140,14 @@ def test_a_measure_of_more_than_examples_is_taken_at_full_size():
 def test_it_shrinks_only_where_that_pays():
     state, conv_data = conv_state()
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
-    shrinking = bcdl_jax.train.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1)
+    shrinking = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1)
     small = bcdl_jax.train.prune_and_shrink(shrinking, state, batch)
     before, after = small.report.multiply_adds
     assert after < 0.5 * before
     assert bcdl_jax.train.prune_and_shrink(shrinking, small.whole, batch, small) is None  # nothing new is gone
-    wanting = bcdl_jax.train.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, least_saving=0.9)
+    wanting = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, least_saving=0.9)
     assert bcdl_jax.train.prune_and_shrink(wanting, state, batch) is None
-    safe = bcdl_jax.train.Shrinking(conv_nll, make_step, 30.0, CONV_CHAIN)
+    safe = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 30.0, CONV_CHAIN)
     assert bcdl_jax.train.prune_and_shrink(safe, state, batch) is None
     assert bcdl_jax.train.leave_out_pruned(shrinking, state, batch) is None  # nothing is masked
     empty = state.replace(params=bcdl_jax.prune(state.params, -1e9, CONV_CHAIN))
@@ -178,9 +176,9 @@ def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
     groups = bcdl_jax.variational_layers(state.params)[last].scale_mean.size
     params = with_dead_groups(state.params, {last: range(groups - groups // 3, groups)})
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
-    shrinking = bcdl_jax.train.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1)
+    shrinking = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1)
     tried = []
-    monkeypatch.setattr(shrinking_training, "shrink_training", lambda *_: tried.append(1))
+    monkeypatch.setattr(while_shrinking, "leave_out_pruned", lambda *_: tried.append(1))
     assert bcdl_jax.train.prune_and_shrink(shrinking, state.replace(params=params), batch) is None
     assert not tried
     fresh, _ = conv_state()
@@ -190,9 +188,9 @@ def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
 
 def test_the_groups_are_looked_at_ever_more_rarely():
     for first, expected in ((1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]), (3, [3, 6, 9, 12, 18, 24, 36])):
-        shrinking = bcdl_jax.train.Shrinking(dense_nll, make_step, 3.0, first=first)
+        shrinking = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0, first_check=first)
         assert [epochs for epochs in range(40) if shrinking.is_due(epochs)] == expected
-    often = bcdl_jax.train.Shrinking(dense_nll, make_step, 3.0, first=3, regular=True)
+    often = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0, first_check=3, regular_checks=True)
     assert [epochs for epochs in range(13) if often.is_due(epochs)] == [3, 6, 9, 12]
     assert not often.is_settled(1000)
 
@@ -208,7 +206,7 @@ def test_what_is_gone_may_be_found_from_the_params():
 
     found = [
         bcdl_jax.train.prune_and_shrink(
-            bcdl_jax.train.Shrinking(conv_nll, make_step, each, CONV_CHAIN, multiple_of=1), state, batch
+            bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, each, CONV_CHAIN, multiple_of=1), state, batch
         ).report
         for each in (3.0, thresholds)
     ]
@@ -225,7 +223,9 @@ def test_what_is_gone_may_go_by_another_score():
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
     shrunk = [
         bcdl_jax.train.prune_and_shrink(
-            bcdl_jax.train.Shrinking(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, score=score), state, batch
+            bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, score=score),
+            state,
+            batch,
         )
         for score in (bcdl_jax.compression.log_dropout_rate, bcdl_jax.compression.log_noise_to_signal)
     ]
@@ -234,13 +234,15 @@ def test_what_is_gone_may_go_by_another_score():
     assert masks[1][4] == 0
 
 
-def shrinking_ensemble(data, stop=None, states=None, first=2, epochs=5, **options):
+def shrinking_ensemble(data, stop=None, states=None, first_check=2, epochs=5, **options):
     """Two seeds, of which groups die in the first while it is trained: shrunk after the second and the fourth epoch."""
     _, _, fresh = setup(OPTIMIZER, seeds=(3, 4))
     if states is None:
         params = with_dead_groups(bcdl_jax.train.select_seed(fresh, 0).params, {"Dense_1": [0, 1], "Dense_2": [2, 3]})
         states = fresh.replace(params=bcdl_jax.train.stack_seeds([params, bcdl_jax.train.select_seed(fresh, 1).params]))
-    shrinking = bcdl_jax.train.Shrinking(dense_nll, make_step, 3.0, CHAIN, first=first, multiple_of=1, **options)
+    shrinking = bcdl_jax.train.ShrinkingConfig(
+        dense_nll, make_step, 3.0, CHAIN, first_check=first_check, multiple_of=1, **options
+    )
     return train(
         states, data, make_step(dense_nll), (3, 4), epochs=epochs, in_turn=True, shrinking=shrinking, stop=stop
     )
@@ -249,12 +251,14 @@ def shrinking_ensemble(data, stop=None, states=None, first=2, epochs=5, **option
 def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypatch):
     expected, reports, _ = shrinking_ensemble(data)
     (news,) = [news for report in reports for news in report.news]
-    assert news.startswith("Seed 3, epoch 2: trained on as Dense_0 6 x 3, Dense_1 3 x 2, Dense_2 2 x 3; multiply-adds ")
+    assert news.startswith(
+        "Seed 3, epoch 2: training continues with Dense_0 6 x 3, Dense_1 3 x 2, Dense_2 2 x 3; multiply-adds "
+    )
     masks = expected.params["Dense_1"]["posterior"].input_mask
     assert masks.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert reports[-1].reports[0].kept["Dense_1"] <= 3
 
-    monkeypatch.setattr(ensemble, "_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "_CHUNK_SECONDS", 0.0)
     states, resumed, ended, ends = None, [], True, 0
     while ended:
         stop = functools.partial(next, iter([False] * 17), True)
@@ -280,7 +284,7 @@ def test_what_is_gone_can_be_masked_alone(data, monkeypatch):
     )
     assert_trees_close(kernels, small_kernels, rtol=1e-5)  # what is masked counts as zero
 
-    monkeypatch.setattr(ensemble, "_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "_CHUNK_SECONDS", 0.0)
     stop = functools.partial(next, iter([False] * 29), True)
     states, _, ended = shrinking_ensemble(data, stop, leave_out=False)
     assert ended
@@ -291,7 +295,7 @@ def test_what_is_gone_can_be_masked_alone(data, monkeypatch):
 def test_nothing_is_masked_that_would_leave_a_layer_empty(data):
     states, _, _ = shrinking_ensemble(data, leave_out=False, epochs=1)
     state = bcdl_jax.train.select_seed(states, 0)
-    everything = bcdl_jax.train.Shrinking(dense_nll, make_step, -100.0, CHAIN, leave_out=False)
+    everything = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, -100.0, CHAIN, leave_out=False)
     assert mask_further(everything, state) is state
 
 
@@ -304,17 +308,17 @@ def test_the_reported_error_is_that_of_the_whole_network(data, monkeypatch):
 
     reports = []
     for measure in (spy, lambda measure, *_: jax.jit(measure)):
-        monkeypatch.setattr(ensemble, "shrink_measure", measure)
-        reports.append([report.reports for report in shrinking_ensemble(data, first=1, epochs=7)[1]])
+        monkeypatch.setattr(validation, "shrink_measure", measure)
+        reports.append([report.reports for report in shrinking_ensemble(data, first_check=1, epochs=7)[1]])
     assert len(made) == 1  # of the seed that has lost something, once
     assert reports[0] == reports[1]
 
 
 def test_bad_arguments(data):
-    for name, value in (("first", 0), ("multiple_of", 0), ("least_saving", 1.0)):
+    for name, value in (("first_check", 0), ("multiple_of", 0), ("least_saving", 1.0)):
         with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least"):
-            bcdl_jax.train.Shrinking(dense_nll, make_step, 3.0, **{name: value})
+            bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0, **{name: value})
     step, _, states = setup(OPTIMIZER)
-    shrinking = bcdl_jax.train.Shrinking(dense_nll, make_step, 3.0)
-    with pytest.raises(ValueError, match="in_turn is False; it must be True where there is shrinking"):
+    shrinking = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0)
+    with pytest.raises(ValueError, match="in_turn is False; it must be True with shrinking"):
         train(states, data, step, (0, 1, 2), shrinking=shrinking)

@@ -26,6 +26,7 @@ def test_the_shrunk_networks_have_the_kept_sizes(capsys):
     assert convolutions == [(5, 5, 1, 5), (5, 5, 5, 10)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("onnx", [True, False])
 def test_the_benchmark_prints_all_sides_and_writes_its_files(onnx, tmp_path, monkeypatch, capsys):
     if not onnx:

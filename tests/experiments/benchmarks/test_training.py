@@ -56,6 +56,7 @@ class OneLayer(nn.Module):
         return bcdl_jax.Dense(10, dtype=self.dtype)(inputs, deterministic=deterministic)
 
 
+@pytest.mark.slow
 def test_it_measures_prints_and_writes_without_torch(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(training_sides, "LeNet300", OneLayer)
@@ -85,6 +86,7 @@ def test_it_measures_prints_and_writes_without_torch(capsys, monkeypatch, tmp_pa
     assert f"--out {out} exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_peak_memory_is_that_of_the_process():
     before = training_measures._peak_resident_bytes()
     size = before + 10**8

@@ -189,6 +189,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(states, tmp_path, monkeypatch
     assert_trees_close(begin(tmp_path, resume=True).restore("train", states[0]).state, states[0], rtol=0)
 
 
+@pytest.mark.slow
 def test_killed_at_every_point_of_a_write(states, tmp_path, monkeypatch):
     """The process ends at the first, second, ... access to the disk. The checkpoint before stays usable."""
 

@@ -38,6 +38,7 @@ def test_plain_and_variational_twins_compute_the_same_at_the_mean():
     )
 
 
+@pytest.mark.slow
 def test_a_pruned_lenet5_in_training_can_be_shrunk():
     """``shrink`` follows its channels through the pooling of training and the flatten."""
     model = LeNet5(widths=(4, 6, 8))

@@ -14,7 +14,7 @@ WIDTHS = {"widths": ((3, 4), (5,)), "hidden": 6}
 
 @pytest.fixture(scope="module")
 def nets():
-    """(twin, learner, params of the learner with norms that do something, images)."""
+    """The twin, the learner, params of the learner whose norms are not the identity, and images."""
     twin = VGG(None, **WIDTHS, batch_norm=False)
     learner = batch_norm.with_batch_norm(twin)
     images = jax.random.randint(jax.random.key(0), (40, 8, 8, 3), 0, 256).astype(jnp.uint8)
@@ -25,7 +25,7 @@ def nets():
     return twin, learner, jax.tree.unflatten(structure, moved), images
 
 
-def test_the_folded_network_computes_what_the_learner_does_on_the_batch(nets):
+def test_the_folded_network_computes_the_function_of_the_learner(nets):
     twin, learner, params, images = nets
     expected, _ = learner.apply({"params": params}, images, deterministic=False, train=True, mutable=["batch_stats"])
     folded = batch_norm.fold(learner, params, images)
@@ -33,7 +33,7 @@ def test_the_folded_network_computes_what_the_learner_does_on_the_batch(nets):
     np.testing.assert_allclose(twin.apply({"params": folded}, images), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_it_learns_by_the_cross_entropy_of_the_batch(nets):
+def test_the_loss_is_the_cross_entropy_with_the_norms_of_the_batch(nets):
     _, learner, params, images = nets
     labels = jnp.arange(40) % 10
     logits, _ = learner.apply({"params": params}, images, deterministic=False, train=True, mutable=["batch_stats"])
@@ -46,7 +46,7 @@ def test_it_learns_by_the_cross_entropy_of_the_batch(nets):
     assert float(jnp.abs(slope["BatchNorm_0"]["scale"]).max()) > 0
 
 
-def test_images_sorted_by_class_make_mixed_batches(nets, monkeypatch):
+def test_batches_mix_images_that_are_sorted_by_class(nets, monkeypatch):
     twin, learner, params, images = nets
     dark_first = jnp.concatenate([images // 8, images])
     monkeypatch.setattr(batch_norm, "_BATCH_SIZE", 20)
@@ -57,5 +57,5 @@ def test_images_sorted_by_class_make_mixed_batches(nets, monkeypatch):
     assert float(jnp.abs(found - expected).mean()) < 0.1 * float(jnp.abs(expected).mean())
 
 
-def test_a_network_that_knows_none_is_trained_as_it_is():
+def test_a_network_without_batch_norms_has_no_learner():
     assert batch_norm.with_batch_norm(LeNet5(None)) is None

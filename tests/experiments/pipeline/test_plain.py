@@ -23,7 +23,7 @@ METHODS = ("dc", "dns", "sws")
     scope="module", params=["dns", *(pytest.param(method, marks=pytest.mark.slow) for method in ("dc", "sws"))]
 )
 def finished(request, tmp_path_factory):
-    """A run of LeNet-300-100 on few digits: (method, output directory, data set)."""
+    """A run of LeNet-300-100 on a few digits: the method, the output directory and the data set."""
     out = tmp_path_factory.mktemp("runs") / request.param
     dataset = few_digits(256, 64, 128)
     arguments = ["--dataset", "mnist_5k", "--method", request.param, "--quick", "--epochs", "3", "--seeds", "2"]
@@ -34,8 +34,9 @@ def finished(request, tmp_path_factory):
     return request.param, out, dataset
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_network_that_was_scored(finished):
-    """Decoded, and run with NumPy's arithmetic."""
+    """NumPy computes the error again from the decoded file."""
     _, out, dataset = finished
     (run,) = json.loads((out / "result.json").read_text())["runs"]
     like = jax.eval_shape(LeNet300().init, jax.random.key(0), SAMPLE_IMAGES)["params"]
@@ -49,10 +50,11 @@ def test_the_file_holds_the_network_that_was_scored(finished):
         hidden = hidden @ kernel + bias
         hidden = np.maximum(hidden, 0) if number < 2 else hidden
     error = 100 * np.mean(np.argmax(hidden, -1) != dataset.test.labels)
-    assert error == pytest.approx(run["test_error"]["reduced"], abs=0.8)  # an image at a tie
+    assert error == pytest.approx(run["test_error"]["reduced"], abs=0.8)  # Logits can be equal up to rounding.
     assert (out / "compressed_seed2.bcdl").stat().st_size == run["file_bytes"]
 
 
+@pytest.mark.slow
 def test_rates_follow_from_the_kept_weights(finished):
     method, out, _ = finished
     result = json.loads((out / "result.json").read_text())
@@ -71,9 +73,10 @@ def test_rates_follow_from_the_kept_weights(finished):
         shares = lenet300.EXPERIMENT.recipe("mnist_5k", method="dc").kept
         sizes = (784 * 300, 300 * 100, 100 * 10)
         most = sum(round(share * size) for share, size in zip(shares, sizes, strict=True))
-        assert 0.9 * most <= kept <= most  # the chain takes some more away
+        assert 0.9 * most <= kept <= most  # Units without inputs or outputs lose their other weights too.
 
 
+@pytest.mark.slow
 def test_the_summary_names_the_pre_trained_network_once(finished, capsys):
     _, out, _ = finished
     runs = json.loads((out / "result.json").read_text())["runs"]
@@ -86,7 +89,8 @@ def test_the_summary_names_the_pre_trained_network_once(finished, capsys):
     assert "trained" not in lines[-1].replace("pretrained", "")
 
 
-def test_metrics_tell_what_is_kept(finished):
+@pytest.mark.slow
+def test_metrics_have_the_number_of_kept_weights(finished):
     _, out, _ = finished
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["pretrain"] * 8 + ["train"] * 3 + ["fine_tune"]
@@ -105,8 +109,8 @@ ROUNDS = PlainRecipe(
 )
 
 
-def test_soft_weight_sharing_goes_in_rounds(key):
-    """What a round sets to zero stays zero: of a wider mixture fewer weights are left, and the last round takes none back."""
+def test_soft_weight_sharing_prunes_in_rounds(key):
+    """Weights that a round sets to zero stay zero. The wider mixture of the second round prunes further weights."""
     dataset = few_digits(256, 64, 128)
     twin = LeNet300(family=None)
     params = twin.init(key, SAMPLE_IMAGES)["params"]
@@ -133,7 +137,7 @@ def test_soft_weight_sharing_goes_in_rounds(key):
     assert [epoch for epoch, _ in seen] == list(range(1, 13))
     in_use = [number for _, number in seen]
     left = {name: np.asarray(mask) for name, mask in bcdl_jax.baselines.kernels_by_layer(masks).items()}
-    assert in_use[0] == in_use[1] == 266_200  # nothing was set to zero yet
+    assert in_use[0] == in_use[1] == 266_200  # No weight is zero in the first round.
     assert in_use[1] > in_use[2] == in_use[3] > in_use[4] == in_use[11] >= sum(mask.sum() for mask in left.values()) > 0
     for name, kernel in bcdl_jax.baselines.kernels_by_layer(trained).items():
         np.testing.assert_array_equal(np.asarray(kernel) != 0, left[name])
@@ -141,8 +145,8 @@ def test_soft_weight_sharing_goes_in_rounds(key):
         assert levels[name].size <= ROUNDS.components
 
 
-def test_too_few_epochs_for_all_rounds_leave_some_out(key):
-    """One epoch, of three rounds: only the last one is there, and its narrow mixture prunes less than a wide one."""
+def test_rounds_without_epochs_are_left_out(key):
+    """One epoch for three rounds runs the last round alone. Its narrow mixture prunes less than the wide ones."""
     dataset = few_digits(64, 64, 128)
     twin = LeNet300(family=None)
     params = twin.init(key, SAMPLE_IMAGES)["params"]
@@ -156,10 +160,10 @@ def test_too_few_epochs_for_all_rounds_leave_some_out(key):
         )
         _, masks, _ = plain_methods.soft_weight_sharing(work, params, key)
         kept.append(sum(int(np.sum(mask)) for mask in bcdl_jax.baselines.kernels_by_layer(masks).values()))
-    assert kept[0] == pytest.approx(kept[1], rel=0.05)  # with another order of the examples
+    assert kept[0] == pytest.approx(kept[1], rel=0.05)  # The order of the examples differs.
 
 
-def test_rounds_need_as_many_weights_as_deviations():
+def test_deviations_and_prior_weights_must_be_equally_many():
     with pytest.raises(
         ValueError, match="deviations has 2 values and prior_weights 1; each must have one value per round"
     ):
@@ -175,7 +179,7 @@ def test_recipes_have_a_value_for_every_layer(module):
     assert set(experiment.recipes) == set(registry.method_names())
     for method, values in (("dc", "kept"), ("dns", "spread")):
         recipe = experiment.recipe(dataset, method=method)
-        assert len(getattr(recipe, values)) == len(recipe.levels) == len(experiment.chain)
+        assert len(getattr(recipe, values)) == len(recipe.levels) == len(experiment.network.chain)
     for method in METHODS:
         assert experiment.recipe(dataset, method=method).pretrain_epochs > 0
         quick = experiment.recipe(dataset, quick=True, method=method)
@@ -190,11 +194,12 @@ def test_recipes_have_a_value_for_every_layer(module):
         (["--devices", "2"], "--devices is 2; with --method dc it must be 1"),
     ],
 )
-def test_what_a_plain_method_cannot_do_is_one_sentence(arguments, message, capsys):
+def test_options_that_a_plain_method_lacks_are_refused_in_one_sentence(arguments, message, capsys):
     assert lenet300.main(["--method", "dc", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scoring_reads_files_of_levels(finished):
     _, out, dataset = finished
     with pytest.MonkeyPatch.context() as patch:

@@ -29,8 +29,9 @@ def test_certain_predictions_are_finite():
     assert float(found["ece"]) == pytest.approx(100 / 3, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sampled_probabilities_are_the_mean_over_samples(key):
-    """Of a pruned network, against full-size passes with keys of their own."""
+    """The network is pruned. The expected value comes from full-size passes with other keys."""
     model = LeNet300()
     images = np.asarray(jax.random.randint(key, (6, 28, 28, 1), 0, 256), np.uint8)
     params = model.init(key, images)["params"]

@@ -1,4 +1,4 @@
-"""The committed results, and that the README quotes them."""
+"""The committed results: their files, and the figures that the guide of the results quotes from them."""
 
 import json
 import re
@@ -12,11 +12,17 @@ import bcdl_jax
 from experiments.networks.lenet import LeNet5, LeNet300
 from experiments.report import tables
 
-ROOT = Path(__file__).parents[3]
-RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments" / "results").glob("*_mnist*.json")}
+DIRECTORY = Path(__file__).parents[3] / "experiments" / "results"
+RESULTS = {path.stem: json.loads(path.read_text()) for path in DIRECTORY.glob("*_mnist*.json")}
 
 
-def test_there_are_results():
+@pytest.fixture(scope="module")
+def guide():
+    """The text of experiments/results/README.md."""
+    return (DIRECTORY / "README.md").read_text()
+
+
+def test_results_are_named_by_experiment_method_and_data_set():
     assert set(RESULTS) >= {"lenet300_gnj_mnist", "lenet300_gnj_mnist_5k", "lenet5_gnj_mnist"}
     for name, result in RESULTS.items():
         assert name == f"{result['experiment']}_{result['method']}_{result['dataset']['name']}"
@@ -30,26 +36,22 @@ def test_there_are_results():
         ("lenet300_sws_mnist_seed0", LeNet300()),
     ],
 )
-def test_what_a_committed_file_holds_is_written_to_the_same_bytes(name, model):
-    """By groups, by single weights, and by levels: neither the format nor what the writer makes of it changes by mistake."""
-    data = (ROOT / "experiments" / "results" / f"{name}.bcdl").read_bytes()
+def test_a_decoded_file_is_encoded_to_the_same_bytes(name, model):
+    """One file with groups, one with single weights and one with levels. A change of the format or of the writer fails here."""
+    data = (DIRECTORY / f"{name}.bcdl").read_bytes()
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.uint8))["params"]
     assert bcdl_jax.codec.encode(bcdl_jax.codec.decode(data, like)) == data
 
 
-def test_the_readme_has_the_table_that_is_printed():
-    readme = (ROOT / "README.md").read_text()
-    for line in tables.as_markdown(
-        tables.make_table(tables.read_results([tables.COMMITTED], ["mnist", "cifar10"])[0])
-    ).splitlines():
-        assert line in readme, line
+def test_the_guide_has_the_printed_table(guide):
+    results, _ = tables.read_results([tables.COMMITTED], ["mnist", "cifar10"])
+    assert tables.as_markdown(tables.make_table(results)).strip() in guide
 
 
 @pytest.mark.parametrize("name", ["lenet300_gnj_mnist", "lenet300_gnj_mnist_5k"])
-def test_the_readme_quotes_the_file(name):
+def test_the_guide_quotes_the_result(name, guide):
     result = RESULTS[name]
-    readme = (ROOT / "README.md").read_text()
-    assert result["command"] in readme
+    assert result["command"] in guide
     mean, low_high = result["mean"], result["range"]
     cells = [
         f"{mean['test_error'][s]:.2f} ({low_high['test_error'][s][0]:.2f} to {low_high['test_error'][s][1]:.2f})"
@@ -57,22 +59,22 @@ def test_the_readme_quotes_the_file(name):
     ]
     cells += [f"{mean[kind][stage]:.1f}x" for kind in ("rate", "rate_paper") for stage in ("pruned", "reduced")]
     for cell in cells:
-        assert cell in readme, cell
+        assert cell in guide, cell
     runs = result["runs"]
     assert [run["seed"] for run in runs] == [0, 1, 2]
     for run in runs:
-        assert "-".join(map(str, run["kept_units"])) in readme
-    assert f"{runs[0]['seconds'] / 60:.1f} minutes a seed" in readme
-    assert f"{runs[0]['peak_memory_mb']} MB" in readme
-    assert f"{mean['file_bytes']:,.0f} bytes" in readme
-    assert f"{mean['ratio_file']:.1f}x" in readme
+        assert "-".join(map(str, run["kept_units"])) in guide
+    assert f"{runs[0]['seconds'] / 60:.1f} minutes a seed" in guide
+    assert f"{runs[0]['peak_memory_mb']} MB" in guide
+    assert f"{mean['file_bytes']:,.0f} bytes" in guide
+    assert f"{mean['ratio_file']:.1f}x" in guide
 
 
 @pytest.mark.parametrize("name", [name for name, result in RESULTS.items() if result["dataset"]["name"] == "mnist"])
-def test_the_compressed_files_of_the_results_are_there(name):
-    """And are those of the result: same size, same bits, and for groups the same kept units."""
+def test_the_compressed_files_match_the_result(name):
+    """The sizes, the bits, and for groups the kept units are equal."""
     for run in RESULTS[name]["runs"]:
-        path = ROOT / "experiments" / "results" / f"{name}_seed{run['seed']}.bcdl"
+        path = DIRECTORY / f"{name}_seed{run['seed']}.bcdl"
         assert path.stat().st_size == run["file_bytes"]
         layers = bcdl_jax.codec.summarize(path.read_bytes())
         assert [layer.bits for layer in layers] == run["bits"]
@@ -81,11 +83,10 @@ def test_the_compressed_files_of_the_results_are_there(name):
             assert kept == run["kept_units"]
 
 
-def test_the_readme_quotes_the_speed_of_inference():
-    result = json.loads((ROOT / "experiments" / "results" / "inference.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+def test_the_guide_quotes_the_speed_of_inference(guide):
+    result = json.loads((DIRECTORY / "inference.json").read_text())
     assert result["command"] == "python -m experiments.benchmark_inference"
     for entry in result["results"]:
         before, after = entry["multiply_adds"]
         row = rf"\| {entry['title']} \| {entry['batch']} \|.*{entry['speed_up']['shrunk']:.2f}x \| {before / after:.2f}x \|\n"
-        assert re.search(row, readme), row
+        assert re.search(row, guide), row

@@ -34,7 +34,7 @@ def write(directory, value, name="one.json"):
     return directory
 
 
-def test_our_row_stands_below_the_papers(tmp_path, capsys):
+def test_our_row_is_below_the_papers(tmp_path, capsys):
     committed = write(tmp_path / "committed", result())
     assert table.main(["--results", str(committed), "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -49,7 +49,7 @@ def test_our_row_stands_below_the_papers(tmp_path, capsys):
     assert (tmp_path / "out" / "table.png").stat().st_size > 1000
 
 
-def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path):
+def test_a_later_directory_replaces_results_and_other_data_sets_are_left_out(tmp_path):
     first = write(tmp_path / "first", result(seconds=1))
     second = write(tmp_path / "second" / "run", result(seconds=2), "result.json")
     write(second.parent, result(method="gnj", dataset="mnist_5k"))
@@ -67,7 +67,7 @@ def test_a_later_directory_goes_first_and_other_data_sets_do_not_count(tmp_path)
     ]
 
 
-def test_another_data_set_is_named(tmp_path, capsys):
+def test_the_title_names_another_data_set(tmp_path, capsys):
     made = write(tmp_path / "made", result(dataset="mnist_5k"))
     assert table.main(["--results", str(made), "--dataset", "mnist_5k", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -93,7 +93,7 @@ def test_a_narrower_network_has_a_row_of_its_own(tmp_path, capsys):
     assert any("data set cifar10. The images are stored as JPEG." in line for line in lines)
 
 
-def test_a_run_without_a_finished_seed_is_said_so():
+def test_the_row_of_a_run_without_a_finished_seed_says_so():
     assert tables.our_row(result(mean=None))[1] == "no seed was trained to the end"
 
 
@@ -106,7 +106,7 @@ def test_committed_results_make_a_table():
     assert all(tables.title_of(name) in text for name in registry.EXPERIMENTS)
 
 
-def test_what_was_published_names_known_methods_and_networks():
+def test_published_figures_name_known_methods_and_networks():
     assert {row.method for row in PAPER} == set(registry.method_names())
     assert {row.network for row in PAPER} == set(registry.EXPERIMENTS)
     assert {model.network for model in MODELS} <= set(registry.EXPERIMENTS)
@@ -125,7 +125,7 @@ def test_errors_are_one_sentence(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_damaged_result_is_named(tmp_path, capsys):
+def test_the_error_names_a_damaged_result(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     assert table.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "bad.json cannot be read as a result" in capsys.readouterr().err
