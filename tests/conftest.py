@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import flax.linen as nn
 import jax
@@ -55,6 +56,23 @@ def private_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rare_garbage_collection():
+    """Tracing makes millions of objects, all of them needed: looking for cycles among them takes longer than the tests."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_modules():
+    """Compiled programs are shared within a module and freed after it."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

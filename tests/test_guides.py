@@ -36,7 +36,11 @@ def run(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.parent.name == "train" else path for path in GUIDES],
+    ids=lambda path: str(path.parent.relative_to(ROOT)),
+)
 def test_a_guide_runs(path, tmp_path, monkeypatch):
     run(code_of(path), tmp_path, monkeypatch)
 

@@ -95,6 +95,7 @@ def test_pruning_functions_use_the_given_score():
         assert bcdl_jax.prune(params, thresholds, score=score)["posterior"].input_mask.tolist() == expected
 
 
+@pytest.mark.slow
 def test_scores_under_jit_vmap_and_grad(net):
     _, params, _ = net
     for node in bcdl_jax.variational_layers(params).values():

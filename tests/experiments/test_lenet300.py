@@ -192,6 +192,7 @@ def interrupted(monkeypatch, number, arguments):
     return stopped.value.code
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_finished_files(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["--dataset", "mnist_5k", "--quick", "--out", str(out)]
@@ -203,6 +204,7 @@ def test_ctrl_c_keeps_the_finished_files(tmp_path, monkeypatch, capsys):
         assert file["Dense_0/kernel_mean"].shape == (1, 784, 300)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_sigterm_writes_the_same_files(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["--dataset", "mnist_5k", "--quick", "--epochs", "4", "--seeds", "3", "5", "--out", str(out)]
@@ -222,6 +224,7 @@ def test_a_run_resumed_after_sigterm_writes_the_same_files(finished, tmp_path, m
     assert results[1]["mean"] == results[0]["mean"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path, capsys):
     arguments = ["--dataset", "mnist_5k", "--quick", "--learning-rate", "1e30", "--out", str(tmp_path / "out")]
     assert lenet300.main(arguments) == 2

@@ -71,6 +71,7 @@ def test_shifts_have_equal_probabilities_and_reflect_at_the_edges():
             augmented(images, jax.random.key(1), shift=shift)
 
 
+@pytest.mark.slow
 def test_a_loss_with_random_changes_of_images_shrinks_at_any_batch_size():
     model = networks.VGG(bcdl_jax.GroupNormalJeffreys(), widths=((3, 4),), hidden=5, batch_norm=False)
     images = jax.random.randint(jax.random.key(0), (6, 8, 8, 3), 0, 256).astype(jnp.uint8)

@@ -66,6 +66,7 @@ def test_a_loop_that_computes_with_the_batch_size_is_exported(tmp_path):
         np.testing.assert_allclose(exported(others), apply(params, others), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loop_beside_indexing_is_exported_for_any_batch_size(tmp_path, key):
     """With a symbolic batch size, JAX traces ``[:, -1]`` to other steps than ``shrink`` analysed."""
 

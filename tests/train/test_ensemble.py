@@ -37,6 +37,7 @@ def test_training_reports_every_epoch_and_learns(data):
         assert last.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_a_program_compiled_ahead_from_shapes_is_the_one_that_is_run(data, in_turn):
     step, _, states = setup(optax.adam(0.03), seeds=(3, 4))
@@ -69,6 +70,7 @@ def test_a_program_compiled_ahead_from_shapes_is_the_one_that_is_run(data, in_tu
     assert len(traced) == before
 
 
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     """Seed 1's likelihood explodes through layer Dense_1 at its seventh step: the second step of the second epoch."""
     optimizer = optax.adam(1e-3)
@@ -107,6 +109,7 @@ def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bcdl_jax.train.select_seed(final, 1).params))
 
 
+@pytest.mark.slow
 def test_inputs_that_are_not_finite_blame_no_single_layer(data):
     step, _, states = setup(optax.sgd(0.1), seeds=(5,))
     bad = (data[0].at[:, 0].set(jnp.nan), data[1])
@@ -116,6 +119,7 @@ def test_inputs_that_are_not_finite_blame_no_single_layer(data):
     assert "in all layers (inputs that are not finite" in report.messages[0]
 
 
+@pytest.mark.slow
 def test_everything_pruned_and_nothing_pruned_are_warned_of_once(data):
     step, _, states = setup(optax.sgd(0.0), seeds=(0, 1))
     first = states.params["Dense_1"]["posterior"]
@@ -187,6 +191,7 @@ def train(states, data, step, seeds, epochs=4, **options):
     return history[-1][0], [report for _, report in history if report is not None], history[-1][1] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_a_run_ended_anywhere_goes_on_bit_by_bit(data, in_turn, monkeypatch):
     """Ended after every three chunks, of one step each here, beside a run of whole epochs: same states, each epoch reported once."""
@@ -214,6 +219,7 @@ def test_in_turn_equals_vmap(data):
     )
 
 
+@pytest.mark.slow
 def test_what_is_over_is_not_trained_again(data):
     step, _, states = setup(OPTIMIZER, seeds=(3, 4))
     states, _, _ = train(states, data, step, (3, 4), epochs=2)

@@ -9,6 +9,7 @@ from tests.conftest import assert_trees_close
 from tests.train.helpers import BATCH, EXAMPLES, copy, setup
 
 
+@pytest.mark.slow
 def test_each_seed_of_an_ensemble_equals_training_it_alone(data):
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(1e-2), bcdl_jax.train.scale_by_kind({"kernel_log_variance": 2.0})
@@ -72,6 +73,7 @@ def test_batch_size_must_fit(data):
             bcdl_jax.train.make_train_epoch(step, batch_size=batch_size)(bcdl_jax.train.select_seed(states, 0), data)
 
 
+@pytest.mark.slow
 def test_chunks_of_an_epoch_equal_the_epoch(data):
     """Bit by bit, with one program for all chunks, seeds by vmap."""
     step, epoch, states = setup(optax.adam(1e-2), kl_weight=bcdl_jax.kl_warmup(8))

@@ -5,10 +5,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bcdl_jax
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     """The number of fake devices is set before JAX starts, so in a process of its own."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

@@ -28,6 +28,7 @@ def test_step_is_the_gradient_step_on_the_negative_elbo(data):
     assert not after.halted
 
 
+@pytest.mark.slow
 def test_variances_are_clipped_and_masks_kept_whatever_the_optimiser(data):
     optimizer = optax.adamw(0.5, weight_decay=0.5)
     step, _, states = setup(optimizer, seeds=(0,), model=SmallNet(clip_var=2e-4))
@@ -47,6 +48,7 @@ def test_variances_are_clipped_and_masks_kept_whatever_the_optimiser(data):
     assert float(jnp.exp(state.params["Dense_1"]["posterior"].kernel_log_variance).max()) > 3e-4
 
 
+@pytest.mark.slow
 def test_the_layer_that_overflows_is_named(data):
     step, _, states = setup(optax.sgd(0.1), seeds=(0,))
     state = bcdl_jax.train.select_seed(states, 0)
@@ -62,6 +64,7 @@ def test_the_layer_that_overflows_is_named(data):
     assert_trees_close(after.params, params, rtol=0)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_pruned_net(data):
     """Fine-tuning the means: frozen variances stay, pruned groups stay pruned, the likelihood falls."""
     frozen = {"kernel_log_variance": 0.0, "bias_log_variance": 0.0, "scale_log_variance": 0.0}

@@ -63,6 +63,7 @@ def assert_same_where_kept(small, whole, params):
                 np.testing.assert_allclose(getattr(one, field)[kept], getattr(other, field)[kept], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiple_of", [1, 2])
 def test_a_shrunk_step_equals_the_masked_step(multiple_of):
     state, conv_data = conv_state()
@@ -105,6 +106,7 @@ def test_a_shrunk_step_equals_the_masked_step(multiple_of):
     np.testing.assert_array_equal(gone, state.params["Conv_0"]["posterior"].kernel_mean[..., 0])
 
 
+@pytest.mark.slow
 def test_a_measure_without_what_is_gone_stays_right_while_training_goes_on():
     def error(params, held_out):
         logits = SmallConvNet().apply({"params": params}, held_out[0])
@@ -168,6 +170,7 @@ def test_multiply_adds_are_counted_by_layer():
         assert found[number] == 2 * BATCH * positions * np.prod(layer.kernel_shape)
 
 
+@pytest.mark.slow
 def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
     """A layer that takes few of the multiply-adds loses most of its groups."""
     state, conv_data = conv_state()
@@ -195,6 +198,7 @@ def test_the_groups_are_looked_at_ever_more_rarely():
     assert not often.is_settled(1000)
 
 
+@pytest.mark.slow
 def test_what_is_gone_may_be_found_from_the_params():
     state, conv_data = conv_state()
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
@@ -215,6 +219,7 @@ def test_what_is_gone_may_be_found_from_the_params():
         assert one.after == other.after
 
 
+@pytest.mark.slow
 def test_what_is_gone_may_go_by_another_score():
     state, conv_data = conv_state()
     layer = state.params["Conv_1"]["posterior"]
@@ -292,6 +297,7 @@ def test_what_is_gone_can_be_masked_alone(data, monkeypatch):
     assert_trees_close(resumed, expected, rtol=0)
 
 
+@pytest.mark.slow
 def test_nothing_is_masked_that_would_leave_a_layer_empty(data):
     states, _, _ = shrinking_ensemble(data, leave_out=False, epochs=1)
     state = bcdl_jax.train.select_seed(states, 0)

@@ -6,6 +6,7 @@ from experiments.checks import parallel as parallel_check
 
 
 # The hardest cases of each way. The program itself runs all.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "way"), [("dense", "mesh"), ("convolutional", "mesh"), ("relu", "pmap"), ("dense", "processes")]
 )

@@ -25,6 +25,7 @@ def nets():
     return twin, learner, jax.tree.unflatten(structure, moved), images
 
 
+@pytest.mark.slow
 def test_the_folded_network_computes_the_function_of_the_learner(nets):
     twin, learner, params, images = nets
     expected, _ = learner.apply({"params": params}, images, deterministic=False, train=True, mutable=["batch_stats"])
@@ -33,6 +34,7 @@ def test_the_folded_network_computes_the_function_of_the_learner(nets):
     np.testing.assert_allclose(twin.apply({"params": folded}, images), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_cross_entropy_with_the_norms_of_the_batch(nets):
     _, learner, params, images = nets
     labels = jnp.arange(40) % 10
@@ -46,6 +48,7 @@ def test_the_loss_is_the_cross_entropy_with_the_norms_of_the_batch(nets):
     assert float(jnp.abs(slope["BatchNorm_0"]["scale"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_batches_mix_images_that_are_sorted_by_class(nets, monkeypatch):
     twin, learner, params, images = nets
     dark_first = jnp.concatenate([images // 8, images])

@@ -109,6 +109,7 @@ ROUNDS = PlainRecipe(
 )
 
 
+@pytest.mark.slow
 def test_soft_weight_sharing_prunes_in_rounds(key):
     """Weights that a round sets to zero stay zero. The wider mixture of the second round prunes further weights."""
     dataset = few_digits(256, 64, 128)
@@ -145,6 +146,7 @@ def test_soft_weight_sharing_prunes_in_rounds(key):
         assert levels[name].size <= ROUNDS.components
 
 
+@pytest.mark.slow
 def test_rounds_without_epochs_are_left_out(key):
     """One epoch for three rounds runs the last round alone. Its narrow mixture prunes less than the wide ones."""
     dataset = few_digits(64, 64, 128)
