@@ -1,7 +1,4 @@
-"""The one place that asks which kind of device computes.
-
-A CPU and an accelerator want some computations in different forms. All forms give the same results, to rounding.
-"""
+"""The choice between the form of a computation for a CPU and the form for an accelerator. Both forms agree up to rounding."""
 
 from __future__ import annotations
 

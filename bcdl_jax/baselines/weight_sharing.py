@@ -50,7 +50,7 @@ def cluster_values(values: jax.Array, keep: jax.Array, count: int, iterations: i
 
 
 def _nearest_level(values: jax.Array, levels: jax.Array) -> jax.Array:
-    """The index of the nearest of the ascending levels for each value, int32. Of two levels at the same distance, the lower one."""
+    """The index of the nearest of the ascending levels for each value, int32. A tie goes to the lower level."""
     return jnp.searchsorted((levels[1:] + levels[:-1]) / 2, values).astype(jnp.int32)
 
 

@@ -238,7 +238,7 @@ def decode_integers(decoder: Decoder, size: int, layout: Layout, scale: int) -> 
 
 
 class _ChunkDecoder:
-    """Decodes one chunk, and teaches the model at its end."""
+    """Decodes one chunk, then updates the model with the decisions of that chunk."""
 
     def __init__(self, decoder: Decoder, model: _Model, contexts: np.ndarray) -> None:
         self._decoder, self._model, self._contexts = decoder, model, contexts

@@ -16,7 +16,7 @@ def multiply_adds(program: Program) -> int:
     """The number of multiplications in all matrix products and convolutions of a program, at the traced batch size.
 
     The body of a ``scan`` counts once for each iteration. The body of any other loop counts once, since the number of its iterations is
-    unknown. Of several branches, the most expensive counts.
+    unknown. A ``cond`` counts its most expensive branch.
     """
     return sum(_equation_multiply_adds(step.equation) for step in program.steps)
 

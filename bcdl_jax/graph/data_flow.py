@@ -4,7 +4,7 @@ The analysis passes over the steps twice. The forward pass propagates constants:
 constants alone, such as a channel behind a column of zeros. The backward pass propagates liveness: an element is *live* if an unknown
 result depends on it. The small program of ``shrink`` leaves out elements that are known or not live.
 
-The facts are numpy arrays of the traced shapes. The rule of a primitive tells how elements of its outputs depend on elements of its
+The facts are numpy arrays of the traced shapes. The rule of a primitive maps elements of its outputs to the elements they depend on in its
 inputs. A primitive without a rule reads every element, and all its results are unknown. All values are assumed to be finite: 0 times an
 unknown number is 0.
 """

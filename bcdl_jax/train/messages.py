@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def failure_sentence(seed: int, epoch: int, step: int, blamed: Sequence[str], names: Sequence[str]) -> str:
-    """Says where the training of a seed failed, and what can prevent it.
+    """The sentence about a failure: seed, epoch, step, layers and remedies.
 
     Args:
       seed: The name of the run.

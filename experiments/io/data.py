@@ -95,7 +95,7 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
         return dataset
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise Unavailable("tensorflow-datasets is not installed")
-    # Without an explicit directory, the record of the last hour decides, and tensorflow-datasets need not be imported.
+    # Without --data-dir, a failed connection test within the last hour ends the attempt before the slow import of tensorflow-datasets.
     is_here = bool(fingerprint) or tfds_builders.is_downloaded(directory, name)
     if data_dir is None and not is_here and internet.was_unreachable(name):
         raise Unavailable(

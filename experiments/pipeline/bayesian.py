@@ -46,7 +46,7 @@ def compress(context: RunContext, pretrained: Sequence[dict[str, np.ndarray]] | 
     trained = _unstacked(result.params, seeds)
     context.write_params("trained", trained)
     if all(failures):
-        checkpoints.remove()  # the same would come of them again
+        checkpoints.remove()  # a resumed run would fail in the same way
         raise UserError(f"No seed could be trained to the end; their last states are in {context.out}. {failures[0]}")
     thresholds = _choose_thresholds(context, trained, validation)
     pruned = [

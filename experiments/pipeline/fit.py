@@ -55,7 +55,7 @@ def make_fit(
       mirror, shift: The random changes of the images, see ``augmented``.
 
     Returns:
-      The method ``fit`` of a ``_Fit``.
+      A function that minimises the loss, see ``_Fit.fit``.
     """
     steps = len(data[1]) // batch_size
 
@@ -130,9 +130,8 @@ class _Fit:
                 state, loss_sum = self.take_steps(
                     state, loss_sum, step_keys, order, first, last, np.int32(epoch * self.steps), self.data
                 )
-                jax.block_until_ready(
-                    loss_sum
-                )  # or the parts would only be queued, and nothing could come between them
+                # Dispatch is asynchronous: without this wait, no checkpoint and no Ctrl-C would take effect between two parts.
+                jax.block_until_ready(loss_sum)
                 progress.update(int(last - first))
                 seen += int(last - first) * self.batch_size
                 if part + 1 < PARTS:

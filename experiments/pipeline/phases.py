@@ -225,7 +225,7 @@ def _start(
     given, seeds = devices.same_everywhere(given), np.array(context.seeds)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         compiling = None
-        # A resumed or pruned network may be trained at another size at once.
+        # A resumed or pruned network may start at a smaller size, which the full-size program does not fit.
         if context.mesh is None and not context.checkpoints.resumed and (shrinking is None or not phase.fine_tunes):
             shapes = jax.eval_shape(make_start, seeds, given)
             compiling = thread.submit(bcdl_jax.train.compile_ensemble, shapes, phase.train, step=step, **phase.how())
