@@ -76,7 +76,7 @@ def create_mixture(
       params: The params of a plain network, trained.
       components: The number of components without the one at zero, at least 2.
       zero_proportion: The proportion of the component at zero, above 0 and below 1.
-      deviation: The standard deviation of every component, above 0 and finite. None stands for the range of the weights divided by
+      deviation: The standard deviation of every component, above 0 and finite. If None, the range of the weights divided by
         4 * components. With a large ``zero_proportion``, a larger deviation assigns more weights to the component at zero.
 
     Raises:

@@ -118,7 +118,7 @@ def place_data(data: PyTree, mesh: Mesh, *, examples: int | None = None) -> PyTr
     Args:
       data: A tree of arrays [rows, ...] on the host: the rows from ``process_rows``.
       mesh: The mesh, from ``make_mesh``.
-      examples: The number of examples of all processes together. None stands for the examples of ``data``, which suits a single process.
+      examples: The number of examples of all processes together. If None, the number of examples of ``data``, which suits a single process.
 
     Returns:
       A tree of arrays [examples, ...].

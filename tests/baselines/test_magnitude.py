@@ -74,7 +74,7 @@ def test_surgery_prunes_splices_and_leaves_alone():
         masks = jax.tree.map(lambda leaf, before=before: jnp.full(leaf.shape, before), params)
         after = jax.jit(bcdl_jax.baselines.prune_and_splice)(params, masks, thresholds)
         np.testing.assert_array_equal(after["Dense_0"]["kernel"], [[False, before, True], [False, before, True]])
-        np.testing.assert_array_equal(after["Dense_0"]["bias"], True)  # whatever is not a kernel is kept
+        np.testing.assert_array_equal(after["Dense_0"]["bias"], True)  # All arrays that are not kernels are kept.
 
 
 def test_surgery_thresholds_by_hand(key):

@@ -35,14 +35,14 @@ def test_the_prior_against_scipy(key):
     found = float(jax.jit(bcdl_jax.baselines.mixture_nll)(params, mixture))
     other = float(bcdl_jax.baselines.mixture_nll(jax.tree.map(lambda leaf: leaf[:1], params), mixture))
     gammas = ((5e3, 2.0), (2.5e2, 0.1))
-    # Up to the same constant.
+    # The difference of two values removes the unknown constant.
     assert found - other == pytest.approx(expected(density, *gammas) - expected(density[:1], *gammas), rel=1e-4)
     moved = mixture.replace(log_precisions=mixture.log_precisions + 0.1)
     assert np.isfinite(float(bcdl_jax.baselines.mixture_nll(params, moved)))
 
 
 def test_retraining_under_the_prior_makes_clusters(key):
-    """Weights around -1, 0 and 1 alone, without any data: they come closer together, and collapse to those three."""
+    """The weights lie around -1, 0 and 1. Without any data, they move closer together and collapse to these three values."""
     centres = jnp.repeat(jnp.array([-1.0, 0.0, 1.0]), 200).reshape(30, 20)
     params = {"Dense_0": {"kernel": centres + 0.05 * jax.random.normal(key, (30, 20)), "bias": jnp.zeros(20)}}
     mixture = bcdl_jax.baselines.create_mixture(params, components=2, zero_proportion=0.4)
@@ -58,9 +58,7 @@ def test_retraining_under_the_prior_makes_clusters(key):
     for _ in range(200):
         both, state = step(both, state)
     places, levels = bcdl_jax.baselines.collapse(*both)
-    np.testing.assert_allclose(
-        levels["Dense_0"], [-1, 1], atol=0.1
-    )  # they start at the extremes, and the weights go to meet them
+    np.testing.assert_allclose(levels["Dense_0"], [-1, 1], atol=0.1)  # The means start at the extremes of the weights.
     np.testing.assert_array_equal(
         places["Dense_0"],
         np.asarray(centres).astype(int)
@@ -76,7 +74,7 @@ def test_components_that_are_alike_are_merged(key):
         means=jnp.array([0.0, 0.2, 0.2]), log_precisions=jnp.array([8.0, 8.0, 7.0, 7.0])
     )
     places, levels = bcdl_jax.baselines.collapse(params, mixture)
-    np.testing.assert_allclose(levels["Dense_0"], [0.2])  # the first lies on the one at zero
+    np.testing.assert_allclose(levels["Dense_0"], [0.2])  # The first component is merged with the one at zero.
     kernel = np.asarray(params["Dense_0"]["kernel"])
     assert set(np.unique(places["Dense_0"])) == {-1, 0}
     assert (np.asarray(places["Dense_0"])[np.abs(kernel) < 0.05] == -1).all()

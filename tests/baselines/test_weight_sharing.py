@@ -17,7 +17,7 @@ def pruned_net(net):
 
 
 def test_k_means_finds_what_brute_force_finds():
-    """Of all ways to part sorted values into runs, the one with the least sum of squares."""
+    """The best division of the sorted values into four runs has the smallest sum of squares."""
     values = jnp.array([0.0, 0.1, 0.15, 3.0, 3.3, 5.9, 6.0, 9.0, -50.0])
     keep = values > -10
 
@@ -125,14 +125,14 @@ def test_the_twin_of_levels_can_be_shrunk(net):
 
 
 def test_the_network_of_levels_itself_is_shrunk_right(net):
-    """Its gather of the levels is not understood, and so left whole."""
+    """``shrink`` has no rule for the gather of the levels, and leaves these layers whole."""
     model, pruned = pruned_net(net)
     reduced = bcdl_jax.baselines.reduce_to_levels(pruned, *bcdl_jax.baselines.share_weights(pruned, 7))
     small_apply, small, _ = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), reduced, net[2])
     np.testing.assert_allclose(small_apply(small, net[2]), run(model, reduced, net[2]), atol=1e-5)
 
 
-def test_a_layer_of_which_nothing_is_left_is_zero_and_comes_back(net):
+def test_an_empty_layer_is_zero_and_survives_the_file(net):
     model, params, inputs = net
     empty = bcdl_jax.prune(params, -np.inf)
     reduced = bcdl_jax.baselines.reduce_to_levels(empty, *bcdl_jax.baselines.share_weights(empty, 7))
@@ -144,11 +144,11 @@ def test_a_layer_of_which_nothing_is_left_is_zero_and_comes_back(net):
         assert np.isfinite(run(model, tree, inputs)).all()
 
 
-def test_masks_of_the_params_go_before_the_assignments(net):
+def test_masks_of_the_params_override_the_assignments(net):
     _, pruned = pruned_net(net)
     _, params, _ = net
     reduced = bcdl_jax.baselines.reduce_to_levels(pruned, *bcdl_jax.baselines.share_weights(params, 7))
-    bcdl_jax.codec.encode(reduced)  # which refuses weights that the masks say are pruned
+    bcdl_jax.codec.encode(reduced)  # It refuses a weight other than 0 that the masks prune.
     layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))[0]
     assert np.all(np.asarray(layer.kernel)[~np.broadcast_to(layer.kernel_mask, layer.kernel_shape)] == 0)
 

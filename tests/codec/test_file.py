@@ -306,13 +306,13 @@ def check_damaged_files(count, seed):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     decoded = 0
     for data in mutations(count, seed):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             summaries = bcdl_jax.codec.summarize(data)
         except bcdl_jax.codec.CompressedFileError:
             continue
         finally:
-            assert time.perf_counter() - start < 1
+            assert time.process_time() - start < 1  # of this process alone: a small file must not start long work
         decoded += 1
         assert all(0 <= kept <= size for entry in summaries for kept, size in zip(entry.kept, entry.shape, strict=True))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
@@ -323,6 +323,7 @@ def test_damaged_files_raise_one_error_or_decode():
     check_damaged_files(600, 0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_100000_damaged_files_raise_one_error_or_decode(part):

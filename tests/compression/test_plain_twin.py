@@ -8,6 +8,7 @@ import bcdl_jax
 from tests.conftest import assert_trees_close, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["net", "conv_net"])
 def test_from_trained_keeps_the_outputs_and_variances(kind, request, key):
     model, params, inputs = request.getfixturevalue(kind)

@@ -39,6 +39,7 @@ def finished(tmp_path_factory):
     return lenet300.main(arguments), out
 
 
+@pytest.mark.slow
 def test_all_files_are_there(finished):
     status, out = finished
     assert status == 0
@@ -48,6 +49,7 @@ def test_all_files_are_there(finished):
     assert sorted(path.name for path in out.iterdir()) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_result_file(finished):
     _, out = finished
     result = json.loads((out / "result.json").read_text())
@@ -82,6 +84,7 @@ def test_result_file(finished):
     assert {"python", "jax", "flax", "optax"} <= set(result["versions"])
 
 
+@pytest.mark.slow
 def test_metrics_file(finished):
     _, out = finished
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -96,6 +99,7 @@ def test_metrics_file(finished):
     assert lines[6]["validation_error"] < lines[0]["validation_error"]
 
 
+@pytest.mark.slow
 def test_reduced_parameters_score_as_reported(finished):
     """NumPy computes the error again from the integers and steps in the file."""
     _, out = finished
@@ -120,6 +124,7 @@ def test_reduced_parameters_score_as_reported(finished):
     assert kept == run["kept_units"][2]
 
 
+@pytest.mark.slow
 def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, tmp_path, monkeypatch, capsys):
     def unavailable(name, data_dir):
         raise data.Unavailable("no internet connection")
@@ -156,6 +161,7 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     assert "--dataset is 'cifar'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures(finished):
     _, out = finished
     for name in lenet300.EXPERIMENT.pictures:
@@ -168,6 +174,7 @@ def test_pictures(finished):
                 assert np.abs(np.asarray(picture.convert("RGB"), np.int32) - first).max() > 50
 
 
+@pytest.mark.slow
 def test_an_existing_directory_stays_unchanged(finished, capsys):
     _, out = finished
     before = (out / "result.json").read_bytes()
@@ -239,6 +246,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(tmp_path, cap
     assert "not finite" in line["failure"]
 
 
+@pytest.mark.slow
 def test_a_failed_seed_is_shown_and_left_out_of_the_mean(finished, capsys):
     _, out = finished
     runs = json.loads((out / "result.json").read_text())["runs"]
@@ -266,6 +274,7 @@ def test_the_warm_up_keeps_its_share_of_the_epochs():
     assert (adapted.learning_rate, adapted.fine_tune_learning_rate) == (0.01, 0.02)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no such signal")
 def test_ctrl_c_from_outside(tmp_path):
@@ -346,6 +355,7 @@ def test_pretrained_weights_of_another_network_are_refused(tmp_path, monkeypatch
     assert "holds Dense_3/kernel; allowed are" in attempt(**{"Dense_3/kernel": np.zeros(1)})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_starts_from_a_pretrained_network(tmp_path):
     """A run that starts from the weights of another run has its error after a very small step."""

@@ -74,7 +74,6 @@ def result_of(experiment, method, out):
     return json.loads((out / "result.json").read_text())
 
 
-@pytest.mark.slow
 def test_a_new_prior_is_one_entry(digits, tmp_path, capsys):
     with registry.PRIORS.temporarily(PRIOR):
         result = result_of(EXPERIMENTS["lenet300"], "fixed", tmp_path)

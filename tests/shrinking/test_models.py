@@ -135,6 +135,7 @@ def test_an_equinox_model(key):
     np.testing.assert_allclose(small_apply(small, x[:1]), apply(params, x[:1]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pruned_nets_of_this_library(net, conv_net, key):
     for (model, params, inputs), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
         rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])

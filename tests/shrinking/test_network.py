@@ -29,6 +29,7 @@ def test_random_networks_compute_the_same(part):
         check_random_network(seed)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(20))
 def test_500_random_networks_compute_the_same(part):

@@ -78,7 +78,7 @@ def test_params_are_sharded_along_their_longest_axis_that_divides():
 
 
 def test_seeds_over_devices_are_the_seeds_on_one_device(data):
-    seed_axis = 4  # and the examples of each seed over two devices
+    seed_axis = 4  # The examples of each seed are spread over two devices.
     mesh = bcdl_jax.train.make_mesh(seed=seed_axis)
     epoch = jax.vmap(
         bcdl_jax.train.make_train_epoch(STEP, batch_size=BATCH, shards=mesh.shape["data"]), in_axes=(0, None)
@@ -94,7 +94,7 @@ def test_seeds_over_devices_are_the_seeds_on_one_device(data):
     assert metrics["loss"].is_fully_replicated
 
 
-def test_what_does_not_fit_a_mesh_is_refused(data):
+def test_arrays_that_do_not_fit_a_mesh_are_refused(data):
     with pytest.raises(ValueError, match="seed is 3; it must divide the number of devices, 8"):
         bcdl_jax.train.make_mesh(seed=3)
     mesh = bcdl_jax.train.make_mesh(seed=4)
@@ -107,7 +107,7 @@ def test_what_does_not_fit_a_mesh_is_refused(data):
 
 
 def test_the_noise_of_a_pmap_step_has_the_right_mean_and_variance():
-    """All examples are alike, so that noise shared between devices would make the variance of the mean eight times larger."""
+    """All examples are equal. If the devices shared noise, the variance of the mean would be eight times as large."""
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda gradients, *_: (jax.tree.map(jnp.zeros_like, gradients), gradients),

@@ -19,7 +19,7 @@ def test_without_shards_the_rows_are_a_permutation_cut_into_batches(key):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_each_batch_takes_as_many_from_each_block_and_nothing_twice(key, shards):
+def test_each_batch_takes_the_same_number_from_each_block_and_no_example_twice(key, shards):
     examples, batch_size, steps = 28, 8, 3
     numbers = jnp.arange(examples)
     take = jax.jit(
@@ -39,14 +39,14 @@ def test_each_batch_takes_as_many_from_each_block_and_nothing_twice(key, shards)
         )
     assert (epochs[0] != epochs[1]).any()
     within = epochs[0].reshape(steps, shards, -1) % (examples // shards)
-    assert all((within[:, 0] != within[:, other]).any() for other in range(1, shards))  # each block has its own order
+    assert all((within[:, 0] != within[:, other]).any() for other in range(1, shards))  # Each block has its own order.
 
 
 def test_every_example_comes_first_equally_often(key):
     rows = jax.jit(jax.vmap(lambda epoch: epoch_rows(key, epoch, 8, 4, 2)[0]))(jnp.arange(4000))
     for place in range(4):
         counts = np.bincount(np.asarray(rows[:, place]), minlength=4)
-        assert np.abs(counts - 1000).max() < 5 * np.sqrt(750)  # a binomial of 4000 and 1/4: five standard deviations
+        assert np.abs(counts - 1000).max() < 5 * np.sqrt(750)  # Five standard deviations of a binomial of 4000 and 1/4.
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_example_comes_first_equally_often(key):
         (10, 4, 0, "shards is 0; it must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(examples, batch_size, shards, message):
+def test_bad_sizes_are_refused(examples, batch_size, shards, message):
     with pytest.raises(ValueError, match=message):
         steps_per_epoch(examples, batch_size, shards)
 

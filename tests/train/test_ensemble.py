@@ -72,7 +72,7 @@ def test_a_program_compiled_ahead_from_shapes_is_the_one_that_is_run(data, in_tu
 
 @pytest.mark.slow
 def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
-    """Seed 1's likelihood explodes through layer Dense_1 at its seventh step: the second step of the second epoch."""
+    """The likelihood of seed 1 explodes through layer Dense_1 at step 7, which is the second step of the second epoch."""
     optimizer = optax.adam(1e-3)
 
     def likelihood(params, batch, key):
@@ -102,7 +102,7 @@ def test_a_value_that_is_not_finite_stops_its_seed_alone(data):
     )
     assert [each.messages for _, each in history[:2]] == [(), (sentence,)]
     assert final.step.tolist() == [15, 6, 15]
-    # The others are not disturbed, and the stopped one holds what it had after its sixth step.
+    # The other seeds are not disturbed, and the stopped seed keeps its state from after step 6.
     one = jax.jit(lambda state: bcdl_jax.train.make_train_epoch(step, batch_size=BATCH)(state, data)[0])
     alone = one(one(one(bcdl_jax.train.select_seed(plain, 2))))
     assert_trees_close(bcdl_jax.train.select_seed(final, 2).params, alone.params, rtol=1e-5, atol=1e-6)
@@ -120,7 +120,7 @@ def test_inputs_that_are_not_finite_blame_no_single_layer(data):
 
 
 @pytest.mark.slow
-def test_everything_pruned_and_nothing_pruned_are_warned_of_once(data):
+def test_warnings_of_everything_pruned_and_of_nothing_pruned_come_once(data):
     step, _, states = setup(optax.sgd(0.0), seeds=(0, 1))
     first = states.params["Dense_1"]["posterior"]
     lost = first.replace(scale_log_variance=first.scale_log_variance.at[1].set(5.0))
@@ -173,7 +173,7 @@ OPTIMIZER = optax.chain(optax.adam(optax.cosine_decay_schedule(0.01, 20)), bcdl_
 
 
 def train(states, data, step, seeds, epochs=4, **options):
-    """The states and the reports of all epochs, and the last states as they were yielded."""
+    """The last states, the reports of all epochs, and True if the training was stopped within an epoch."""
     history = [
         (copy(state), report)
         for state, report in bcdl_jax.train.train_ensemble(
@@ -194,7 +194,7 @@ def train(states, data, step, seeds, epochs=4, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_a_run_ended_anywhere_goes_on_bit_by_bit(data, in_turn, monkeypatch):
-    """Ended after every three chunks, of one step each here, beside a run of whole epochs: same states, each epoch reported once."""
+    """A run that stops after every three chunks of one step gives the same states and reports as a run of whole epochs."""
     step, _, states = setup(OPTIMIZER, seeds=(3, 4), kl_weight=bcdl_jax.kl_warmup(10))
     expected, expected_reports, _ = train(copy(states), data, step, (3, 4), epochs=2, in_turn=in_turn)
     monkeypatch.setattr(trainer, "_CHUNK_SECONDS", 0.0)
@@ -209,6 +209,7 @@ def test_a_run_ended_anywhere_goes_on_bit_by_bit(data, in_turn, monkeypatch):
     assert reports == expected_reports
 
 
+@pytest.mark.slow
 def test_in_turn_equals_vmap(data):
     step, _, states = setup(OPTIMIZER, seeds=(3, 4))
     together, reports, _ = train(copy(states), data, step, (3, 4), epochs=2)
@@ -220,7 +221,7 @@ def test_in_turn_equals_vmap(data):
 
 
 @pytest.mark.slow
-def test_what_is_over_is_not_trained_again(data):
+def test_completed_epochs_and_halted_seeds_are_not_trained_again(data):
     step, _, states = setup(OPTIMIZER, seeds=(3, 4))
     states, _, _ = train(states, data, step, (3, 4), epochs=2)
     arguments = {"validation_error": validation_error, "validation_data": data, "seeds": (3, 4)}

@@ -35,7 +35,7 @@ def test_parameter_kinds_and_a_learning_rate_per_kind(data):
 
 
 @pytest.mark.parametrize("family", [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe()])
-def test_scale_stands_for_the_means_of_the_scales_of_a_family(family):
+def test_scale_is_the_kind_of_the_locations_of_the_scales(family):
     ones = jax.tree.map(jnp.ones_like, family.create(jax.random.key(0), jnp.ones((3, 2)), jnp.ones(2), "input"))
     scaled, _ = bcdl_jax.train.scale_by_kind({"scale": 0.5, "log_variance": 3.0}).update(ones, optax.EmptyState())
     arrays = {name: leaf for name, leaf in vars(scaled).items() if isinstance(leaf, jax.Array)}

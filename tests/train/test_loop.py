@@ -36,8 +36,8 @@ def test_each_seed_of_an_ensemble_equals_training_it_alone(data):
     assert float(jnp.abs(first - second).max()) > 1e-2
 
 
-def test_an_epoch_shows_each_example_once_in_an_order_of_its_own(data):
-    """A step that counts the examples it is given: an incomplete last batch is left out, and nothing comes twice."""
+def test_each_epoch_shows_each_example_once_in_a_new_order(data):
+    """The step counts its examples. The incomplete last batch is left out, and no example comes twice."""
     _, _, states = setup(optax.sgd(0.0), seeds=(0,))
     numbers = (data[0][:23], jnp.arange(23))
 
@@ -75,7 +75,7 @@ def test_batch_size_must_fit(data):
 
 @pytest.mark.slow
 def test_chunks_of_an_epoch_equal_the_epoch(data):
-    """Bit by bit, with one program for all chunks, seeds by vmap."""
+    """Equal bit by bit, with one program for all chunks and the seeds under vmap."""
     step, epoch, states = setup(optax.adam(1e-2), kl_weight=bcdl_jax.kl_warmup(8))
     train_steps = jax.jit(
         jax.vmap(bcdl_jax.train.make_train_loop(step, batch_size=BATCH), in_axes=(0, None, None)), donate_argnums=0
@@ -91,7 +91,7 @@ def test_chunks_of_an_epoch_equal_the_epoch(data):
     assert train_steps._cache_size() == 1
     assert_trees_close(chunked, whole, rtol=0)
     assert_trees_close(chunked_metrics, whole_metrics, rtol=0)
-    # The plain loop over the same batches.
+    # A plain loop over the same batches is the reference.
     state, losses = bcdl_jax.train.select_seed(states, 1), []
     for number in range(10):
         rows = bcdl_jax.train.epoch_rows(state.key, number // 5, EXAMPLES, BATCH)[number % 5]
@@ -106,7 +106,7 @@ def test_chunks_of_an_epoch_equal_the_epoch(data):
     assert int(once.step) == 5
 
 
-def test_metrics_the_state_has_no_place_for_are_refused(data):
+def test_metrics_that_the_state_lacks_are_refused(data):
     _, _, states = setup(optax.sgd(0.1), seeds=(0,))
     train_steps = bcdl_jax.train.make_train_loop(lambda state, batch: (state, {"accuracy": 0.0}), batch_size=BATCH)
     with pytest.raises(

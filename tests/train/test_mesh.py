@@ -12,7 +12,7 @@ import bcdl_jax
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """The number of fake devices is set before JAX starts, so in a process of its own."""
+    """The number of simulated devices must be set before JAX starts, so that the tests run in a process of their own."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [
         sys.executable,

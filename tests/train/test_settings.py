@@ -15,7 +15,7 @@ def nll(params, batch, key):
 
 @pytest.mark.slow
 def test_many_settings_at_once_are_each_setting_alone(key):
-    """Learning rates within a schedule, and KL weights, in an ensemble with reports."""
+    """The settings are a learning rate within a schedule and a KL weight, in an ensemble with reports."""
     inputs = jax.random.normal(key, (24, 6))
     data = inputs, jnp.argmax(inputs[:, :3], axis=-1)
     settings = [{"rate": rate, "kl_weight": weight} for rate, weight in ((1e-2, 0.1), (3e-2, 0.1), (1e-2, 1.0))]

@@ -66,7 +66,7 @@ def test_the_layer_that_overflows_is_named(data):
 
 @pytest.mark.slow
 def test_training_goes_on_from_a_pruned_net(data):
-    """Fine-tuning the means: frozen variances stay, pruned groups stay pruned, the likelihood falls."""
+    """The means are fine-tuned: frozen variances and masks stay the same, and the loss falls."""
     frozen = {"kernel_log_variance": 0.0, "bias_log_variance": 0.0, "scale_log_variance": 0.0}
     optimizer = optax.chain(optax.adam(0.03), bcdl_jax.train.scale_by_kind(frozen))
     _, epoch, states = setup(optimizer, seeds=(0,), kl_weight=0.001)
@@ -90,7 +90,7 @@ def test_training_goes_on_from_a_pruned_net(data):
 
 
 def test_masks_are_kept_in_a_loop_of_ones_own(data):
-    """Weight decay moves them towards 0; noise moves them across it."""
+    """Weight decay would move masks towards 0, and noise would move them below 0."""
     _, _, states = setup(optax.sgd(0.1), seeds=(0,))
     params = bcdl_jax.train.select_seed(states, 0).params
     moved = jax.tree.map(lambda leaf: leaf - 2, params)

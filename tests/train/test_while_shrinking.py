@@ -31,7 +31,7 @@ def make_step(nll):
 
 
 def with_dead_groups(params, dead):
-    """The params with scales that are all noise for the named groups, {layer: [groups]}."""
+    """The params with noisy scales for the given groups, a dictionary {layer: [groups]}."""
 
     def kill(name, layer):
         groups = jnp.asarray(dead.get(name, []), int)
@@ -52,7 +52,7 @@ def conv_state():
 
 
 def assert_same_where_kept(small, whole, params):
-    """Two full-size states agree on all that is not masked."""
+    """Two full-size states agree on all kept groups."""
     for tree in (lambda state: state.params, lambda state: bcdl_jax.train.averaged_params(state.optimizer_state)):
         for name, layer in bcdl_jax.variational_layers(params).items():
             one, other = (bcdl_jax.variational_layers(tree(state))[name] for state in (small, whole))
@@ -92,7 +92,7 @@ def test_a_shrunk_step_equals_the_masked_step(multiple_of):
     assert jax.tree.map(jnp.shape, expanded) == jax.tree.map(jnp.shape, state)
     assert int(expanded.step) == 10
     assert_same_where_kept(expanded, whole, state.params)
-    # It did train.
+    # The small network was trained.
     assert (
         float(
             jnp.abs(
@@ -101,13 +101,13 @@ def test_a_shrunk_step_equals_the_masked_step(multiple_of):
         )
         > 0.01
     )
-    # What is gone has the values it had.
+    # The pruned groups keep their values.
     gone = expanded.params["Conv_0"]["posterior"].kernel_mean[..., 0]
     np.testing.assert_array_equal(gone, state.params["Conv_0"]["posterior"].kernel_mean[..., 0])
 
 
 @pytest.mark.slow
-def test_a_measure_without_what_is_gone_stays_right_while_training_goes_on():
+def test_a_measure_without_the_pruned_groups_stays_right_during_training():
     def error(params, held_out):
         logits = SmallConvNet().apply({"params": params}, held_out[0])
         return 100 * jnp.mean(jnp.argmax(logits, -1) != held_out[1])
@@ -130,7 +130,7 @@ def test_a_measure_without_what_is_gone_stays_right_while_training_goes_on():
     assert "f32[3,3,2,2]" in program
 
 
-def test_a_measure_of_more_than_examples_is_taken_at_full_size():
+def test_a_measure_that_is_not_one_of_examples_computes_the_full_size():
     state, conv_data = conv_state()
     state = bcdl_jax.train.prune_state(state, 3.0, CONV_CHAIN)
     weighted = (*conv_data, jnp.float32(2))
@@ -146,12 +146,14 @@ def test_it_shrinks_only_where_that_pays():
     small = bcdl_jax.train.prune_and_shrink(shrinking, state, batch)
     before, after = small.report.multiply_adds
     assert after < 0.5 * before
-    assert bcdl_jax.train.prune_and_shrink(shrinking, small.whole, batch, small) is None  # nothing new is gone
+    assert (
+        bcdl_jax.train.prune_and_shrink(shrinking, small.whole, batch, small) is None
+    )  # No further group can be pruned.
     wanting = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 3.0, CONV_CHAIN, multiple_of=1, least_saving=0.9)
     assert bcdl_jax.train.prune_and_shrink(wanting, state, batch) is None
     safe = bcdl_jax.train.ShrinkingConfig(conv_nll, make_step, 30.0, CONV_CHAIN)
     assert bcdl_jax.train.prune_and_shrink(safe, state, batch) is None
-    assert bcdl_jax.train.leave_out_pruned(shrinking, state, batch) is None  # nothing is masked
+    assert bcdl_jax.train.leave_out_pruned(shrinking, state, batch) is None  # Nothing is masked.
     empty = state.replace(params=bcdl_jax.prune(state.params, -1e9, CONV_CHAIN))
     assert bcdl_jax.train.leave_out_pruned(shrinking, empty, batch) is None
 
@@ -165,14 +167,14 @@ def test_multiply_adds_are_counted_by_layer():
     found = multiply_adds_by_owner(program, owners)
     assert found.pop(None) == 0
     assert sum(found.values()) == multiply_adds(program)
-    # Of the means and of the variances; 8 x 8 positions, then 2 x 2 after the pooling and without padding.
+    # One product for the means and one for the variances, at 8 x 8 positions, then at 2 x 2 after the pooling and without padding.
     for number, (layer, positions) in enumerate(zip(nodes, (64, 4, 1), strict=True)):
         assert found[number] == 2 * BATCH * positions * np.prod(layer.kernel_shape)
 
 
 @pytest.mark.slow
 def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
-    """A layer that takes few of the multiply-adds loses most of its groups."""
+    """Only a layer with few of the multiply-adds loses many groups."""
     state, conv_data = conv_state()
     state = bcdl_jax.train.prune_state(state, 3.0, CONV_CHAIN)
     last = list(bcdl_jax.variational_layers(state.params))[-1]
@@ -189,7 +191,7 @@ def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
     assert tried
 
 
-def test_the_groups_are_looked_at_ever_more_rarely():
+def test_pruning_checks_become_rarer():
     for first, expected in ((1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]), (3, [3, 6, 9, 12, 18, 24, 36])):
         shrinking = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0, first_check=first)
         assert [epochs for epochs in range(40) if shrinking.is_due(epochs)] == expected
@@ -199,7 +201,7 @@ def test_the_groups_are_looked_at_ever_more_rarely():
 
 
 @pytest.mark.slow
-def test_what_is_gone_may_be_found_from_the_params():
+def test_thresholds_may_be_a_function_of_the_params():
     state, conv_data = conv_state()
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)
     asked = []
@@ -220,7 +222,7 @@ def test_what_is_gone_may_be_found_from_the_params():
 
 
 @pytest.mark.slow
-def test_what_is_gone_may_go_by_another_score():
+def test_groups_may_be_pruned_by_another_score():
     state, conv_data = conv_state()
     layer = state.params["Conv_1"]["posterior"]
     noisy = layer.replace(kernel_log_variance=layer.kernel_log_variance.at[..., 4].set(9.0))
@@ -240,7 +242,7 @@ def test_what_is_gone_may_go_by_another_score():
 
 
 def shrinking_ensemble(data, stop=None, states=None, first_check=2, epochs=5, **options):
-    """Two seeds, of which groups die in the first while it is trained: shrunk after the second and the fourth epoch."""
+    """Trains two seeds. Groups of the first one can be pruned, and pruning checks follow after the second and the fourth epoch."""
     _, _, fresh = setup(OPTIMIZER, seeds=(3, 4))
     if states is None:
         params = with_dead_groups(bcdl_jax.train.select_seed(fresh, 0).params, {"Dense_1": [0, 1], "Dense_2": [2, 3]})
@@ -253,6 +255,7 @@ def shrinking_ensemble(data, stop=None, states=None, first_check=2, epochs=5, **
     )
 
 
+@pytest.mark.slow
 def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypatch):
     expected, reports, _ = shrinking_ensemble(data)
     (news,) = [news for report in reports for news in report.news]
@@ -274,7 +277,8 @@ def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypat
     assert [report.reports for report in resumed] == [report.reports for report in reports]
 
 
-def test_what_is_gone_can_be_masked_alone(data, monkeypatch):
+@pytest.mark.slow
+def test_groups_can_be_masked_without_being_left_out(data, monkeypatch):
     smaller, small_reports, _ = shrinking_ensemble(data)
     expected, reports, _ = shrinking_ensemble(data, leave_out=False)
     assert not any(report.news for report in reports)
@@ -287,7 +291,7 @@ def test_what_is_gone_can_be_masked_alone(data, monkeypatch):
         }
         for params in (expected.params, smaller.params)
     )
-    assert_trees_close(kernels, small_kernels, rtol=1e-5)  # what is masked counts as zero
+    assert_trees_close(kernels, small_kernels, rtol=1e-5)  # Masked weights count as zero.
 
     monkeypatch.setattr(trainer, "_CHUNK_SECONDS", 0.0)
     stop = functools.partial(next, iter([False] * 29), True)
@@ -305,6 +309,7 @@ def test_nothing_is_masked_that_would_leave_a_layer_empty(data):
     assert mask_further(everything, state) is state
 
 
+@pytest.mark.slow
 def test_the_reported_error_is_that_of_the_whole_network(data, monkeypatch):
     made = []
 
@@ -316,7 +321,7 @@ def test_the_reported_error_is_that_of_the_whole_network(data, monkeypatch):
     for measure in (spy, lambda measure, *_: jax.jit(measure)):
         monkeypatch.setattr(validation, "shrink_measure", measure)
         reports.append([report.reports for report in shrinking_ensemble(data, first_check=1, epochs=7)[1]])
-    assert len(made) == 1  # of the seed that has lost something, once
+    assert len(made) == 1  # Once, for the seed that has shrunk.
     assert reports[0] == reports[1]
 
 

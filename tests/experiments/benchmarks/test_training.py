@@ -94,6 +94,7 @@ def test_the_peak_memory_is_that_of_the_process():
     assert size < training_measures._peak_resident_bytes() < 3 * size
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_memory_of_training_is_measured_in_a_process_of_its_own():
     settings = Settings("lenet5", *images_of("lenet5", 256), 128, "float32", 1.0)

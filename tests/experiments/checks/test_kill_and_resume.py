@@ -5,6 +5,7 @@ import pytest
 from experiments.checks import kill_and_resume as crash_test
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_with_the_same_files(capsys):
     assert crash_test.main(["--kills", "3", "--short"]) == 0

@@ -138,6 +138,7 @@ def test_the_error_names_a_damaged_result(tmp_path, capsys):
     assert f"--out {tmp_path / 'file'} is a file" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_method_runs_quickly(tmp_path, capsys):
     assert table.main(["--run-quick", "--out", str(tmp_path)]) == 0

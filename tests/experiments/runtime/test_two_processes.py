@@ -33,6 +33,7 @@ def end(children):
     return [child.returncode for child in children], outputs
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_was_stopped_is_resumed_to_the_same_files(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
