@@ -1,6 +1,7 @@
 """Trees of parameters: their layers, the names of layers and arrays, and values that are given by layer.
 
 A layer keeps its parameters in one *node*, a pytree of its own type: a posterior, or a layer of integers. Layers are found by that type.
+The class of a node says for errors what its layers are called, ``layer_kind``, and where they come from, ``layer_source``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 PyTree = Any
-NodeTypes = type | tuple[type, ...]
+NodeTypes = type[Any] | tuple[type[Any], ...]
 
 # The name under which a layer stores its node among the parameters of its module. It is left out of the names of layers.
 NODE_ENTRY = "posterior"
@@ -79,7 +80,11 @@ def find_layers(params: PyTree, node_types: NodeTypes) -> dict[str, Any]:
         ]
         top = ", ".join(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
         more = f" ({', '.join(others)})" if others else ""
-        raise ValueError(f"params holds no variational layers; it holds: {top or 'nothing'}{more}.")
+        types = node_types if isinstance(node_types, tuple) else (node_types,)
+        raise ValueError(
+            f"params holds no {' or '.join(kind.layer_kind for kind in types)}; it holds: {top or 'nothing'}{more}. "
+            + " ".join(kind.layer_source for kind in types)
+        )
     return found
 
 

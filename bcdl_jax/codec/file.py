@@ -16,6 +16,7 @@ from bcdl_jax._tree import PyTree, array_names, layer_name, module_name
 from bcdl_jax.codec.format import CompressedFileError, LayerHeader, described, nonzero_indices
 from bcdl_jax.codec.reader import FileReader
 from bcdl_jax.codec.writer import FileWriter
+from bcdl_jax.compression.layers import is_layer
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.posterior import Posterior
 
@@ -97,7 +98,7 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
       ValueError: The tree holds a posterior, or a layer or an array that the format cannot hold.
     """
     writer = FileWriter()
-    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_layer):
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_layer):
         name = layer_name(path)
         if isinstance(node, Posterior):
             raise ValueError(f"params holds a posterior at {name}; call reduce_precision first.")
@@ -133,7 +134,7 @@ def decode(data: bytes, like: PyTree | None = None) -> PyTree:
                 "The file holds no names; pass a template with like=params, or save the file with names=True."
             )
         return _nested(reader.names, [value for value, _ in reader.entries()])
-    nodes, structure = jax.tree.flatten(like, is_leaf=_is_layer)
+    nodes, structure = jax.tree.flatten(like, is_leaf=is_layer)
     _check_template(reader, nodes, _names(like))
     return jax.tree.unflatten(structure, [value for value, _ in reader.entries()])
 
@@ -171,7 +172,7 @@ def _check_template(reader: FileReader, nodes: Sequence[Any], names: Sequence[st
     """Raises CompressedFileError if the template's nodes or names differ from those of the file."""
     if len(nodes) != len(reader.headers):
         hint = ""
-        if any(isinstance(header, LayerHeader) for header in reader.headers) and not any(map(_is_layer, nodes)):
+        if any(isinstance(header, LayerHeader) for header in reader.headers) and not any(map(is_layer, nodes)):
             hint = " The template must be the params of the variational network; mean_weights then makes the loaded params plain."
         raise CompressedFileError(
             f"The file holds {len(reader.headers)} layers and arrays; the template has {len(nodes)}.{hint}"
@@ -183,7 +184,7 @@ def _check_template(reader: FileReader, nodes: Sequence[Any], names: Sequence[st
                     f"Entry {number} of the file is called {_comparable(stored)}; the template has {_comparable(wanted)}."
                 )
     for number, (header, node) in enumerate(zip(reader.headers, nodes, strict=True)):
-        stored_kind, wanted_kind = isinstance(header, LayerHeader), _is_layer(node)
+        stored_kind, wanted_kind = isinstance(header, LayerHeader), is_layer(node)
         shape = node.kernel_shape if wanted_kind else np.shape(node)
         if stored_kind != wanted_kind or header.shape != shape:
             raise CompressedFileError(
@@ -198,11 +199,7 @@ def _comparable(name: str) -> str:
 
 
 def _names(tree: PyTree) -> list[str]:
-    return array_names([path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_layer)])
-
-
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, Posterior | QuantizedLayer)
+    return array_names([path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_layer)])
 
 
 def _nested(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

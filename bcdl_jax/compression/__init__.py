@@ -1,5 +1,6 @@
 """Pruning, reduced precision and compression rates of a trained params tree."""
 
+from bcdl_jax.compression.layers import is_layer
 from bcdl_jax.compression.plain_twin import from_trained, mean_weights, weight_variances
 from bcdl_jax.compression.pruning import kept_groups, prune, prune_units
 from bcdl_jax.compression.quantization import choose_relative_step, reduce_precision, reduce_precision_by_round_off
@@ -14,6 +15,7 @@ __all__ = [
     "choose_relative_step",
     "choose_thresholds",
     "from_trained",
+    "is_layer",
     "kept_groups",
     "layer_bits",
     "log_dropout_rate",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree, check_not_stacked, layer_name, path_name, plain_layers
-from bcdl_jax.compression.quantized_layer import QuantizedLayer
+from bcdl_jax.compression.layers import LAYER_TYPES, is_layer
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 
@@ -28,13 +28,18 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
       A tree like ``params``. Parameters without a posterior are copied from ``trained``.
 
     Raises:
-      ValueError: ``trained`` lacks an array, has an extra array, or has an array of another shape; the error names its path. Or a node of
-        ``params`` holds several stacked layers.
+      ValueError: ``params`` holds no variational layer, or a node of several stacked layers. ``trained`` holds a variational layer, lacks an
+        array, has an extra array, or has an array of another shape; the error names its path.
     """
+    variational_layers(params)
+    if any(isinstance(node, Posterior) for node in jax.tree.leaves(trained, is_leaf=is_layer)):
+        raise ValueError("trained holds variational layers; it must be the params of a plain network, and come second.")
     given = _flatten(trained)
     used: set[str] = set()
 
     def take(path: str, like: jax.Array) -> jax.Array:
+        if f"params/{path}" in given:
+            raise ValueError(f'trained holds params/{path}, where {path} is needed; pass its entry "params".')
         if path not in given:
             raise ValueError(
                 f"The trained net lacks {path}, which must have shape {jnp.shape(like)}; it holds {', '.join(given) or 'nothing'}."
@@ -90,7 +95,7 @@ def mean_weights(params: PyTree) -> PyTree:
         kernel, bias = layer.mean_weights()
         return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
 
-    return plain_layers(weights, params, (Posterior, QuantizedLayer))
+    return plain_layers(weights, params, LAYER_TYPES)
 
 
 @jax.jit

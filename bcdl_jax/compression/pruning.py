@@ -72,6 +72,8 @@ def prune_units(params: PyTree, masks: Mapping[str, jax.Array], chain: Sequence[
     layers = variational_layers(params)
     check_layers_exist(masks, layers, "masks")
     for name, mask in masks.items():
+        if not isinstance(mask, jax.Array | np.ndarray):
+            raise ValueError(f"The mask of layer {name} is a {type(mask).__name__}; it must be an array of bool.")
         if jnp.shape(mask) != layers[name].unit_mask.shape:
             raise ValueError(
                 f"The mask of layer {name} has shape {jnp.shape(mask)}; it must have {layers[name].unit_mask.shape}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -28,6 +29,9 @@ class QuantizedLayer(flax.struct.PyTreeNode):
       kernel_levels: The values of the weights other than 0, float32 [levels], ascending, or None. The integers are their numbers: 1 is the
         smallest positive level, 2 the next one, -1 the negative level nearest to 0. The integer 0 is the value 0.
     """
+
+    layer_kind: ClassVar[str] = "quantised layers"
+    layer_source: ClassVar[str] = "bcdl_jax.reduce_precision makes quantised layers of variational layers."
 
     kernel: jax.Array
     kernel_step: jax.Array

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree, find_single_layers
+from bcdl_jax.compression.layers import LAYER_TYPES, is_layer
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.posterior import Posterior
 
@@ -104,7 +105,7 @@ def rate(params: PyTree) -> jax.Array:
       ValueError: The tree holds no such layer.
     """
     layers = _layers(params).values()
-    outside = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_layer) if not _is_layer(leaf)]
+    outside = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_layer) if not is_layer(leaf)]
     others = float(sum(jnp.size(leaf) for leaf in outside)) * _FLOAT_BITS
     before = others + float(sum(math.prod(layer.kernel_shape) + _bias_size(layer) for layer in layers)) * _FLOAT_BITS
     after = (
@@ -129,12 +130,8 @@ def layer_bits(params: PyTree) -> dict[str, jax.Array]:
     return {name: jnp.asarray(_bits(layer), jnp.int32) for name, layer in _layers(params).items()}
 
 
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, _Layer)
-
-
 def _layers(params: PyTree) -> dict[str, _Layer]:
-    return find_single_layers(params, (Posterior, QuantizedLayer))
+    return find_single_layers(params, LAYER_TYPES)
 
 
 def _bits(layer: _Layer) -> jax.Array | int:

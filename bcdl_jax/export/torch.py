@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from bcdl_jax._tree import PyTree, is_key
-from bcdl_jax.compression.quantized_layer import QuantizedLayer
+from bcdl_jax.compression.layers import is_layer
 from bcdl_jax.export.safetensors import numpy_arrays
+from bcdl_jax.graph.products import PRODUCTS
 from bcdl_jax.graph.program import Program, Step, data_dependent
 from bcdl_jax.graph.tracing import trace
-from bcdl_jax.priors.posterior import Posterior
 
 # The collections of Flax's variables are no part of PyTorch's names.
 _COLLECTIONS = ("params", "batch_stats")
@@ -28,7 +28,6 @@ _TORCH_NAMES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_PRODUCTS = frozenset(["conv_general_dilated", "dot_general"])
 # Primitives that only move the elements of their first operand. Any other operands are indices.
 _MOVES = frozenset(["copy", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "transpose"])
 
@@ -53,8 +52,8 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
       ValueError: ``params`` holds a posterior or a quantised layer, a kernel is not used by a dense layer or an ordinary convolution, the
         order of values between a flatten and a dense layer cannot be followed, or two arrays get the same name.
     """
-    for node in jax.tree.leaves(params, is_leaf=_is_layer):
-        if _is_layer(node):
+    for node in jax.tree.leaves(params, is_leaf=is_layer):
+        if is_layer(node):
             raise ValueError(f"params holds a {type(node).__name__}; it must hold arrays only, see mean_weights.")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     program = trace(apply, params, *inputs)
@@ -77,15 +76,11 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     return state
 
 
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, Posterior | QuantizedLayer)
-
-
 def _products_by_operand(program: Program) -> dict[int, Step]:
     """The product that reads a value as its second operand, directly or converted to another type, by the number of the value."""
     readers: dict[int, Step] = {}
     for step in reversed(program.steps):
-        if step.name in _PRODUCTS:
+        if step.name in PRODUCTS:
             readers[step.inputs[1]] = step
         elif step.name in ("convert_element_type", "copy") and step.outputs[0] in readers:
             readers[step.inputs[0]] = readers[step.outputs[0]]
@@ -224,7 +219,7 @@ class _OrderTracker:
                 return None
             others = (self._values[operand] for operand in step.inputs[1:])
             return _Source(before.origin, np.asarray(step.bind(before.places, *others)[0]))
-        if step.name in _PRODUCTS:  # The results of a product have a new order, also where it reads flattened values.
+        if step.name in PRODUCTS:  # The results of a product have a new order, also where it reads flattened values.
             return self._new_source(number)
         sources = [self._source(operand) for operand in operands]
         if not sources:

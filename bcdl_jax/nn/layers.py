@@ -44,6 +44,11 @@ class _VariationalLayer(nn.Module):
         # self.param would require the leaves of a fresh posterior. The tree may also hold another kind of node, such as a quantised layer,
         # so only the shape of the kernel is checked.
         node: WeightsNode = self.get_variable("params", NODE_ENTRY)
+        if node.kernel_shape[1:] == kernel_shape:
+            raise ValueError(
+                f"{self._label()} was given the posteriors of {node.kernel_shape[0]} layers, stacked; apply params of many seeds with "
+                "jax.vmap, or select one by bcdl_jax.train.select_seed(params, index)."
+            )
         if node.kernel_shape != kernel_shape:
             raise ValueError(
                 f"{self._label()} was given a posterior with kernel shape {node.kernel_shape}; its inputs and features need {kernel_shape}."

@@ -77,6 +77,9 @@ class Family(abc.ABC):
 
         Returns:
           A posterior of type ``posterior_type``.
+
+        Raises:
+          ValueError: ``start_fields`` reads more than ``start_keys`` keys, or lacks a field or has one too many.
         """
         weights_key, *keys = jax.random.split(key, 1 + self.start_keys) if self.start_keys else [key]
         kernel_key, bias_key = jax.random.split(weights_key)
@@ -90,8 +93,28 @@ class Family(abc.ABC):
             output_mask=jnp.ones((features,), kernel.dtype),
             group_axis=group_axis,
             clip_var=self.clip_var,
-            **self.start_fields(keys, kernel, inputs if group_axis == "input" else features),
+            **self._checked_start_fields(keys, kernel, inputs if group_axis == "input" else features),
         )
+
+    def _checked_start_fields(
+        self, keys: Sequence[jax.Array], kernel: jax.Array, groups: int
+    ) -> dict[str, jax.Array | float]:
+        """The result of ``start_fields``, which must be complete."""
+        try:
+            fields = self.start_fields(keys, kernel, groups)
+        except IndexError as error:
+            raise ValueError(
+                f"{type(self).__name__}.start_fields reads more PRNG keys than start_keys, {self.start_keys}."
+            ) from error
+        shared = {field.name for field in dataclasses.fields(Posterior)}
+        own = [field for field in dataclasses.fields(self.posterior_type) if field.name not in shared]
+        required = {field.name for field in own if field.default is dataclasses.MISSING}
+        if not required <= set(fields) <= {field.name for field in own}:
+            raise ValueError(
+                f"{type(self).__name__}.start_fields returns {', '.join(fields) or 'nothing'}; it must return the fields that "
+                f"{self.posterior_type.__name__} adds to Posterior: {', '.join(field.name for field in own) or 'none'}."
+            )
+        return fields
 
 
 def near(center: float, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

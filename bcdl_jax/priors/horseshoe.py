@@ -140,12 +140,16 @@ class GroupHorseshoe(Family):
 
     def start_fields(self, keys: Sequence[jax.Array], kernel: jax.Array, groups: int) -> dict[str, jax.Array | float]:
         prior_mode = math.log(self.tau0**2 / 2)
-        means = {"layer_gamma": prior_mode, "layer_inverse": -prior_mode, "group_gamma": 0.0, "group_inverse": 0.0}
+        layer: tuple[int, ...] = ()
+        factors = {
+            "layer_gamma": (prior_mode, layer),
+            "layer_inverse": (-prior_mode, layer),
+            "group_gamma": (0.0, (groups,)),
+            "group_inverse": (0.0, (groups,)),
+        }
         fields: dict[str, jax.Array | float] = {"tau0": self.tau0}
-        pairs = iter(zip(keys[::2], keys[1::2], strict=True))
-        for factor, mean in means.items():
-            mean_key, variance_key = next(pairs)
-            shape = (groups,) if factor.startswith("group") else ()
+        pairs = zip(keys[::2], keys[1::2], strict=True)
+        for (factor, (mean, shape)), (mean_key, variance_key) in zip(factors.items(), pairs, strict=True):
             fields[f"{factor}_log_mean"] = near(mean, mean_key, shape, kernel.dtype)
             fields[f"{factor}_log_variance"] = near(START_LOG_VARIANCE, variance_key, shape, kernel.dtype)
         return fields

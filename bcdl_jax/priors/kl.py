@@ -20,9 +20,15 @@ def kl_divergence_per_layer(params: PyTree) -> dict[str, jax.Array]:
       A scalar for each layer, by layer name.
 
     Raises:
-      ValueError: The tree holds no variational layer.
+      ValueError: The tree holds no variational layer, or a posterior returns a KL divergence that is no scalar.
     """
-    return {name: posterior.kl_divergence() for name, posterior in variational_layers(params).items()}
+    per_layer = {name: posterior.kl_divergence() for name, posterior in variational_layers(params).items()}
+    for name, value in per_layer.items():
+        if jnp.shape(value):
+            raise ValueError(
+                f"The KL divergence of layer {name} has shape {jnp.shape(value)}; the posterior must return a scalar."
+            )
+    return per_layer
 
 
 @jax.jit

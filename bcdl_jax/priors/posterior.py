@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import flax.struct
 import jax
@@ -59,6 +59,11 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
       group_axis: The side of the groups, "input" or "output".
       clip_var: The largest variance of weights and biases, which ``clip_variances`` enforces, or None for no limit.
     """
+
+    layer_kind: ClassVar[str] = "variational layers"
+    layer_source: ClassVar[str] = (
+        "The layers bcdl_jax.Dense and bcdl_jax.Conv make variational layers; reduce_precision makes quantised layers of them."
+    )
 
     kernel_mean: jax.Array = flax.struct.field(metadata={"kind": "mean"})
     kernel_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})

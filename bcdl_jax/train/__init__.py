@@ -3,7 +3,7 @@
 from bcdl_jax.train.averaging import ParamsEmaState, averaged_params, params_ema
 from bcdl_jax.train.batches import epoch_rows, take_batch
 from bcdl_jax.train.ensemble import compile_ensemble, train_ensemble
-from bcdl_jax.train.kinds import parameter_kinds, scale_by_kind
+from bcdl_jax.train.kinds import parameter_fields, scale_by_kind
 from bcdl_jax.train.loop import make_train_epoch, make_train_loop
 from bcdl_jax.train.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
 from bcdl_jax.train.objective import kl_warmup, negative_elbo
@@ -45,7 +45,7 @@ __all__ = [
     "make_train_loop",
     "make_train_step",
     "negative_elbo",
-    "parameter_kinds",
+    "parameter_fields",
     "params_ema",
     "place_data",
     "place_state",

@@ -1,4 +1,4 @@
-"""The kinds of parameters, for a learning rate per kind."""
+"""The fields and the kinds of parameters, for a learning rate of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bcdl_jax.priors.posterior import array_kinds
 from bcdl_jax.train.parts import is_posterior, parts
 
 
-def parameter_kinds(params: PyTree) -> PyTree:
-    """Labels every parameter with its kind, for ``optax.partition(transforms, parameter_kinds)``.
+def parameter_fields(params: PyTree) -> PyTree:
+    """Labels every parameter with its field, for ``optax.partition(transforms, parameter_fields)``.
 
     Args:
       params: A tree with variational layers.
@@ -21,7 +21,7 @@ def parameter_kinds(params: PyTree) -> PyTree:
     Returns:
       A tree like ``params`` with one string per array: the name of its field within a posterior ("kernel_mean", "kernel_log_variance",
       "bias_mean", "bias_log_variance", "scale_mean", "scale_log_variance", "input_mask", "output_mask", "weight_mask" and so on), or
-      "deterministic" outside the posteriors.
+      "deterministic" outside the posteriors. ``array_kinds`` gives the coarser kinds.
     """
 
     def labels(part: Any) -> Any:
@@ -40,7 +40,7 @@ def scale_by_kind(factors: dict[str, float]) -> optax.GradientTransformation:
     ``scale_by_kind({"log_variance": 0})`` trains the means alone.
 
     Args:
-      factors: Factors by the names of ``parameter_kinds``, or for all arrays of a posterior that declare one kind: "mean", "log_variance",
+      factors: Factors by the names of ``parameter_fields``, or for all arrays of a posterior that declare one kind: "mean", "log_variance",
         "scale" (the locations of the scales) or "mask". A factor by name overrides the factor of its kind. Kinds without a factor
         keep their updates.
 

@@ -18,6 +18,7 @@ import numpy as np
 import bcdl_jax
 from experiments.networks.lenet import LeNet5, LeNet300
 from experiments.networks.vgg import VGG
+from experiments.runtime import devices
 
 SIDES = ("dense", "masked", "shrunk")
 
@@ -100,7 +101,7 @@ def contestants_of(case: Case, batch: int, seed: int = 0) -> tuple[list[Contesta
         "masked": (masked, (variables, masks)),
         "shrunk": (small_apply, small),
     }
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = devices.on_cpu()
     contestants = []
     for side, (apply, params) in sides.items():
         engines = {"XLA": apply} | ({"XLA, for_cpu": bcdl_jax.for_cpu(apply)} if on_cpu else {})

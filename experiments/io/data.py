@@ -23,16 +23,17 @@ _SPLIT_SEED = 0
 _EMBEDDED_TRAIN, _EMBEDDED_VALIDATION = 350, 50
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
+def load(name: str, data_dir: str | None = None, *, replaceable: bool = True) -> Dataset:
     """Loads a data set.
 
     The embedded digits are read from the project. Every other data set is read from a directory of prepared data sets; it is downloaded
-    and prepared there first if it is missing. Where that is impossible and ``data_dir`` is None, the embedded digits replace "mnist" and
+    and prepared there first if it is missing. Where that is impossible, ``data_dir`` is None and ``replaceable``, the embedded digits replace "mnist" and
     "cifar10", and the ``notice`` of the data set says so.
 
     Args:
       name: The name of the data set, one of ``NAMES``.
       data_dir: The directory of tensorflow-datasets; None for TFDS_DATA_DIR, or the default directory if that is not set.
+      replaceable: True to accept the embedded digits in place of another data set.
 
     Raises:
       UserError: The name is unknown, the data is damaged, or the data set is not available and has no replacement.
@@ -49,9 +50,9 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
                 f"--data-dir {data_dir} holds no prepared {name}, and it could not be prepared there: {reason}. Give the directory that "
                 f"contains {name}/, or use --dataset {EMBEDDED}."
             ) from None
-        if name not in _TITLES_WITH_FALLBACK:
+        if not replaceable or name not in _TITLES_WITH_FALLBACK:
             raise UserError(
-                f"--dataset {name} is not available: {reason}. Give --data-dir, or use --dataset {EMBEDDED}."
+                f"--dataset {name} is not available: {reason}. Give --data-dir or set TFDS_DATA_DIR, or use --dataset {EMBEDDED}."
             ) from None
         return _load_embedded(
             f"{_TITLES_WITH_FALLBACK[name]} is not available ({reason}): this run uses the 5,000 embedded MNIST digits instead."

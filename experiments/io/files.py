@@ -105,15 +105,11 @@ def write_arrays(path: Path, tree: Any) -> None:
 def named_arrays(tree: Any) -> dict[str, np.ndarray]:
     """The arrays of a tree by path. The arrays of a layer's node stand below the layer, such as "Dense_0/kernel_mean"."""
     named = {}
-    for path, part in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_node):
-        layer = path[:-1] if _is_node(part) else path
+    for path, part in jax.tree_util.tree_leaves_with_path(tree, is_leaf=bcdl_jax.compression.is_layer):
+        layer = path[:-1] if bcdl_jax.compression.is_layer(part) else path
         for field, leaf in jax.tree_util.tree_leaves_with_path(part):
             named[jax.tree_util.keystr((*layer, *field), simple=True, separator="/")] = np.asarray(leaf)
     return named
-
-
-def _is_node(part: Any) -> bool:
-    return isinstance(part, bcdl_jax.Posterior | bcdl_jax.compression.QuantizedLayer)
 
 
 def _smallest_type(integers: np.ndarray) -> type[np.signedinteger]:

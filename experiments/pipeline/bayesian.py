@@ -17,7 +17,8 @@ from tqdm import tqdm
 import bcdl_jax
 from experiments.pipeline.context import Run, RunContext, compressed_file
 from experiments.pipeline.measures import Batch, measure_change, on_device
-from experiments.pipeline.phases import Phase, run_phase
+from experiments.pipeline.phase import Phase
+from experiments.pipeline.phases import run_phase
 from experiments.pipeline.snapshots import score_of
 from experiments.runtime import startup
 from experiments.runtime.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.io.data import NAMES
 from experiments.registry import EXPERIMENTS, method_names, method_title, title_at_width
@@ -24,8 +24,21 @@ _COLUMNS = (
     "error of the net",
 )
 
-# The network of a result, see ``network_of``, and its method.
-Key = tuple[str, str]
+
+class Key(NamedTuple):
+    """What a result is of.
+
+    Attributes:
+      experiment: The name of the experiment.
+      width: The width of the network as a fraction of the paper's.
+      method: The name of the method.
+    """
+
+    experiment: str
+    width: float
+    method: str
+
+
 # A title and rows of cells per network.
 Table = list[tuple[str, list[list[str]]]]
 
@@ -36,9 +49,9 @@ EXPLANATION = (
 )
 
 
-def network_of(result: dict[str, Any]) -> str:
-    """The name of a result's experiment, with the width of the network unless it is the paper's."""
-    return title_at_width(result["experiment"], result.get("width"))
+def _key_of(result: dict[str, Any]) -> Key:
+    width = result.get("width")
+    return Key(result["experiment"], 1 if width is None else width, result["method"])
 
 
 def read_results(
@@ -87,7 +100,7 @@ def _read_json(path: Path) -> Any:
 def _check_whole(path: Path, result: dict[str, Any]) -> tuple[Key, str, bool]:
     """The key and the data set of a result, and True if it is of a ``--quick`` run. Raises UserError if a value for the table is missing."""
     try:
-        key, dataset = (network_of(result), result["method"]), result["dataset"]["name"]
+        key, dataset = _key_of(result), result["dataset"]["name"]
         is_quick = "--quick" in result["command"].split()
         title_of(result["experiment"])
         our_row(result)
@@ -114,8 +127,7 @@ def paper_row(row: PaperRow) -> list[str]:
 def our_row(result: dict[str, Any]) -> list[str]:
     """The cells of one of this project's results: means over its seeds."""
     mean, runs = result["mean"], [run for run in result["runs"] if not run["failure"]]
-    _, _, width = network_of(result).partition(" ")
-    title = f"{method_title(result['method'])}, here" + (f" {width}" if width else "")
+    title = title_at_width(f"{method_title(result['method'])}, here", _key_of(result).width)
     if mean is None:
         return [title, "no seed was trained to the end", *_dashes()]
     errors, rates = mean["test_error"], mean["rate_paper"]
@@ -165,7 +177,7 @@ def make_table(results: dict[Key, dict[str, Any]], dataset: str | None = None) -
 
 def _results_of(experiment: str, results: dict[Key, dict[str, Any]]) -> list[Key]:
     """The keys of an experiment's results, at all widths."""
-    return [key for key in sorted(results) if key[0].split(" ")[0] == experiment]
+    return [key for key in sorted(results) if key.experiment == experiment]
 
 
 def _rows(experiment: str, results: dict[Key, dict[str, Any]], dataset: str | None) -> list[list[str]]:
@@ -175,12 +187,13 @@ def _rows(experiment: str, results: dict[Key, dict[str, Any]], dataset: str | No
     for method in method_names():
         if method in published:
             rows.append(paper_row(published[method]))
-        if (experiment, method) in results:
-            rows.append(our_row(results[experiment, method]))
+        full = Key(experiment, 1, method)
+        if full in results:
+            rows.append(our_row(results[full]))
         elif method in published:
             command = f"not run here: python -m experiments.{experiment} --method {method}{option}"
             rows.append([f"{method_title(method)}, here", command, *_dashes()])
-        narrower = [key for key in _results_of(experiment, results) if key[1] == method and key != (experiment, method)]
+        narrower = [key for key in _results_of(experiment, results) if key.method == method and key != full]
         rows += [our_row(results[key]) for key in narrower]
     return rows
 

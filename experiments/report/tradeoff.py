@@ -43,8 +43,8 @@ def draw(path: Path, results: dict[Key, dict[str, Any]], dataset: str | None = N
 def _of_experiment(experiment: str, results: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of an experiment, in the order of the methods."""
     order = method_names()
-    keys = [key for key in results if key[0].split(" ")[0] == experiment]
-    return [results[key] for key in sorted(keys, key=lambda key: (order.index(key[1]), key))]
+    keys = [key for key in results if key.experiment == experiment]
+    return [results[key] for key in sorted(keys, key=lambda key: (order.index(key.method), key))]
 
 
 def _draw_files(panel: Any, results: Sequence[dict[str, Any]]) -> list[_Point]:

@@ -185,6 +185,13 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def on_cpu() -> bool:
+    """Whether JAX computes on a CPU by default: training and timings choose other forms of a computation there."""
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
     import jax

@@ -70,6 +70,7 @@ def test_the_gradient_of_a_level_is_the_sum_over_its_weights(net):
         np.testing.assert_allclose(gradients[name], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_levels_compute_with_them_and_come_back_from_a_file(net):
     model, pruned = pruned_net(net)
     inputs = net[2]
@@ -124,6 +125,7 @@ def test_the_twin_of_levels_can_be_shrunk(net):
     assert report.bytes[1] < report.bytes[0]
 
 
+@pytest.mark.slow
 def test_the_network_of_levels_itself_is_shrunk_right(net):
     """``shrink`` has no rule for the gather of the levels, and leaves these layers whole."""
     model, pruned = pruned_net(net)

@@ -45,6 +45,12 @@ def test_errors_name_arrays_that_do_not_fit(net):
         bcdl_jax.from_trained(params, trained | {"Dense_1": trained["Dense_1"] | {"kernel": jnp.ones((4, 5))}})
     with pytest.raises(ValueError, match=r"holds Dense_9/kernel, which this network does not have"):
         bcdl_jax.from_trained(params, trained | {"Dense_9": {"kernel": jnp.ones(1)}})
+    with pytest.raises(ValueError, match=r'trained holds params/Dense_0/kernel, .* pass its entry "params"'):
+        bcdl_jax.from_trained(params, {"params": trained})
+    with pytest.raises(ValueError, match="trained holds variational layers; it must be the params of a plain network"):
+        bcdl_jax.from_trained(params, params)
+    with pytest.raises(ValueError, match="params holds no variational layers; it holds: Dense_0, Dense_1, Dense_2"):
+        bcdl_jax.from_trained(trained, params)
 
 
 @pytest.mark.parametrize("reduced", [False, True])

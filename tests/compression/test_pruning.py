@@ -154,3 +154,5 @@ def test_invalid_masks_raise(net):
         prune_units(net[1], {"Dense_9": jnp.ones(6, bool)})
     with pytest.raises(ValueError, match=r"The mask of layer Dense_0 has shape \(5,\); it must have \(6,\)"):
         prune_units(net[1], {"Dense_0": jnp.ones(5, bool)})
+    with pytest.raises(ValueError, match="The mask of layer Dense_0 is a dict; it must be an array of bool"):
+        prune_units(net[1], {"Dense_0": {"kernel": jnp.ones((6, 5))}})

@@ -102,6 +102,17 @@ def test_maximum_rate_agrees_with_the_entropy_of_scipy(net):
     assert float(bcdl_jax.compression.rate_paper_maximum(empty)) == math.inf
 
 
+def test_errors_say_which_layers_are_needed_and_where_they_come_from(net):
+    with pytest.raises(
+        ValueError, match=r"no quantised layers; .*Dense_0 is a GroupNormalJeffreysPosterior.*reduce_precision"
+    ):
+        bcdl_jax.compression.rate_paper_maximum(net[1])
+    with pytest.raises(
+        ValueError, match=r"no variational layers or quantised layers; it holds: Dense_0.*bcdl_jax\.Dense"
+    ):
+        bcdl_jax.rate(bcdl_jax.mean_weights(net[1]))
+
+
 def test_rate_counts_the_levels(net):
     pruned = prune_units(net[1], MASKS, CHAIN)
     reduced = bcdl_jax.baselines.reduce_to_levels(pruned, *bcdl_jax.baselines.share_weights(pruned, 4))

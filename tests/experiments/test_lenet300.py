@@ -154,7 +154,7 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     monkeypatch.setattr(data, "_load_full", unavailable)
     assert score.main([path]) == 2
     assert (
-        "Full MNIST is not available (no internet connection), on whose test images the files are scored"
+        "--dataset mnist is not available: no internet connection. Give --data-dir or set TFDS_DATA_DIR, or use --dataset mnist_5k."
         in capsys.readouterr().err
     )
     assert score.main(["--dataset", "cifar", path]) == 2

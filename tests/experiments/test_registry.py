@@ -64,7 +64,7 @@ METHOD = registry.PlainMethod("half", "the larger half", lambda: keep_half)
 @pytest.fixture
 def digits(monkeypatch):
     dataset = few_digits(96, 32, 64)
-    monkeypatch.setattr(data, "load", lambda *_: dataset)
+    monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
     # Scored here, and not in a process of its own, which takes seconds to start.
     monkeypatch.setattr(scoring, "in_fresh_process", scoring.test_errors)
 
@@ -74,6 +74,7 @@ def result_of(experiment, method, out):
     return json.loads((out / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_new_prior_is_one_entry(digits, tmp_path, capsys):
     with registry.PRIORS.temporarily(PRIOR):
         result = result_of(EXPERIMENTS["lenet300"], "fixed", tmp_path)

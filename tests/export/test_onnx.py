@@ -38,6 +38,7 @@ def test_the_small_network_runs_in_onnxruntime(conv_net, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 12, 18, 20])  # 3-d and grouped convolutions, flatten, attention, norms, reversal.
 @pytest.mark.filterwarnings("ignore:Nothing is left:UserWarning")
 def test_shrunk_random_networks(seed, tmp_path):

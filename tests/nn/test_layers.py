@@ -30,6 +30,8 @@ CONV_CASES = {
     "3d": ((4, 5, 4, 2), {"kernel_size": (2, 3, 2)}),
     "3d strides grouped": ((5, 5, 5, 4), {"kernel_size": (3, 3, 3), "strides": 2, "feature_group_count": 2}),
 }
+# Every case has its mean compared with Flax in the fast tests, and its samples in the slow ones.
+FAST_CASES = ("1d", "2d", "2d grouped", "2d circular")
 
 
 def conv_case(name, key, examples):
@@ -51,7 +53,9 @@ def test_mean_convolution_agrees_with_flax(name, key):
     np.testing.assert_allclose(run(layer, params, inputs), twin.apply({"params": means}, inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONV_CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST_CASES else pytest.mark.slow) for name in CONV_CASES]
+)
 def test_sampled_convolution_has_the_predicted_moments_at_every_position(name, key):
     """Outputs are z (M + e sqrt(V)): the mean is E[z] M, the variance E[z^2] (M^2 + V) - E[z]^2 M^2. M and V come from Flax."""
     draws = 20_000
@@ -191,6 +195,7 @@ np.testing.assert_allclose(many, sample(params, inputs), rtol=1e-5, atol=1e-6)
 """
 
 
+@pytest.mark.slow
 def test_noise_does_not_depend_on_the_division_of_the_batch_among_devices():
     subprocess.run([sys.executable, "-c", SHARDED], check=True, cwd=Path(__file__).parents[2], timeout=120)
 
@@ -286,3 +291,6 @@ def test_missing_noise_key_and_wrong_kernel_shape_raise(net):
         ValueError, match=r"Layer Dense_0 was given a posterior with kernel shape \(6, 5\); .* need \(4, 5\)"
     ):
         model.apply({"params": params}, inputs[:, :4])
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    with pytest.raises(ValueError, match=r"Layer Dense_0 was given the posteriors of 2 layers, stacked; .*select_seed"):
+        model.apply({"params": stacked}, inputs)

@@ -154,6 +154,7 @@ def trained(key):
     return {name: {"posterior": vary(layer)} for name, layer in bcdl_jax.variational_layers(params).items()}, inputs
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(trained, key):
     params, inputs = trained
     labels = jnp.arange(5) % 3

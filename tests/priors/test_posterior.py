@@ -186,6 +186,6 @@ def test_error_for_a_quantised_tree_names_its_content(key):
     params = bcdl_jax.Dense(2).init(key, jnp.ones((1, 3)))["params"]
     reduced = {"first": bcdl_jax.reduce_precision(params, 0.25), "scale": jnp.ones(3)}
     with pytest.raises(
-        ValueError, match=r"params holds no variational layers; it holds: first, scale \(first is a QuantizedLayer\)\.$"
+        ValueError, match=r"params holds no variational layers; it holds: first, scale \(first is a QuantizedLayer\)\. "
     ):
         bcdl_jax.prune(reduced, 0.0)

@@ -118,6 +118,7 @@ def test_pruned_weights_are_zero_in_the_outputs(small):
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(pruned)))
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_pruned_in_training(small):
     model, params, images = small
     params = bcdl_jax.prune(params, -1.0, CHAIN)
@@ -157,6 +158,7 @@ def test_paper_rate_charges_an_index_for_every_kept_weight(small):
     assert float(bcdl_jax.compression.rate_paper(reduced)) == pytest.approx(32 * total / bits)
 
 
+@pytest.mark.slow
 def test_quantised_network_survives_a_file_and_shrinks(small):
     model, params, images = small
     reduced = bcdl_jax.reduce_precision(bcdl_jax.prune(params, -3.0, CHAIN), 0.5)

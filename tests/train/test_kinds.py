@@ -8,10 +8,10 @@ from tests.conftest import assert_trees_close
 from tests.train.helpers import setup
 
 
-def test_parameter_kinds_and_a_learning_rate_per_kind(data):
+def test_parameter_fields_and_a_learning_rate_per_kind(data):
     _, _, states = setup(optax.sgd(1.0), seeds=(0,))
     params = bcdl_jax.train.select_seed(states, 0).params | {"other": jnp.ones(2)}
-    kinds = bcdl_jax.train.parameter_kinds(params)
+    kinds = bcdl_jax.train.parameter_fields(params)
     assert kinds["other"] == "deterministic"
     assert kinds["Dense_0"]["posterior"].kernel_log_variance == "kernel_log_variance"
     ones = jax.tree.map(jnp.ones_like, params)
@@ -19,7 +19,7 @@ def test_parameter_kinds_and_a_learning_rate_per_kind(data):
     scaled, _ = bcdl_jax.train.scale_by_kind(factors).update(ones, optax.EmptyState())
     by_optax = optax.partition(
         {kind: optax.scale(factors.get(kind, 1.0)) for kind in set(jax.tree.leaves(kinds))},
-        bcdl_jax.train.parameter_kinds,
+        bcdl_jax.train.parameter_fields,
     )
     expected, _ = by_optax.update(ones, by_optax.init(params))
     assert_trees_close(scaled, expected, rtol=0)

@@ -130,6 +130,7 @@ def test_a_measure_without_the_pruned_groups_stays_right_during_training():
     assert "f32[3,3,2,2]" in program
 
 
+@pytest.mark.slow
 def test_a_measure_that_is_not_one_of_examples_computes_the_full_size():
     state, conv_data = conv_state()
     state = bcdl_jax.train.prune_state(state, 3.0, CONV_CHAIN)
@@ -139,6 +140,7 @@ def test_a_measure_that_is_not_one_of_examples_computes_the_full_size():
     )
 
 
+@pytest.mark.slow
 def test_it_shrinks_only_where_that_pays():
     state, conv_data = conv_state()
     batch = jax.tree.map(lambda array: array[:BATCH], conv_data)

@@ -12,6 +12,7 @@ from experiments.benchmarks import inference
 from experiments.benchmarks.contestants import CASES, masks_of
 
 
+@pytest.mark.slow
 def test_the_shrunk_networks_have_the_kept_sizes(capsys):
     for name, widths in (("lenet300", (278, 98, 13)), ("lenet5", (76, 16))):
         case = CASES[name]

@@ -28,6 +28,7 @@ def test_the_networks_have_the_weights_of_the_paper(model, side, channels, count
     assert weights(plain["params"]) - norms == count
 
 
+@pytest.mark.slow
 def test_plain_and_variational_twins_compute_the_same_at_the_mean():
     images = jax.random.randint(jax.random.key(0), (2, 28, 28, 1), 0, 256).astype(jnp.uint8)
     variational, plain = LeNet5(widths=(3, 4, 7)), LeNet5(family=None, widths=(3, 4, 7))
@@ -56,6 +57,7 @@ def test_a_pruned_lenet5_in_training_can_be_shrunk():
     assert report.multiply_adds[1] < report.multiply_adds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [LeNet300, LeNet5])
 def test_plain_layers_drop_hidden_units_in_training_alone(model):
     images = jax.random.randint(jax.random.key(0), (2, 28, 28, 1), 0, 256).astype(jnp.uint8)

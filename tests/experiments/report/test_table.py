@@ -58,8 +58,8 @@ def test_a_later_directory_replaces_results_and_other_data_sets_are_left_out(tmp
     write(second.parent, result(method="dc", command=quick, dataset="mnist_5k"), "quick.json")
     write(second.parent, result(dataset="kmnist"), "unknown.json")
     found, left_out = tables.read_results([first, second.parent], ["mnist"])
-    assert set(found) == {("lenet5", "ghs")}
-    assert found["lenet5", "ghs"]["seconds"] == 2
+    assert set(found) == {tables.Key("lenet5", 1, "ghs")}
+    assert found["lenet5", 1, "ghs"]["seconds"] == 2
     assert left_out == [
         f"Left out: {second.parent}/one.json is of mnist_5k; --dataset mnist_5k shows it.",
         f"Left out: {second.parent}/quick.json is of a --quick run, whose figures mean nothing.",
@@ -101,7 +101,7 @@ def test_committed_results_make_a_table():
     results, left_out = tables.read_results([tables.COMMITTED], ["mnist"])
     assert not left_out
     assert not tables.read_results([tables.COMMITTED.parent / "results" / ".." / "results"], ["mnist"])[1]
-    assert ("lenet300", "gnj") in results
+    assert ("lenet300", 1, "gnj") in results
     text = tables.as_text(tables.make_table(results))
     assert all(tables.title_of(name) in text for name in registry.EXPERIMENTS)
 

@@ -15,7 +15,10 @@ from experiments.runtime import startup
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "bcdl_jax"
+    directory = jax.config.jax_compilation_cache_dir  # The one that the tests share.
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path / "bcdl_jax"
+    jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def test_the_cache_directory_is_private(cache):
