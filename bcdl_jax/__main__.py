@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
 from pathlib import Path
 
 from bcdl_jax.codec import CompressedFileError, RecordSummary, summarize
+from bcdl_jax.codec.format import MAX_BYTES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,11 +27,20 @@ def main(arguments: list[str] | None = None) -> int:
         ("inspect", "print the shape, the kept indices, the bits and the bytes of each layer"),
         ("verify", "decode the file and report any damage"),
     ):
-        commands.add_parser(name, help=text, description=text.capitalize() + ".").add_argument("file", metavar="FILE")
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command.add_argument("file", metavar="FILE")
+        command.add_argument(
+            "--max-bytes",
+            type=int,
+            default=MAX_BYTES,
+            help="largest memory that the content may take (default: %(default)s)",
+        )
     args = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may lack letters of the names.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         data = Path(args.file).read_bytes()
-        summaries = summarize(data)
+        summaries = summarize(data, max_bytes=args.max_bytes)
     except OSError as error:
         print(f"error: {args.file} cannot be read: {error.strerror}.", file=sys.stderr)
         return 2

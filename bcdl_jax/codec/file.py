@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import jax
 import numpy as np
 
 from bcdl_jax._atomic_file import write_atomically
-from bcdl_jax._tree import PyTree, array_names, layer_name, module_name
-from bcdl_jax.codec.format import CompressedFileError, LayerHeader, described, nonzero_indices
+from bcdl_jax._tree import PyTree, array_names, is_key, layer_name, module_name
+from bcdl_jax.codec.format import MAX_BYTES, CompressedFileError, LayerHeader, described, nonzero_indices
 from bcdl_jax.codec.reader import FileReader
 from bcdl_jax.codec.writer import FileWriter
 from bcdl_jax.compression.layers import is_layer
@@ -56,32 +57,37 @@ def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -
       The number of bytes of the file.
 
     Raises:
-      ValueError: The tree holds a posterior, or a layer or an array that the format cannot hold.
+      ValueError: The tree holds a posterior, or a layer, an array or a name that the format cannot hold.
       OSError: The file cannot be written.
+
+    Warns:
+      UserWarning: The tree takes more memory than ``load`` allows by default.
     """
     data = encode(params, names=names)
     write_atomically(path, data)
     return len(data)
 
 
-def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
+def load(path: str | os.PathLike[str], like: PyTree | None = None, *, max_bytes: int = MAX_BYTES) -> PyTree:
     """Reads a file that ``save`` wrote.
 
     Args:
       path: The file.
       like: A template: a tree with the same layers and shapes, in the same order, such as the params from ``init``. Its layers may be
         posteriors or quantised layers. None for a file with names, which is read as nested dictionaries.
+      max_bytes: The largest memory that the tree may take, 4 GiB by default. It is checked before memory is allocated: a file of a few
+        bytes may hold billions of zeros.
 
     Returns:
       The tree with quantised layers and arrays of full shape, zero where pruned. ``shrink`` accepts it; if layers have levels, shrink
       the plain params from ``mean_weights`` instead.
 
     Raises:
-      CompressedFileError: The file is damaged or of another kind, it does not fit the template, or it has no names and there is no
-        template.
+      CompressedFileError: The file is damaged or of another kind, its content is larger than ``max_bytes``, it does not fit the template,
+        or it has no names and there is no template.
       OSError: The file cannot be read.
     """
-    return decode(Path(path).read_bytes(), like)
+    return decode(Path(path).read_bytes(), like, max_bytes=max_bytes)
 
 
 def encode(params: PyTree, *, names: bool = False) -> bytes:
@@ -95,7 +101,10 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
       The bytes of the file.
 
     Raises:
-      ValueError: The tree holds a posterior, or a layer or an array that the format cannot hold.
+      ValueError: The tree holds a posterior, or a layer, an array or a name that the format cannot hold.
+
+    Warns:
+      UserWarning: The tree takes more memory than ``decode`` allows by default.
     """
     writer = FileWriter()
     for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_layer):
@@ -105,29 +114,31 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
         if isinstance(node, QuantizedLayer):
             writer.add_layer(name, node)
         else:
-            writer.add_array(name, np.asarray(node))
-    paths = _names(params) if names else None
-    for name in paths or ():
-        if "\n" in name:
-            raise ValueError(f"The name {name!r} in params holds a line feed; a stored name must be a single line.")
-    return writer.finish(paths)
+            writer.add_array(name, _as_array(name, node))
+    if writer.memory > MAX_BYTES:
+        warnings.warn(
+            f"params takes {writer.memory:,} bytes in memory; load needs max_bytes={writer.memory} to read the file.",
+            stacklevel=2,
+        )
+    return writer.finish(_storable_names(params) if names else None)
 
 
-def decode(data: bytes, like: PyTree | None = None) -> PyTree:
+def decode(data: bytes, like: PyTree | None = None, *, max_bytes: int = MAX_BYTES) -> PyTree:
     """The params tree of a file's content.
 
     Args:
       data: The bytes of the file.
       like: A template, or None for a file with names, see ``load``.
+      max_bytes: The largest memory that the tree may take, see ``load``.
 
     Returns:
       The tree, see ``load``.
 
     Raises:
-      CompressedFileError: The content is damaged or of another kind, it does not fit the template, or it has no names and there is no
-        template.
+      CompressedFileError: The content is damaged or of another kind, it is larger than ``max_bytes``, it does not fit the template, or it
+        has no names and there is no template.
     """
-    reader = FileReader(data)
+    reader = FileReader(data, max_bytes)
     if like is None:
         if reader.names is None:
             raise CompressedFileError(
@@ -139,19 +150,20 @@ def decode(data: bytes, like: PyTree | None = None) -> PyTree:
     return jax.tree.unflatten(structure, [value for value, _ in reader.entries()])
 
 
-def summarize(data: bytes) -> list[RecordSummary]:
+def summarize(data: bytes, *, max_bytes: int = MAX_BYTES) -> list[RecordSummary]:
     """Decodes the content of a file and summarises each entry.
 
     Args:
       data: The bytes of the file.
+      max_bytes: The largest memory that the content may take, see ``load``.
 
     Returns:
       The summaries, in the order of the entries.
 
     Raises:
-      CompressedFileError: The content is damaged or of another kind.
+      CompressedFileError: The content is damaged or of another kind, or it is larger than ``max_bytes``.
     """
-    reader = FileReader(data)
+    reader = FileReader(data, max_bytes)
     names = reader.names or [str(number) for number in range(len(reader.headers))]
     return [_summary(name, value, size) for name, (value, size) in zip(names, reader.entries(), strict=True)]
 
@@ -200,6 +212,29 @@ def _comparable(name: str) -> str:
 
 def _names(tree: PyTree) -> list[str]:
     return array_names([path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_layer)])
+
+
+def _storable_names(tree: PyTree) -> list[str]:
+    """The names of a tree. Raises ValueError for a name that a file cannot hold."""
+    names = _names(tree)
+    for name in names:
+        if "\n" in name:
+            raise ValueError(f"The name {name!r} in params holds a line feed; a stored name must be a single line.")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(
+                f"The name {name!r} in params holds half of a surrogate pair; a stored name must be valid Unicode text."
+            )
+    return names
+
+
+def _as_array(name: str, leaf: Any) -> np.ndarray:
+    """A leaf as an array of this machine's byte order. Raises ValueError for PRNG keys."""
+    if is_key(leaf):
+        raise ValueError(
+            f"The array at {name} holds PRNG keys ({leaf.dtype}); save their numbers, jax.random.key_data, instead."
+        )
+    array = np.asarray(leaf)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _nested(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

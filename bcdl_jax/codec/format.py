@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,9 +75,12 @@ STEP_DTYPE_SHIFT, STEP_DTYPE_MASK = 4, 3 << 4
 MAX_AXES = 15
 MAX_CODED_MAGNITUDE = 2**32 - 1  # Arrays with larger integers are copied.
 
-# The limits of a file of a given length. The writer keeps to them.
+# The limit on coded numbers for a file of a given length. It bounds the time that a damaged file can take. The writer keeps to it.
 CODED_PER_BYTE, MIN_CODED_LIMIT = 32, 2**12
-ELEMENTS_PER_BYTE, MIN_ELEMENT_LIMIT = 4096, 2**22
+# In place of the length of a list of indices: a raw bit for each index follows.
+RAW_FLAGS = 2**32 - 1
+# The default limit on the memory that the content of a file takes.
+MAX_BYTES = 2**32
 
 
 class CompressedFileError(ValueError):
@@ -102,6 +106,11 @@ class ArrayHeader:
     dtype: np.dtype
     coded: bool
 
+    @property
+    def memory(self) -> int:
+        """The bytes of the array in memory, and a byte for each index of each axis."""
+        return math.prod(self.shape) * self.dtype.itemsize + sum(self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerHeader:
@@ -124,39 +133,38 @@ class LayerHeader:
     levels: np.ndarray | None
 
     @property
+    def memory(self) -> int:
+        """The bytes of the layer in memory: two for each integer, and one for each index of a set or of a window axis."""
+        *window, fan_in, features = self.shape
+        biases = features if LayerFlag.BIAS in self.flags else 0
+        return 2 * (math.prod(self.shape) + biases) + sum(window) + fan_in * self.feature_groups + features
+
+    @property
     def stored_numbers(self) -> tuple[np.ndarray, ...]:
         """The floats of the header: the step or the levels of the kernel, then the step of the bias."""
         return self.steps if self.levels is None else (self.levels, *self.steps[1:])
 
 
 @dataclasses.dataclass
-class Limits:
-    """The amounts that a reader may still decode. They bound the time and memory that a small damaged file can take.
+class CodedLimit:
+    """The number of coded numbers that a reader may still decode: scaled and raw integers, and bits of bitmaps.
 
     Attributes:
-      coded: Number of coded integers and bitmap entries.
-      elements: Number of elements of kernels and arrays.
+      left: The number.
     """
 
-    coded: int
-    elements: int
+    left: int
 
     @classmethod
-    def of_file(cls, length: int) -> Limits:
-        """The limits of a file of ``length`` bytes."""
-        return cls(MIN_CODED_LIMIT + CODED_PER_BYTE * length, MIN_ELEMENT_LIMIT + ELEMENTS_PER_BYTE * length)
+    def of_file(cls, length: int) -> CodedLimit:
+        """The limit of a file of ``length`` bytes."""
+        return cls(MIN_CODED_LIMIT + CODED_PER_BYTE * length)
 
-    def use_coded(self, count: int) -> None:
+    def use(self, count: int) -> None:
         """Subtracts ``count`` coded numbers. Raises CompressedFileError if fewer are left."""
-        self.coded -= count
-        if self.coded < 0:
+        self.left -= count
+        if self.left < 0:
             raise damaged("it has more coded numbers than its length allows")
-
-    def use_elements(self, count: int) -> None:
-        """Subtracts ``count`` elements. Raises CompressedFileError if fewer are left."""
-        self.elements -= count
-        if self.elements < 0:
-            raise damaged("it has more elements than its length allows")
 
 
 def described(is_layer: bool, shape: tuple[int, ...]) -> str:

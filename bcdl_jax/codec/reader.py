@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +20,14 @@ from bcdl_jax.codec.format import (
     VERSION,
     ArrayFlag,
     ArrayHeader,
+    CodedLimit,
     CompressedFileError,
     EntryKind,
     FileFlag,
     LayerFlag,
     LayerHeader,
-    Limits,
     damaged,
     default_bits,
-    described,
     levels_fit,
 )
 from bcdl_jax.codec.stream import StreamReader
@@ -42,22 +41,30 @@ _MAX_VARINT_BYTES = 6
 class FileReader:
     """Checks the content of a file and reads its headers; ``entries`` then decodes the entries one by one.
 
+    Args:
+      data: The bytes of the file.
+      max_bytes: The largest memory that the content may take.
+
     Attributes:
       names: Names of the entries, or None if the file has no names.
       headers: Headers of the entries, in order.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, max_bytes: int) -> None:
         _check_head(data)
-        self._limits = Limits.of_file(len(data))
         cursor = _Cursor(data[_HEAD:-_CHECKSUM])
         count, copied = cursor.varint(), cursor.varint()
         if max(count, copied) > cursor.bytes_left:
             raise damaged("bytes are missing")
         self._copied = _Cursor(cursor.take_last(copied))
         self.names = _read_names(self._copied, count) if data[5] & FileFlag.NAMES else None
-        self.headers = [_read_header(cursor, self._limits) for _ in range(count)]
-        self._stream = StreamReader(cursor.take(cursor.bytes_left), self._limits)
+        self.headers = [_read_header(cursor) for _ in range(count)]
+        memory = sum(header.memory for header in self.headers)
+        if memory > max_bytes:
+            raise CompressedFileError(
+                f"The content of the file is too large: it takes {memory:,} bytes in memory, and max_bytes is {max_bytes:,}."
+            )
+        self._stream = StreamReader(cursor.take(cursor.bytes_left), CodedLimit.of_file(len(data)))
 
     def entries(self) -> Iterator[tuple[QuantizedLayer | np.ndarray, float]]:
         """Each layer or array, with the number of bytes that it takes. It can be used once."""
@@ -78,9 +85,8 @@ class FileReader:
         inputs = self._stream.read_set(fan_in * header.feature_groups)
         outputs = self._stream.read_set(features)
         rows = inputs if header.feature_groups == 1 else np.ones(fan_in, bool)
-        grid = np.ix_(*(np.ones(size, bool) for size in window), rows, outputs)
-        kernel = np.zeros(header.shape, np.int16)
-        kernel[grid] = self._stream.read_integers(tuple(axis.size for axis in grid), kernel.dtype)
+        sets = [*(np.ones(size, bool) for size in window), rows, outputs]
+        kernel = _spread(self._stream.read_integers(_kept_shape(sets), np.dtype(np.int16)), sets)
         bias = None
         if LayerFlag.BIAS in header.flags:
             bias = np.zeros(features, np.int16)
@@ -104,7 +110,7 @@ class FileReader:
 
     def _array(self, header: ArrayHeader) -> np.ndarray:
         sets = [self._stream.read_set(size) for size in header.shape]
-        shape = tuple(int(flags.sum()) for flags in sets)
+        shape = _kept_shape(sets)
         if header.coded:
             kept = self._stream.read_integers(shape, header.dtype)
         else:
@@ -112,11 +118,21 @@ class FileReader:
             if header.dtype.kind == "b" and (kept.view(np.uint8) > 1).any():
                 raise damaged("a bool is neither 0 nor 1")
             kept = kept.reshape(shape)
-        if not header.shape:
-            return kept
-        array = np.zeros(header.shape, header.dtype)
-        array[np.ix_(*sets)] = kept
-        return array
+        return _spread(kept, sets)
+
+
+def _kept_shape(sets: Sequence[np.ndarray]) -> tuple[int, ...]:
+    return tuple(int(np.count_nonzero(flags)) for flags in sets)
+
+
+def _spread(kept: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
+    """The array that holds the given values at the kept indices of each axis, and 0 elsewhere."""
+    for axis, flags in enumerate(sets):
+        if not flags.all():
+            whole = np.zeros((*kept.shape[:axis], flags.size, *kept.shape[axis + 1 :]), kept.dtype)
+            np.moveaxis(whole, axis, 0)[flags] = np.moveaxis(kept, axis, 0)
+            kept = whole
+    return kept
 
 
 class _Cursor:
@@ -173,18 +189,14 @@ def _read_names(copied: _Cursor, count: int) -> list[str]:
     return names if count else []
 
 
-def _read_header(cursor: _Cursor, limits: Limits) -> LayerHeader | ArrayHeader:
+def _read_header(cursor: _Cursor) -> LayerHeader | ArrayHeader:
     first, second = cursor.take(2)
     kind, axes = divmod(first, 16)
     shape = tuple(cursor.varint() for _ in range(axes))
-    elements = math.prod(shape)
-    if max(elements, *shape, 0) > limits.elements:
-        raise damaged(f"{described(kind == EntryKind.LAYER, shape)} is too large for the length of the file")
-    limits.use_elements(elements)
     if kind == EntryKind.ARRAY:
         return _array_header(second, shape)
     if kind == EntryKind.LAYER and axes >= 2:
-        return _read_layer_header(cursor, limits, second, shape)
+        return _read_layer_header(cursor, second, shape)
     raise damaged("an entry has an unknown kind")
 
 
@@ -195,13 +207,13 @@ def _array_header(flags: int, shape: tuple[int, ...]) -> ArrayHeader:
     return ArrayHeader(shape, ARRAY_DTYPES[number], bool(coded))
 
 
-def _read_layer_header(cursor: _Cursor, limits: Limits, second: int, shape: tuple[int, ...]) -> LayerHeader:
+def _read_layer_header(cursor: _Cursor, second: int, shape: tuple[int, ...]) -> LayerHeader:
     flags = LayerFlag(second & ~STEP_DTYPE_MASK)
     dtype = STEP_DTYPES[(second & STEP_DTYPE_MASK) >> STEP_DTYPE_SHIFT]
     groups = 1
     if LayerFlag.FEATURE_GROUPS in flags:
         groups = cursor.varint()
-        if not 2 <= groups <= max(1, limits.elements // max(1, shape[-2])):
+        if groups < 2:
             raise damaged(f"a layer cannot have {groups} feature groups")
     arrays = 2 if LayerFlag.BIAS in flags else 1
     bits = tuple(cursor.take(arrays)) if LayerFlag.BITS in flags else None

@@ -14,8 +14,10 @@ import numpy as np
 
 from bcdl_jax.codec.format import (
     CODED_PER_BYTE,
+    MIN_CODED_LIMIT,
+    RAW_FLAGS,
+    CodedLimit,
     IntegerCoding,
-    Limits,
     SetCoding,
     damaged,
     two_complement_width,
@@ -38,6 +40,7 @@ class StreamWriter:
     def __init__(self, latest_sets: Mapping[int, np.ndarray] | None = None) -> None:
         self._coder = Encoder()
         self._latest_sets = dict(latest_sets or {})
+        self._coded = 0  # The number of coded numbers so far, which a reader limits.
 
     def write_set(self, flags: np.ndarray) -> None:
         """Writes a set of kept indices, an array of bool."""
@@ -46,18 +49,27 @@ class StreamWriter:
         else:
             latest = self._latest_sets.get(flags.size)
             removed, kept = np.flatnonzero(~flags), np.flatnonzero(flags)
-            best = _smallest(
-                [
-                    _Candidate(SetCoding.REMOVED, functools.partial(_write_indices, indices=removed)),
-                    _Candidate(SetCoding.KEPT, functools.partial(_write_indices, indices=kept)),
-                    _Candidate(
-                        SetCoding.BITMAP, functools.partial(_write_bitmap, flags=flags, latest=latest), flags.size
-                    ),
-                ]
-            )
-            assert best is not None  # Lists of indices always keep to the limits of a reader.
-            self._coder.encode_raw(best.coding, 2)
-            best.write(self._coder)
+            changes = 1 + min(len(removed), len(kept))
+            candidates = [
+                _Candidate(
+                    coding,
+                    functools.partial(_write_indices, indices=listed),
+                    len(listed),
+                    _most_bits(len(listed), changes),
+                )
+                for coding, listed in ((SetCoding.REMOVED, removed), (SetCoding.KEPT, kept))
+            ]
+            write_bitmap = functools.partial(_write_bitmap, flags=flags, latest=latest)
+            bitmap = _Candidate(SetCoding.BITMAP, write_bitmap, flags.size, _most_bits(flags.size, 2 * changes))
+            for size, candidate in self._by_size([*candidates, bitmap]):
+                if candidate is bitmap and candidate.coded > CODED_PER_BYTE * size:
+                    continue
+                if self._write_within_limit(candidate):
+                    break
+            else:
+                self._coder.encode_raw(SetCoding.KEPT, 2)
+                _write_raw_flags(self._coder, flags)
+                self._coded += flags.size
         self._latest_sets[flags.size] = flags
 
     def write_integers(self, values: np.ndarray) -> None:
@@ -71,17 +83,42 @@ class StreamWriter:
             return
         width = two_complement_width(flat)
         raw_bits = 6 + width * flat.size
-        candidates = _integer_candidates(flat, row)
-        best = candidates[0] if len(candidates) == 1 else _smallest(candidates, raw_bits)
-        if best is not None:
-            before = self._coder.copy()
-            self._coder.encode_raw(best.coding, 2)
-            best.write(self._coder)
-            bits = self._coder.bits_written - before.bits_written - 2
-            if bits < raw_bits and best.coded <= CODED_PER_BYTE * bits / 8:
+        for _, candidate in self._by_size(_integer_candidates(flat, row)):
+            least = candidate.coded / 4 if candidate.coding != IntegerCoding.SPARSE else 0
+            if self._write_within_limit(candidate, least, raw_bits):
                 return
-            self._coder = before
         self._write_raw(flat, width)
+
+    def _by_size(self, candidates: Sequence[_Candidate]) -> list[tuple[int, _Candidate]]:
+        """The candidates that a reader may accept, with the number of bytes of each, the shortest one first."""
+        possible = [each for each in candidates if self._keeps_to_limit(each, each.most_bits)]
+        if len(possible) < 2:
+            return [(0, each) for each in possible]
+        sizes = [(_size(each.write), each.coding, each) for each in possible]
+        return [(size, each) for size, _, each in sorted(sizes, key=lambda entry: entry[:2])]
+
+    def _keeps_to_limit(self, candidate: _Candidate, bits: float) -> bool:
+        """Whether a reader accepts the coded numbers so far and those of a candidate that takes ``bits`` bits.
+
+        Long runs of equal numbers take almost no bits, and a reader refuses too many coded numbers for the bytes of a file.
+        """
+        return self._coded + candidate.coded <= MIN_CODED_LIMIT + CODED_PER_BYTE * (self._coder.bits_written + bits) / 8
+
+    def _write_within_limit(self, candidate: _Candidate, least: float = 0, below: float = math.inf) -> bool:
+        """Writes a candidate if a reader accepts it and it takes at least ``least`` and less than ``below`` bits.
+
+        Returns:
+          False if it is not written.
+        """
+        before = self._coder.copy()
+        self._coder.encode_raw(candidate.coding, 2)
+        candidate.write(self._coder)
+        bits = self._coder.bits_written - before.bits_written - 2
+        if least <= bits < below and self._keeps_to_limit(candidate, 0):
+            self._coded += candidate.coded
+            return True
+        self._coder = before
+        return False
 
     def size_with(self, array: np.ndarray, sets: Sequence[np.ndarray]) -> int:
         """The number of bytes that these sets, and the array's integers at their indices, take in a stream of their own."""
@@ -102,6 +139,7 @@ class StreamWriter:
         if not width:
             self._coder.encode_raw(int(values[0]) & ((1 << _CONSTANT_WIDTH) - 1), _CONSTANT_WIDTH)
             return
+        self._coded += values.size
         for value in values.tolist():
             self._coder.encode_raw(value & ((1 << width) - 1), width)
 
@@ -113,38 +151,35 @@ class _Candidate:
     Attributes:
       coding: Number of the coding.
       write: Function that writes the content to a coder.
-      coded: Number of coded integers or bitmap entries, which the limits of a reader must allow for the bytes written; 0 for lists of
-        indices and sparse arrays, which always keep to the limits.
+      coded: Number of coded integers or bits of a bitmap, which a reader limits.
+      most_bits: A bound on the bits that it takes.
     """
 
     coding: int
     write: Callable[[Encoder], None]
-    coded: int = 0
+    coded: int
+    most_bits: float
 
 
 def _integer_candidates(flat: np.ndarray, row: int) -> list[_Candidate]:
     """The codings that may be shorter than raw bits, for a flattened array with rows of length ``row`` (0: no rows)."""
-    candidates = []
+    candidates, nonzero = [], int(np.count_nonzero(flat))
     if flat.size > 1:
         # A part of the array shows whether neighbours help.
         sample = functools.partial(_write_scaled, values=flat[:_SAMPLE])
         neighbours_help = row and _size(functools.partial(sample, row=row)) < _size(functools.partial(sample, row=0))
         coding, used_row = (IntegerCoding.WITH_NEIGHBOURS, row) if neighbours_help else (IntegerCoding.PLAIN, 0)
         write = functools.partial(_write_scaled, values=flat, row=used_row)
-        candidates.append(_Candidate(coding, write, flat.size))
-    if 4 * np.count_nonzero(flat) < flat.size:
-        candidates.append(_Candidate(IntegerCoding.SPARSE, functools.partial(_write_sparse, values=flat)))
+        candidates.append(_Candidate(coding, write, flat.size, _most_bits(flat.size, nonzero)))
+    if 4 * nonzero < flat.size:
+        write = functools.partial(_write_sparse, values=flat)
+        candidates.append(_Candidate(IntegerCoding.SPARSE, write, 2 * nonzero, _most_bits(2 * nonzero, 2 * nonzero)))
     return candidates
 
 
-def _smallest(candidates: Sequence[_Candidate], below: float = math.inf) -> _Candidate | None:
-    """The candidate with the fewest bytes, among those within the limits and with fewer than ``below`` bits; None if there is none."""
-    sizes = []
-    for candidate in candidates:
-        size = _size(candidate.write)
-        if candidate.coded <= CODED_PER_BYTE * size and 8 * size < below:
-            sizes.append((size, candidate.coding, candidate))
-    return min(sizes, key=lambda entry: entry[:2])[2] if sizes else None
+def _most_bits(count: int, nonzero: int) -> float:
+    """A bound on the bits of ``count`` coded numbers, of which ``nonzero`` are not zero. A long run of zeros takes almost nothing."""
+    return 64 * nonzero + count / 50 + 1000
 
 
 def _size(write: Callable[[Encoder], None]) -> int:
@@ -173,6 +208,13 @@ def _write_indices(coder: Encoder, indices: np.ndarray) -> None:
         _write_scaled(coder, np.diff(indices, prepend=-1) - 1, 0)
 
 
+def _write_raw_flags(coder: Encoder, flags: np.ndarray) -> None:
+    """Writes a raw bit for each index, in place of a list of indices."""
+    coder.encode_raw(RAW_FLAGS, 32)
+    for bit in flags.astype(int).tolist():
+        coder.encode_raw(bit, 1)
+
+
 def _write_bitmap(coder: Encoder, flags: np.ndarray, latest: np.ndarray | None) -> None:
     model = _BitmapModel(latest)
     for index, bit in enumerate(flags.astype(int).tolist()):
@@ -185,13 +227,13 @@ class StreamReader:
 
     Args:
       data: The bytes of the stream.
-      limits: The limits of the file.
+      limit: The limit of the file on coded numbers.
     """
 
-    def __init__(self, data: bytes, limits: Limits) -> None:
+    def __init__(self, data: bytes, limit: CodedLimit) -> None:
         self._coder = Decoder(data)
         self._length = len(data)
-        self._limits = limits
+        self._limit = limit
         self._latest_sets: dict[int, np.ndarray] = {}
 
     @property
@@ -224,10 +266,13 @@ class StreamReader:
         if not size:
             return np.zeros(shape, dtype)
         coding = self._coder.decode_raw(2)
+        if coding == IntegerCoding.SPARSE:
+            indices, values = self._read_sparse(size)
+            array = np.zeros(size, dtype)
+            array[indices] = _in_range(values, dtype)
+            return array.reshape(shape)
         if coding == IntegerCoding.RAW:
             values = self._read_raw(size)
-        elif coding == IntegerCoding.SPARSE:
-            values = self._read_sparse(size)
         elif coding == IntegerCoding.PLAIN:
             values = self._read_scaled(size, 0)
         elif len(shape) > 1:
@@ -235,18 +280,13 @@ class StreamReader:
         else:
             raise damaged("an array without rows is coded by rows")
         self._check_end()
-        low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
-        if values.min() < low or values.max() > high:
-            raise damaged(f"an integer is out of the range of {dtype.name}")
-        return values.astype(dtype).reshape(shape)
+        return _in_range(values, dtype).reshape(shape)
 
     def _read_raw(self, size: int) -> np.ndarray:
         width = self._coder.decode_raw(6)
         constant = width == 0
-        if constant:
-            self._limits.use_elements(size)
-        else:
-            self._limits.use_coded(size)
+        if not constant:
+            self._limit.use(size)
         if width > _CONSTANT_WIDTH or size * width > 8 * (self._length + 8):
             raise damaged("bytes are missing")
         width = width or _CONSTANT_WIDTH
@@ -255,24 +295,25 @@ class StreamReader:
         return np.broadcast_to((raw ^ sign) - sign, size)
 
     def _read_scaled(self, count: int, row: int) -> np.ndarray:
-        self._limits.use_coded(count)
+        self._limit.use(count)
         scale = self._coder.decode_raw(8)
         values = decode_integers(self._coder, count, layout_of(row), scale)
         self._check_end()
         return values
 
-    def _read_sparse(self, size: int) -> np.ndarray:
+    def _read_sparse(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The indices and the values of all integers that are not zero."""
         indices = self._read_indices(size)
-        self._limits.use_elements(size)
-        values = np.zeros(size, np.int64)
-        if len(indices):
-            values[indices] = self._read_scaled(len(indices), 0)
-            if not values[indices].all():
-                raise damaged("a sparse array lists a zero")
-        return values
+        values = self._read_scaled(len(indices), 0) if len(indices) else np.zeros(0, np.int64)
+        if not values.all():
+            raise damaged("a sparse array lists a zero")
+        return indices, values
 
     def _read_indices(self, size: int) -> np.ndarray:
         count = self._coder.decode_raw(32)
+        if count == RAW_FLAGS:
+            self._limit.use(size)
+            return np.flatnonzero([self._coder.decode_raw(1) for _ in range(size)])
         if count > size:
             raise damaged("a list of indices is too long")
         if not count:
@@ -284,7 +325,7 @@ class StreamReader:
         return indices
 
     def _read_bitmap(self, size: int) -> np.ndarray:
-        self._limits.use_coded(size)
+        self._limit.use(size)
         model, bits = _BitmapModel(self._latest_sets.get(size)), []
         for index in range(size):
             (bit,) = self._coder.decode([model.probability(index)])
@@ -295,6 +336,14 @@ class StreamReader:
     def _check_end(self) -> None:
         if self._coder.bytes_beyond_the_end > 4:
             raise damaged("it ends within its coded stream")
+
+
+def _in_range(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The integers in the given type. Raises CompressedFileError if one of them is out of its range."""
+    low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    if values.size and (values.min() < low or values.max() > high):
+        raise damaged(f"an integer is out of the range of {dtype.name}")
+    return values.astype(dtype)
 
 
 class _BitmapModel:

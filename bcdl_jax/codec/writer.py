@@ -29,12 +29,17 @@ from bcdl_jax.compression.quantized_layer import QuantizedLayer
 
 
 class FileWriter:
-    """Collects the entries of a file, in order."""
+    """Collects the entries of a file, in order.
+
+    Attributes:
+      memory: The number of bytes that a reader takes for the entries so far.
+    """
 
     def __init__(self) -> None:
         self._headers, self._copied = bytearray(), bytearray()
         self._stream = StreamWriter()
         self._count = 0
+        self.memory = 0
 
     def add_layer(self, name: str, layer: QuantizedLayer) -> None:
         """Adds a layer. Raises ValueError, with the layer's name, if the format cannot hold the layer."""
@@ -49,8 +54,10 @@ class FileWriter:
             )
         if bias is not None and bias[~outputs].any():
             raise ValueError(f"The bias of layer {name} has nonzero integers at pruned outputs; allowed is 0.")
-        self._headers += _layer_header_bytes(_layer_header(name, layer, feature_groups))
+        header = _layer_header(name, layer, feature_groups)
+        self._headers += _layer_header_bytes(header)
         self._count += 1
+        self.memory += header.memory
         self._stream.write_set(inputs)
         self._stream.write_set(outputs)
         self._stream.write_integers(kept_kernel)
@@ -74,8 +81,10 @@ class FileWriter:
             full = [np.ones(size, bool) for size in array.shape]
             sets = min((full, sets), key=lambda sets: self._stream.size_with(array, sets))
         kept = array[np.ix_(*sets)] if array.ndim else array
-        self._headers += _array_header_bytes(ArrayHeader(array.shape, array.dtype, coded))
+        header = ArrayHeader(array.shape, array.dtype, coded)
+        self._headers += _array_header_bytes(header)
         self._count += 1
+        self.memory += header.memory
         for flags in sets:
             self._stream.write_set(flags)
         if coded:

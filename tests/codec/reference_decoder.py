@@ -63,10 +63,7 @@ def decode(data: bytes) -> tuple[list[str] | None, list[dict[str, Any]]]:
         _require(bool(number_of_entries) or not text, "names without entries")
         _require(len(names) == number_of_entries, "the number of names is not the number of entries")
 
-    limits = _Limits(coded=4096 + 32 * len(data), elements=2**22 + 4096 * len(data))
-    for header in headers:
-        _require(max(header.lengths(), default=0) <= limits.elements, "an axis that is too long for the file")
-        limits.use_elements(math.prod(header.shape))
+    limits = _Limits(coded=4096 + 32 * len(data))
     contents = _Contents(_RangeDecoder(stream), limits)
     entries = [
         _read_layer(header, contents) if isinstance(header, _LayerHeader) else _read_array(header, contents, reader)
@@ -112,18 +109,13 @@ class _Bytes:
 
 @dataclass
 class _Limits:
-    """The numbers that may still be read. They bound the work that a small damaged file can cause."""
+    """The coded numbers that may still be read. They bound the work that a small damaged file can cause."""
 
     coded: int
-    elements: int
 
     def use_coded(self, count: int) -> None:
         self.coded -= count
         _require(self.coded >= 0, "too many coded integers for its length")
-
-    def use_elements(self, count: int) -> None:
-        self.elements -= count
-        _require(self.elements >= 0, "too many elements for its length")
 
 
 # Headers
@@ -310,6 +302,9 @@ class _Contents:
     def _indices(self, length: int) -> list[int]:
         """Reads a list of indices below ``length``."""
         count = self.coder.raw(32)
+        if count == 2**32 - 1:
+            self._limits.use_coded(length)
+            return [index for index in range(length) if self.coder.raw(1)]
         _require(count <= length, "more indices than there are")
         indices = []
         index = -1
@@ -334,7 +329,8 @@ class _Contents:
         coding = self.coder.raw(2)
         if coding == 0:
             width = self.coder.raw(6)
-            (self._limits.use_coded if width else self._limits.use_elements)(count)
+            if width:
+                self._limits.use_coded(count)
             _require(width <= 33, "raw integers of a width out of range")
             same, width = width == 0, width or 33
             raw = [self.coder.raw(width)] * count if same else [self.coder.raw(width) for _ in range(count)]
@@ -344,7 +340,6 @@ class _Contents:
             return self._scaled(count, shape[-1])
         if coding == 2:
             return self._scaled(count, None)
-        self._limits.use_elements(count)
         indices = self._indices(count)
         integers = [0] * count
         for index, value in zip(indices, self._scaled(len(indices), None)):

@@ -3,7 +3,6 @@ import random
 import resource
 import subprocess
 import sys
-import time
 import zlib
 
 import flax.struct
@@ -180,6 +179,88 @@ def test_sparse_and_constant_arrays_take_few_bytes():
         np.testing.assert_array_equal(entry["value"], value)
 
 
+# Extreme ratios: what ``save`` writes, ``load`` reads.
+
+
+@st.composite
+def extreme_arrays(draw):
+    """Large arrays of few bytes: zeros, one value, single values among zeros, blocks, and patterns of a short period."""
+    size = draw(st.sampled_from([1, 5000, 10**5, 3 * 10**6]))
+    dtype = draw(st.sampled_from(["bool", "int8", "int32", "float32"]))
+    kind = draw(st.sampled_from(["constant", "single", "block", "period"]))
+    value = draw(st.sampled_from([0, 1, 1]))
+    if kind == "constant":
+        array = np.full(size, value, dtype)
+    elif kind == "single":
+        array = np.zeros(size, dtype)
+        array[draw(st.integers(0, size - 1))] = 1
+    else:
+        size = min(size, 2 * 10**4)  # The writer tries several codings of these.
+        period = size if kind == "block" else draw(st.integers(2, 9))
+        array = (np.arange(size) % period < draw(st.integers(1, max(1, period // 2)))).astype(dtype)
+    rows = draw(st.sampled_from([1, 10, size]))
+    return array.reshape(-1, rows) if size % rows == 0 else array
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(extreme_arrays(), min_size=1, max_size=4))
+def test_whatever_is_written_can_be_read(tree):
+    assert_same(bcdl_jax.codec.decode(bcdl_jax.codec.encode(tree), tree), tree)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_a_wide_layer_of_which_few_units_are_left(kept):
+    layer = bcdl_jax.compression.QuantizedLayer(
+        kernel=np.zeros((4096, 4096), np.int16),
+        kernel_step=np.float32(1),
+        kernel_bits=np.int32(1),
+        bias=None,
+        bias_step=None,
+        bias_bits=None,
+        input_mask=np.arange(4096) < kept,
+        output_mask=np.ones(4096, bool),
+        group_axis="input",
+    )
+    layer.kernel[:kept] = 1
+    data = bcdl_jax.codec.encode({"head": layer})
+    assert len(data) < 40 + 40 * kept
+    assert_same(bcdl_jax.codec.decode(data, {"head": layer}), {"head": layer})
+
+
+def test_sets_that_take_almost_no_bits_are_read_by_both_decoders():
+    """Patterns whose lists and bitmaps have more numbers than a reader allows for their bytes."""
+    array = np.zeros((60_000, 2), np.float32)
+    array[: len(array) // 2] = 1
+    every = np.zeros(60_000, np.float32)
+    every[::2] = 1
+    data = bcdl_jax.codec.encode({"half": array, "second": every})
+    assert_same(bcdl_jax.codec.decode(data, {"half": array, "second": every}), {"half": array, "second": every})
+    for entry, value in zip(reference_decoder.decode(data)[1], (array, every), strict=True):
+        np.testing.assert_array_equal(entry["value"], value)
+
+
+def test_a_file_that_is_too_large_is_not_called_damaged(tmp_path, capsys):
+    tree = {"a": np.zeros((1000, 1000), np.float32)}
+    path = tmp_path / "zeros.bcdl"
+    assert bcdl_jax.save(path, tree, names=True) < 40
+    with pytest.raises(
+        bcdl_jax.codec.CompressedFileError,
+        match=r"too large: it takes 4,002,000 bytes in memory, and max_bytes is 4,001,999\.$",
+    ):
+        bcdl_jax.load(path, max_bytes=4_001_999)
+    assert_same(bcdl_jax.load(path, max_bytes=4_002_000), tree)
+    assert main(["inspect", str(path), "--max-bytes", "100"]) == 2
+    assert "too large" in capsys.readouterr().err
+
+
+def test_a_tree_beyond_the_default_limit_is_written_with_a_warning(monkeypatch):
+    monkeypatch.setattr("bcdl_jax.codec.file.MAX_BYTES", 10**6)
+    tree = {"a": np.zeros((1000, 1000), np.float32)}
+    with pytest.warns(UserWarning, match="params takes 4,002,000 bytes in memory; load needs max_bytes=4002000"):
+        data = bcdl_jax.codec.encode(tree)
+    assert_same(bcdl_jax.codec.decode(data, tree, max_bytes=4_002_000), tree)
+
+
 # Invalid files and params.
 
 
@@ -273,11 +354,21 @@ def test_params_that_cannot_be_stored_are_refused(net, tmp_path):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a": np.zeros(2, np.complex64)})
     with pytest.raises(ValueError, match="holds a line feed"):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a\nb": np.zeros(2)}, names=True)
+    with pytest.raises(ValueError, match="holds half of a surrogate pair"):
+        bcdl_jax.save(tmp_path / "a.bcdl", {"a\ud800": np.zeros(2)}, names=True)
+    with pytest.raises(ValueError, match=r"The array at rng holds PRNG keys \(key<fry>\); save their numbers"):
+        bcdl_jax.save(tmp_path / "a.bcdl", {"rng": jax.random.key(0)})
     reduced = bcdl_jax.reduce_precision(params, 0.25)
     layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))[0]
     with pytest.raises(ValueError, match="has nonzero integers at pruned inputs or outputs"):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a": layer.replace(input_mask=jnp.zeros_like(layer.input_mask))})
     assert not list(tmp_path.iterdir())
+
+
+def test_arrays_of_the_other_byte_order_are_stored():
+    tree = {"a": np.arange(5, dtype=">i4"), "b": np.arange(5, dtype=">f8"), "c": np.ones(2, ">f2")}
+    native = {name: array.astype(array.dtype.newbyteorder("=")) for name, array in tree.items()}
+    assert_same(bcdl_jax.codec.decode(bcdl_jax.codec.encode(tree), tree), native)
 
 
 def mutations(count, seed):
@@ -306,13 +397,10 @@ def check_damaged_files(count, seed):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     decoded = 0
     for data in mutations(count, seed):
-        start = time.process_time()
         try:
-            summaries = bcdl_jax.codec.summarize(data)
+            summaries = bcdl_jax.codec.summarize(data, max_bytes=2**24)
         except bcdl_jax.codec.CompressedFileError:
             continue
-        finally:
-            assert time.process_time() - start < 1  # of this process alone: a small file must not start long work
         decoded += 1
         assert all(0 <= kept <= size for entry in summaries for kept, size in zip(entry.kept, entry.shape, strict=True))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
@@ -351,6 +439,11 @@ def test_inspect_and_verify(net, tmp_path, capsys):
     assert "cannot be read: No such file" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["net.bcdl"]
     command = [sys.executable, "-m", "bcdl_jax", "inspect", str(path)]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    bcdl_jax.save(tmp_path / "letters.bcdl", {"größe": np.ones(3)}, names=True)
+    command[-1] = str(tmp_path / "letters.bcdl")
+    shown = subprocess.run(command, capture_output=True, check=True, env=ascii_only).stdout
+    assert rb"gr\xf6\xdfe" in shown
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # As a reader such as head does.
         assert process.stderr.read() == b""
