@@ -8,7 +8,7 @@ symbolic size. If this is not possible, the program is the one that JAX traces w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,9 @@ from jax.extend import core
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.graph.primitives import CUSTOM
-from bcdl_jax.graph.program import Program, Rule, Step, trace_fixed_sizes
+from bcdl_jax.graph.program import Atom, Program, Rule, Step, trace_fixed_sizes
 
-# Sizes at which a function with a symbolic size is traced. The first two differ by one. The last reveals a size that the function caps.
+# Sizes at which a function with a symbolic size is traced. The last reveals a size that the function caps.
 _SIZES = (2, 3, 7, 2**16 + 1)
 
 
@@ -42,7 +42,7 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     symbolic = trace_fixed_sizes(function, *arguments)
     try:
         programs = [trace_fixed_sizes(function, *_resized(arguments, size)) for size in _SIZES]
-        extended = _extended(programs, symbol)
+        extended = extend(programs, _SIZES, symbol)
     except (
         Exception
     ):  # The function rejects one of the sizes, with an error of any type, or its steps depend on the size.
@@ -82,8 +82,16 @@ def _resized(arguments: PyTree, size: int) -> PyTree:
     return jax.tree.map(resized, arguments)
 
 
-def _extended(programs: Sequence[Program], symbol: Any) -> Program:
-    """The program at the symbolic size, from the programs at ``_SIZES``.
+def extend(
+    programs: Sequence[Program], sizes: Sequence[int], size: Any, other_constants: Container[Atom] = ()
+) -> Program:
+    """The program at another size, from traces of one function at two or more sizes.
+
+    Args:
+      programs: The traces.
+      sizes: The sizes of the traces.
+      size: The size of the new program, a number or a symbol.
+      other_constants: Numbers of the constants that may differ. The new program has those of the first trace.
 
     Raises:
       ValueError: The programs differ in more than sizes that grow linearly.
@@ -92,7 +100,7 @@ def _extended(programs: Sequence[Program], symbol: Any) -> Program:
     if any(other.signature() != first.signature() for other in others):
         raise ValueError
     for number, value in first.constants.items():
-        for other in others:
+        for other in () if number in other_constants else others:
             if other.constants[number] is not value and not _equal(other.constants[number], value):
                 raise ValueError
     shapes = zip(*(program.shapes for program in programs), strict=True)
@@ -100,46 +108,48 @@ def _extended(programs: Sequence[Program], symbol: Any) -> Program:
     return dataclasses.replace(
         first,
         shapes=tuple(
-            jax.ShapeDtypeStruct(_combined([value.shape for value in values], symbol), values[0].dtype)
+            jax.ShapeDtypeStruct(_combined([value.shape for value in values], sizes, size), values[0].dtype)
             for values in shapes
         ),
-        steps=tuple(_combined_step(each, symbol) for each in steps),
+        steps=tuple(_combined_step(each, sizes, size) for each in steps),
     )
 
 
-def _combined_step(steps: Sequence[Step], symbol: Any) -> Step:
-    """The step at the symbolic size, from the same step at ``_SIZES``. Raises ValueError like ``_extended``."""
+def _combined_step(steps: Sequence[Step], sizes: Sequence[int], size: Any) -> Step:
+    """The step at another size, from the same step at the sizes of the traces. Raises ValueError like ``extend``."""
     first = steps[0]
     if first.name in CUSTOM and first.elementwise:
         # The step runs at any shape without changes, unless the size is a number within the function.
-        _combined([each.params["call_jaxpr"] for each in steps], symbol)
+        _combined([each.params["call_jaxpr"] for each in steps], sizes, size)
         return first
-    params = {name: _combined([each.params[name] for each in steps], symbol) for name in first.params}
+    params = {name: _combined([each.params[name] for each in steps], sizes, size) for name in first.params}
     return dataclasses.replace(first, equation=first.equation.replace(params=params))
 
 
-def _combined(values: Sequence[Any], symbol: Any) -> Any:
-    """A parameter at the symbolic size, from its values at ``_SIZES``. Raises ValueError like ``_extended``."""
+def _combined(values: Sequence[Any], sizes: Sequence[int], size: Any) -> Any:
+    """A parameter at another size, from its values at the sizes of the traces. Raises ValueError like ``extend``."""
     first, *others = values
     if all(other is first for other in others):
         return first
     if any(type(other) is not type(first) for other in others):
         raise ValueError
     if isinstance(first, tuple | list) and {len(value) for value in values} == {len(first)}:
-        parts = [_combined(entries, symbol) for entries in zip(*values, strict=True)]
+        parts = [_combined(entries, sizes, size) for entries in zip(*values, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if isinstance(first, core.ClosedJaxpr):
         traced = [trace_fixed_sizes(core.jaxpr_as_fun(each), *each.in_avals) for each in values]
-        return _as_jaxpr(_extended(traced, symbol))
+        return _as_jaxpr(extend(traced, sizes, size))
     if all(other is first or np.all(np.asarray(other == first)) for other in others):
         return first
     if not isinstance(first, int) or isinstance(first, bool):
         raise ValueError
-    slope = values[1] - first
-    constant = first - slope * _SIZES[0]
-    if any(value != slope * size + constant for size, value in zip(_SIZES, values, strict=True)):
+    slope, rest = divmod(values[1] - first, sizes[1] - sizes[0])
+    if rest:
         raise ValueError
-    return slope * symbol + constant
+    constant = first - slope * sizes[0]
+    if any(value != slope * each + constant for each, value in zip(sizes, values, strict=True)):
+        raise ValueError
+    return slope * size + constant
 
 
 def _equal(first: Any, second: Any) -> bool:

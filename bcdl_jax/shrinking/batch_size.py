@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.graph.primitives import is_plain
-from bcdl_jax.graph.program import Atom, Program, dtype_of
-from bcdl_jax.graph.tracing import trace
+from bcdl_jax.graph.matching import match_constants, same_constant
+from bcdl_jax.graph.program import Atom, Program, compile_quickly
+from bcdl_jax.graph.tracing import extend, trace
+
+_SIZES = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +26,62 @@ class TracedNetwork:
       program: The program.
       moving_axes: The axes of each value whose size depends on the batch size.
       moving_constants: Numbers of the constants that depend on the batch size.
+      larger: The program at a larger batch size, or None if the network is traced for one batch size alone.
+      checked: True if the program was seen to compute the same as the network for a batch of one, where the trace has other steps.
+      remark: A sentence about batch sizes that the network takes and its small function refuses, or None.
     """
 
     program: Program
     moving_axes: Sequence[frozenset[int]]
     moving_constants: frozenset[Atom]
+    larger: Program | None = None
+    checked: bool = False
+    remark: str | None = None
 
-    def fits(self, traced: Program) -> bool:
-        """Whether another trace of the network differs in the batch size alone."""
+    def program_at(self, traced: Program) -> Program | None:
+        """The program at the batch size of another trace of the network, or None if that trace differs in more than the batch size."""
+        if self._fits(traced):
+            return traced
+        # The trace lacks steps that change nothing at its size. The program of the plan keeps them.
+        program = self.extended(self._batch_size(traced))
+        matched = None if program is None else match_constants(program, traced)
+        if program is None or matched is None:
+            return program if self.checked and self._batch_size(traced) == 1 else None
+        if not self._same_constants({number: traced.constants[matched[number]] for number in matched}):
+            return None
+        moving = {number: traced.constants[matched[number]] for number in self.moving_constants if number in matched}
+        return dataclasses.replace(program, constants=program.constants | moving)
+
+    def extended(self, size: int | None) -> Program | None:
+        """The program at another batch size, without a trace of that size; None if that is not possible."""
+        if self.larger is None or size is None:
+            return None
+        try:
+            return extend([self.program, self.larger], _SIZES, size, self.moving_constants)
+        except ValueError:
+            return None
+
+    def _fits(self, traced: Program) -> bool:
+        """Whether another trace has the same steps."""
         return (
             traced.signature() == self.program.signature()
             and all(map(is_like, traced.shapes, self.program.shapes, self.moving_axes))
-            and all(
-                number in self.moving_constants or _same(value, self.program.constants[number])
-                for number, value in traced.constants.items()
-            )
+            and self._same_constants(traced.constants)
         )
+
+    def _same_constants(self, constants: Mapping[Atom, Any]) -> bool:
+        own = self.program.constants
+        return all(
+            number in self.moving_constants or same_constant(value, own[number]) for number, value in constants.items()
+        )
+
+    def _batch_size(self, traced: Program) -> int | None:
+        """The batch size of a trace; None if it is symbolic or there is none."""
+        for number, other in zip(self.program.inputs, traced.inputs, strict=True):
+            for axis in self.moving_axes[number]:
+                size = traced.shapes[other].shape[axis]
+                return size if isinstance(size, int) else None
+        return None
 
 
 def trace_for_any_batch(
@@ -56,19 +98,70 @@ def trace_for_any_batch(
       The traced network, and inputs of the traced shapes.
     """
     sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
+    given = trace(apply, params, *inputs)
+    remark = None
     if sizes and sizes[0]:
         try:
-            two, three = (trace(apply, params, *_resized(inputs, sizes[0], size)) for size in (2, 3))
+            two, three = (trace(apply, params, *_resized(inputs, sizes[0], size)) for size in _SIZES)
         except Exception:  # The network rejects another batch size, with an error of any type.
             pass
         else:
-            given = trace(apply, params, *_resized(inputs, sizes[0], sizes[0]))
-            if two.signature() == three.signature() == given.signature():
-                network = TracedNetwork(two, *_differences(two, three))
-                if network.fits(given):
-                    return network, _resized(inputs, sizes[0], 2)
-    program = trace(apply, params, *inputs)
-    return TracedNetwork(program, [frozenset()] * len(program.shapes), frozenset()), inputs
+            if two.signature() == three.signature():
+                network = _checked_for_one(
+                    TracedNetwork(two, *_differences(two, three), three), apply, params, _resized(inputs, sizes[0], 1)
+                )
+                if network.program_at(given) is not None:
+                    return network, _resized(inputs, sizes[0], _SIZES[0])
+            remark = f"The small function takes batches of {sizes[0]} alone: at other batch sizes, the network runs other operations."
+    alone = TracedNetwork(given, [frozenset()] * len(given.shapes), frozenset(), remark=remark)
+    return alone, inputs
+
+
+def _checked_for_one(
+    network: TracedNetwork, apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]
+) -> TracedNetwork:
+    """The network with the result of a check for a batch of one, the size at which JAX traces other steps most often.
+
+    Args:
+      network: The traced network.
+      apply: The network, ``apply(params, *inputs)``.
+      params: Its params.
+      inputs: One example.
+    """
+    try:
+        one = trace(apply, params, *inputs)
+    except Exception:  # The network rejects a batch of one, with an error of any type.
+        return network
+    if network.program_at(one) is not None:
+        return network
+    program = network.extended(1)
+    if program is not None and not network.moving_constants and _compute_the_same(one, program, (params, inputs)):
+        return dataclasses.replace(network, checked=True)
+    return dataclasses.replace(
+        network, remark="The small function does not take a batch of one: there, the network runs other operations."
+    )
+
+
+def _compute_the_same(first: Program, second: Program, arguments: PyTree) -> bool:
+    """Whether two programs have the same results for some arguments, up to rounding."""
+    leaves = jax.tree.leaves(arguments)
+    shapes = [[program.shapes[number] for number in program.outputs] for program in (first, second)]
+    if shapes[0] != shapes[1] or first.result_tree != second.result_tree:
+        return False
+
+    def differences(leaves: list[Any]) -> list[tuple[jax.Array, jax.Array]]:
+        results = (jax.tree.leaves(program.run(leaves, {})) for program in (first, second))
+        return [
+            (jnp.max(jnp.abs(one - other)), jnp.max(jnp.abs(one)))
+            for one, other in zip(*results, strict=True)
+            if one.size
+        ]
+
+    def is_small(difference: Any, largest: Any) -> bool:
+        inexact = jnp.issubdtype(largest.dtype, jnp.inexact)
+        return bool(difference <= (float(np.sqrt(jnp.finfo(largest.dtype).eps)) * largest if inexact else 0))
+
+    return all(is_small(*each) for each in compile_quickly(differences, leaves)(leaves))
 
 
 def _resized(inputs: PyTree, batch: int, size: int) -> PyTree:
@@ -88,7 +181,7 @@ def _differences(two: Program, three: Program) -> tuple[list[frozenset[int]], fr
         for one, other in zip(two.shapes, three.shapes, strict=True)
     ]
     constants = frozenset(
-        number for number, value in two.constants.items() if not _same(value, three.constants[number])
+        number for number, value in two.constants.items() if not same_constant(value, three.constants[number])
     )
     return axes, constants
 
@@ -102,11 +195,3 @@ def is_like(new: jax.ShapeDtypeStruct, old: jax.ShapeDtypeStruct, moving: frozen
             axis in moving or sizes[0] == sizes[1] for axis, sizes in enumerate(zip(new.shape, old.shape, strict=True))
         )
     )
-
-
-def _same(first: Any, second: Any) -> bool:
-    if first is second:
-        return True
-    if not all(is_plain(dtype_of(value)) for value in (first, second)):
-        return False
-    return np.shape(first) == np.shape(second) and np.array_equal(first, second, equal_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def shrink(
         at its batch size.
 
     Warns:
-      UserWarning: Nothing is left of a layer.
+      UserWarning: Nothing is left of a layer, or ``apply`` takes batch sizes that the small function refuses.
     """
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}; it must be an int of at least 1.")
@@ -93,8 +94,11 @@ def shrink(
         ),
         difference=_largest_difference(before, after, tolerance),
         structure=structure,
+        remark=network.remark,
     )
     warn_of_empty_layers(report, [0 not in shape for shape in shapes])
+    if report.remark:
+        warnings.warn(report.remark, stacklevel=2)
     return small_apply, small_params, report
 
 

@@ -45,6 +45,7 @@ class ShrinkReport:
       multiply_adds: The number of multiply-adds of all matrix products and convolutions on the example inputs.
       difference: The largest absolute difference between the outputs before and after on the example inputs.
       structure: The tree structure of the params.
+      remark: A sentence about batch sizes that the network takes and the small function refuses, or None.
     """
 
     leaves: tuple[LeafReport, ...]
@@ -52,6 +53,7 @@ class ShrinkReport:
     multiply_adds: tuple[int, int]
     difference: float
     structure: Any
+    remark: str | None = None
 
     def __str__(self) -> str:
         width = max([len(leaf.path) for leaf in self.leaves], default=0)
@@ -62,7 +64,8 @@ class ShrinkReport:
         ]
         for name, (before, after) in (("bytes", self.bytes), ("multiply-adds", self.multiply_adds)):
             lines.append(f"{name}: {before:,} -> {after:,}" + (f" ({before / after:.1f}x)" if after else ""))
-        return "\n".join([*lines, f"largest difference of the outputs: {self.difference:.2g}"])
+        lines.append(f"largest difference of the outputs: {self.difference:.2g}")
+        return "\n".join([*lines, self.remark] if self.remark else lines)
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -94,9 +94,10 @@ class _Traces:
         if key not in self.programs:
             like_examples = self._are_like_examples(structs)
             traced = trace(self.apply, self.params, *jax.tree.unflatten(tree, structs)) if like_examples else None
-            if traced is None or not self.network.fits(traced):
+            program = None if traced is None else self.network.program_at(traced)
+            if program is None:
                 raise ValueError(self._refusal(structs, like_examples))
-            self.programs[key] = traced
+            self.programs[key] = program
         return self.programs[key]
 
     def _examples(self) -> list[tuple[jax.ShapeDtypeStruct, frozenset[int]]]:
@@ -118,7 +119,7 @@ class _Traces:
             return message
         symbolic = any(not isinstance(size, int) for struct in structs for size in struct.shape)
         at = "At some other batch size" if symbolic else "At this batch size"
-        return f"{message} {at} the model computes something else than at the batch size it was shrunk with."
+        return f"{message} {at} the model runs other operations than at that of the example inputs; shrink it with inputs of this batch size."
 
 
 def _described(arrays: Sequence[tuple[jax.ShapeDtypeStruct, frozenset[int]]]) -> str:

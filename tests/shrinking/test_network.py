@@ -94,6 +94,47 @@ def test_any_batch_size_under_jit_and_vmap():
     np.testing.assert_allclose(jax.vmap(small_apply, (0, None))(twice, inputs)[0], expected, atol=1e-5)
 
 
+def class_token_and_mask(params, x):
+    """Broadcasts a token and a causal mask over the batch, as a vision transformer and GPT-2 do."""
+    token = jnp.broadcast_to(params["token"], (x.shape[0], 1, 8))
+    x = jnp.concatenate([token, x], 1) + jnp.broadcast_to(params["positions"], (x.shape[0], 6, 8))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (x.shape[0], 6, 6))
+    scores = jnp.where(mask, jnp.einsum("btd,bsd->bts", x, x @ params["key"]), -1e9)
+    hidden = jax.nn.relu(jax.nn.softmax(scores) @ x @ params["up"])
+    shifts = jnp.arange(x.shape[0], dtype=jnp.float32)[:, None]
+    return hidden.mean(1) @ params["down"] + shifts
+
+
+@pytest.mark.parametrize("examples", [1, 2, 4])
+def test_an_array_that_is_broadcast_over_the_batch(examples, key):
+    shapes = {"token": (1, 1, 8), "positions": (1, 6, 8), "key": (8, 8), "up": (8, 12), "down": (12, 3)}
+    keys = jax.random.split(key, len(shapes))
+    params = {name: jax.random.normal(each, shape) for each, (name, shape) in zip(keys, shapes.items())}
+    params["up"] = params["up"].at[:, ::2].set(0)
+    inputs = jax.random.normal(key, (4, 5, 8))
+    small_apply, small, report = bcdl_jax.shrink(class_token_and_mask, params, inputs[:examples])
+    assert small["up"].shape == (8, 6)
+    assert report.remark is None
+    for size in (1, 2, 3, 4):
+        expected = class_token_and_mask(params, inputs[:size])
+        np.testing.assert_allclose(jax.jit(small_apply)(small, inputs[:size]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_computes_something_else_for_a_batch_of_one_is_reported():
+    params = random_chain(1)
+    inputs = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+
+    def apply(params, x):
+        return dense_chain(params, 2 * x if len(x) == 1 else x)
+
+    with pytest.warns(UserWarning, match="The small function does not take a batch of one"):
+        small_apply, small, report = bcdl_jax.shrink(apply, params, inputs)
+    assert "does not take a batch of one" in str(report)
+    np.testing.assert_allclose(small_apply(small, inputs[:3]), apply(params, inputs[:3]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="At this batch size the model runs other operations"):
+        small_apply(small, inputs[:1])
+
+
 def test_widths_are_rounded_up():
     params = random_chain(1, (24, 40, 30, 5))
     inputs = np.random.default_rng(0).normal(size=(4, 24)).astype(np.float32)
@@ -121,14 +162,16 @@ def test_a_model_that_depends_on_the_batch_size_is_shrunk_for_one_size():
     def apply(params, x):
         return dense_chain(params, x if len(x) > 4 else 2 * x)
 
-    small_apply, small, report = bcdl_jax.shrink(apply, params, inputs)
+    with pytest.warns(UserWarning, match="The small function takes batches of 8 alone"):
+        small_apply, small, report = bcdl_jax.shrink(apply, params, inputs)
+    assert str(report).endswith(report.remark)
     assert [leaf.after for leaf in report.leaves] != [leaf.before for leaf in report.leaves]
     np.testing.assert_allclose(small_apply(small, inputs), apply(params, inputs), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"The inputs are float32\[2, 7\]; this small function takes float32\[8, 7\]"):
         small_apply(small, inputs[:2])
     small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs[:3])
     with pytest.raises(
-        ValueError, match=r"takes float32\[batch, 7\]. At this batch size the model computes something else"
+        ValueError, match=r"takes float32\[batch, 7\]. At this batch size the model runs other operations"
     ):
         small_apply(small, inputs)
 
@@ -140,7 +183,8 @@ def test_a_constant_that_depends_on_the_batch_size_keeps_the_value_of_the_exampl
     def apply(params, x):
         return dense_chain(params, x) * (3.0 if len(x) > 4 else 2.0)
 
-    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    with pytest.warns(UserWarning, match="The small function takes batches of 8 alone"):
+        small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
     np.testing.assert_allclose(small_apply(small, inputs), apply(params, inputs), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"this small function takes float32\[8, 7\]"):
         small_apply(small, inputs[:2])
