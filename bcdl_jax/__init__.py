@@ -1,6 +1,6 @@
 """Bayesian compression for JAX and Flax: train a network with group sparsity priors, prune it, reduce its precision, ship a small file.
 
-The names below are the main road, in the order of use. The subpackages hold the rest.
+The names below are the most used ones, in the order of use. The subpackages hold the rest.
 """
 
 from bcdl_jax import baselines, codec, compression, export, graph, nn, priors, shrinking, train

@@ -158,7 +158,7 @@ def test_compressed_file(kind, tmp_path):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_onnx(kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("jax2onnx")
+    pytest.importorskip("onnx")
     apply, variables, inputs = pruned_network(kind)
     assert CELLS[kind]["ONNX"] == "yes"
     path = tmp_path / "model.onnx"

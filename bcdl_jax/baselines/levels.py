@@ -11,7 +11,7 @@ import numpy as np
 
 from bcdl_jax._tree import PyTree, map_named_layers
 from bcdl_jax.compression.quantization import integer_bits
-from bcdl_jax.compression.quantized_layer import QuantizedLayer
+from bcdl_jax.compression.quantized_layer import QuantizedLayer, RoundedArray
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 
@@ -53,20 +53,10 @@ def reduce_to_levels(
 
     def quantize(name: str, layer: Posterior) -> QuantizedLayer:
         integers, used = _level_numbers(layer, np.asarray(assignments[name]), np.asarray(levels[name]))
-        bias, bias_step, bias_integer_bits = _rounded_bias(layer, bias_bits)
-        return QuantizedLayer(
-            kernel=jnp.asarray(integers),
-            kernel_step=jnp.ones((), jnp.float32),
-            kernel_bits=jnp.asarray(math.ceil(math.log2(max(1, len(used)))), jnp.int32),
-            bias=bias,
-            bias_step=bias_step,
-            bias_bits=bias_integer_bits,
-            input_mask=layer.input_mask > 0,
-            output_mask=layer.output_mask > 0,
-            group_axis=layer.group_axis,
-            prunes_weights=layer.prunes_weights,
-            kernel_levels=jnp.asarray(used, jnp.float32),
-        )
+        bits = jnp.asarray(math.ceil(math.log2(max(1, len(used)))), jnp.int32)
+        kernel = RoundedArray(jnp.asarray(integers), jnp.ones((), jnp.float32), bits)
+        bias = _rounded_bias(layer, bias_bits)
+        return QuantizedLayer.of(layer, kernel=kernel, bias=bias, levels=jnp.asarray(used, jnp.float32))
 
     return map_named_layers(quantize, params, Posterior)
 
@@ -84,13 +74,13 @@ def _level_numbers(layer: Posterior, indices: np.ndarray, levels: np.ndarray) ->
     return np.where(kernel == 0, 0, np.where(numbers >= 0, numbers + 1, numbers)).astype(np.int16), used
 
 
-def _rounded_bias(layer: Posterior, bits: int) -> tuple[jax.Array, jax.Array, jax.Array] | tuple[None, None, None]:
-    """The integers of the bias, their step and the number of bits that they need. The largest bias gets the largest integer."""
+def _rounded_bias(layer: Posterior, bits: int) -> RoundedArray | None:
+    """The rounded bias, or None for a layer without bias. The largest bias gets the largest integer."""
     moments = layer.bias_moments()
     if moments is None:
-        return None, None, None
+        return None
     mean, _ = moments
     largest = jnp.max(jnp.abs(mean), initial=0)
     step = jnp.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0).astype(jnp.float32)
     integers = jnp.round(mean / step).astype(jnp.int16)
-    return integers, step, integer_bits(integers)
+    return RoundedArray(integers, step, integer_bits(integers))

@@ -190,11 +190,11 @@ def _check_template(reader: FileReader, nodes: Sequence[Any], names: Sequence[st
             f"The file holds {len(reader.headers)} layers and arrays; the template has {len(nodes)}.{hint}"
         )
     if reader.names is not None:
-        for number, (stored, wanted) in enumerate(zip(reader.names, names, strict=True)):
-            if _comparable(stored) != _comparable(wanted):
-                raise CompressedFileError(
-                    f"Entry {number} of the file is called {_comparable(stored)}; the template has {_comparable(wanted)}."
-                )
+        # One of the two trees may store its layers without the entry of their modules.
+        stored_names, wanted_names = map(module_name, reader.names), map(module_name, names)
+        for number, (stored, wanted) in enumerate(zip(stored_names, wanted_names, strict=True)):
+            if stored != wanted:
+                raise CompressedFileError(f"Entry {number} of the file is called {stored}; the template has {wanted}.")
     for number, (header, node) in enumerate(zip(reader.headers, nodes, strict=True)):
         stored_kind, wanted_kind = isinstance(header, LayerHeader), is_layer(node)
         shape = node.kernel_shape if wanted_kind else np.shape(node)
@@ -203,11 +203,6 @@ def _check_template(reader: FileReader, nodes: Sequence[Any], names: Sequence[st
                 f"Entry {number} of the file is {described(stored_kind, header.shape)}; the template has "
                 f"{described(wanted_kind, shape)}."
             )
-
-
-def _comparable(name: str) -> str:
-    """The name without a last part that only one of the two trees may have: the node of a layer, or the value of an NNX variable."""
-    return module_name(name).removesuffix("/value")
 
 
 def _names(tree: PyTree) -> list[str]:

@@ -77,8 +77,10 @@ MAX_CODED_MAGNITUDE = 2**32 - 1  # Arrays with larger integers are copied.
 
 # The limit on coded numbers for a file of a given length. It bounds the time that a damaged file can take. The writer keeps to it.
 CODED_PER_BYTE, MIN_CODED_LIMIT = 32, 2**12
-# In place of the length of a list of indices: a raw bit for each index follows.
+# The value of the length field that announces one raw bit per index instead of a list.
 RAW_FLAGS = 2**32 - 1
+# The raw bits of the one integer of a constant array.
+CONSTANT_WIDTH = 33
 # The default limit on the memory that the content of a file takes.
 MAX_BYTES = 2**32
 
@@ -153,11 +155,11 @@ class CodedLimit:
       left: The number.
     """
 
-    left: int
+    left: float
 
     @classmethod
-    def of_file(cls, length: int) -> CodedLimit:
-        """The limit of a file of ``length`` bytes."""
+    def of_file(cls, length: float) -> CodedLimit:
+        """The limit of a file of ``length`` bytes. The writer passes a fraction of a byte too."""
         return cls(MIN_CODED_LIMIT + CODED_PER_BYTE * length)
 
     def use(self, count: int) -> None:
@@ -179,17 +181,6 @@ def nonzero_indices(array: np.ndarray) -> list[np.ndarray]:
     bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
     axes = range(array.ndim)
     return [(bits != 0).any(tuple(other for other in axes if other != axis)) for axis in axes]
-
-
-def two_complement_width(values: np.ndarray) -> int:
-    """The number of bits of the shortest two's complement that holds all values of an int64 array, at least 1."""
-    largest = max(int(values.max(initial=0)), -int(values.min(initial=0)) - 1)
-    return largest.bit_length() + 1
-
-
-def default_bits(values: np.ndarray) -> int:
-    """The bits of a layer's integers where the header stores none: 0 if all are zero, else ``two_complement_width``."""
-    return two_complement_width(values.astype(np.int64)) if values.any() else 0
 
 
 def levels_fit(levels: np.ndarray, kernel: np.ndarray) -> bool:

@@ -27,10 +27,10 @@ from bcdl_jax.codec.format import (
     LayerFlag,
     LayerHeader,
     damaged,
-    default_bits,
     levels_fit,
 )
-from bcdl_jax.codec.stream import StreamReader
+from bcdl_jax.codec.stream_reader import StreamReader
+from bcdl_jax.compression.quantization import integer_bits
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
 
 _HEAD = len(MAGIC) + 2  # The magic bytes, the version and the flags.
@@ -93,7 +93,7 @@ class FileReader:
             bias[outputs] = self._stream.read_integers((int(outputs.sum()),), bias.dtype)
         if header.levels is not None and not levels_fit(header.levels, kernel):
             raise damaged("the levels of a layer do not fit its integers")
-        bits = header.bits or [default_bits(array) for array in (kernel, bias) if array is not None]
+        bits = header.bits or [int(integer_bits(array)) for array in (kernel, bias) if array is not None]
         return QuantizedLayer(
             kernel=jnp.asarray(kernel),
             kernel_step=_without_rounding(header.steps[0]),

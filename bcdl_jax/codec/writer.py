@@ -20,11 +20,11 @@ from bcdl_jax.codec.format import (
     FileFlag,
     LayerFlag,
     LayerHeader,
-    default_bits,
     levels_fit,
     nonzero_indices,
 )
-from bcdl_jax.codec.stream import StreamWriter
+from bcdl_jax.codec.stream_writer import StreamWriter
+from bcdl_jax.compression.quantization import integer_bits
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
 
 
@@ -125,7 +125,7 @@ def _layer_header(name: str, layer: QuantizedLayer, feature_groups: int) -> Laye
         raise ValueError(
             f"The levels of layer {name} are not ascending finite numbers without 0, one for each integer of the kernel."
         )
-    bits_stored = bits != [default_bits(array) for array in arrays]
+    bits_stored = bits != [int(integer_bits(array.astype(np.int64))) for array in arrays]
     flags = LayerFlag(0)
     for flag, condition in (
         (LayerFlag.BIAS, layer.bias is not None),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bcdl_jax._arrays import of_rank
 from bcdl_jax._tree import PyTree, map_layers, map_named_layers, values_by_layer
-from bcdl_jax.compression.quantized_layer import QuantizedLayer
+from bcdl_jax.compression.quantized_layer import QuantizedLayer, RoundedArray
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 _INTEGER_DTYPE = jnp.int16
@@ -19,16 +20,22 @@ _LARGEST = 2**15 - 1
 
 # The mean and variance of each weight of an array, see ``Posterior.kernel_moments``.
 _Moments = tuple[jax.Array, jax.Array]
-# The integers of an array, their step, and the bits per kept integer.
-_Rounded = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def integer_bits(integers: jax.Array) -> jax.Array:
-    """The number of bits of the shortest two's complement that holds all of these integers, int32. It is 0 if all are zero."""
-    integers = integers.astype(jnp.int32)
-    magnitudes = jnp.where(integers < 0, -integers - 1, integers)
-    length = 32 - jax.lax.clz(jnp.max(magnitudes, initial=0))
-    return jnp.where(jnp.any(integers != 0), length + 1, 0).astype(jnp.int32)
+def integer_bits(integers: jax.Array | np.ndarray) -> jax.Array:
+    """The number of bits of the shortest two's complement that holds all of these integers, int32. It is 0 if all are zero.
+
+    Args:
+      integers: An array of a signed integer type.
+
+    Returns:
+      A scalar, of NumPy for an array of NumPy.
+    """
+    low, high = integers.min(initial=0), integers.max(initial=0)
+    # The powers of two in the type of the integers. A magnitude has as many binary digits as there are powers up to it.
+    powers = 1 << np.arange(8 * integers.dtype.itemsize - 1, dtype=integers.dtype)
+    digits = ((high >= powers) | (-1 - low >= powers)).sum()
+    return ((digits + 1) * ((high > 0) | (low < 0))).astype(np.int32)
 
 
 def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float]) -> PyTree:
@@ -118,38 +125,27 @@ def choose_relative_step(
     return max(good, default=ordered[0])
 
 
-def _quantized(posterior: Posterior, round_weights: Callable[[_Moments, jax.Array], _Rounded]) -> QuantizedLayer:
+def _quantized(posterior: Posterior, round_weights: Callable[[_Moments, jax.Array], RoundedArray]) -> QuantizedLayer:
     """The layer whose kernel and bias are rounded by ``round_weights``, a function of moments and mask."""
-    kernel, kernel_step, kernel_bits = round_weights(posterior.kernel_moments(), posterior.kernel_mask)
     bias_moments = posterior.bias_moments()
-    bias, bias_step, bias_bits = (
-        (None, None, None) if bias_moments is None else round_weights(bias_moments, posterior.output_mask > 0)
-    )
-    return QuantizedLayer(
-        kernel=kernel,
-        kernel_step=kernel_step,
-        kernel_bits=kernel_bits,
-        bias=bias,
-        bias_step=bias_step,
-        bias_bits=bias_bits,
-        input_mask=posterior.input_mask > 0,
-        output_mask=posterior.output_mask > 0,
-        group_axis=posterior.group_axis,
-        prunes_weights=posterior.prunes_weights,
+    return QuantizedLayer.of(
+        posterior,
+        kernel=round_weights(posterior.kernel_moments(), posterior.kernel_mask),
+        bias=None if bias_moments is None else round_weights(bias_moments, posterior.output_mask > 0),
     )
 
 
-def _round_by_deviation(moments: _Moments, mask: jax.Array, relative_step: jax.Array) -> _Rounded:
+def _round_by_deviation(moments: _Moments, mask: jax.Array, relative_step: jax.Array) -> RoundedArray:
     """Rounds to multiples of the relative step times the geometric mean of the kept weights' standard deviations."""
     mean, variance = moments
     log_deviation = jnp.where(mask, 0.5 * jnp.log(jnp.where(mask, variance, 1)), 0)
     count = jnp.sum(jnp.broadcast_to(mask, mean.shape))
     step = relative_step * jnp.exp(jnp.sum(log_deviation) / jnp.maximum(count, 1))
     integers, step = _round_to_step(mean, step)
-    return integers, step, integer_bits(integers)
+    return RoundedArray(integers, step, integer_bits(integers))
 
 
-def _round_by_round_off(moments: _Moments, mask: jax.Array) -> _Rounded:
+def _round_by_round_off(moments: _Moments, mask: jax.Array) -> RoundedArray:
     """Rounds by the rule of ``reduce_precision_by_round_off``."""
     mean, variance = moments
     round_offs = 2.0 ** -jnp.arange(1, 24)
@@ -159,7 +155,7 @@ def _round_by_round_off(moments: _Moments, mask: jax.Array) -> _Rounded:
     largest = jnp.maximum(jnp.max(jnp.abs(mean), initial=0), 1)
     exponent_bits = jnp.ceil(jnp.log2(jnp.log2(largest) + 1) + 1)
     integers, step = _round_to_step(mean, 2.0**-bits)
-    return integers, step, jnp.where(count > 0, bits + exponent_bits + 1, 0).astype(jnp.int32)
+    return RoundedArray(integers, step, jnp.where(count > 0, bits + exponent_bits + 1, 0).astype(jnp.int32))
 
 
 def _round_to_step(mean: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.priors.posterior import kernel_mask
+from bcdl_jax.priors.layer_node import FLOAT_BITS, GroupAxis, LayerNode
+from bcdl_jax.priors.posterior import Posterior
 
 
-class QuantizedLayer(flax.struct.PyTreeNode):
+class RoundedArray(NamedTuple):
+    """A rounded kernel or bias.
+
+    Attributes:
+      integers: The integers, int16, zero where pruned.
+      step: The step, a scalar.
+      bits: The number of bits that each kept integer takes, an int32 scalar.
+    """
+
+    integers: jax.Array
+    step: jax.Array
+    bits: jax.Array
+
+
+class QuantizedLayer(LayerNode, flax.struct.PyTreeNode):
     """A layer of integer weights: a weight is integer * step, or one of a few levels.
 
     Attributes:
@@ -41,9 +55,35 @@ class QuantizedLayer(flax.struct.PyTreeNode):
     bias_bits: jax.Array | None
     input_mask: jax.Array
     output_mask: jax.Array
-    group_axis: str = flax.struct.field(pytree_node=False)
+    group_axis: GroupAxis = flax.struct.field(pytree_node=False)
     prunes_weights: bool = flax.struct.field(pytree_node=False, default=False)
     kernel_levels: jax.Array | None = None
+
+    @classmethod
+    def of(
+        cls, posterior: Posterior, *, kernel: RoundedArray, bias: RoundedArray | None, levels: jax.Array | None = None
+    ) -> Self:
+        """The layer that replaces a posterior.
+
+        Args:
+          posterior: The posterior. The layer takes over its masks and groups.
+          kernel: The rounded kernel.
+          bias: The rounded bias, or None for a layer without bias.
+          levels: The levels of the kernel, see ``kernel_levels``, or None.
+        """
+        return cls(
+            kernel=kernel.integers,
+            kernel_step=kernel.step,
+            kernel_bits=kernel.bits,
+            bias=None if bias is None else bias.integers,
+            bias_step=None if bias is None else bias.step,
+            bias_bits=None if bias is None else bias.bits,
+            input_mask=posterior.input_mask > 0,
+            output_mask=posterior.output_mask > 0,
+            group_axis=posterior.group_axis,
+            prunes_weights=posterior.prunes_weights,
+            kernel_levels=levels,
+        )
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -54,20 +94,26 @@ class QuantizedLayer(flax.struct.PyTreeNode):
         return self.kernel_step.dtype
 
     @property
-    def group_mask(self) -> jax.Array:
-        """Mask of this layer's groups, [groups]."""
-        return self.input_mask if self.group_axis == "input" else self.output_mask
+    def kernel_mask(self) -> jax.Array:
+        mask = super().kernel_mask
+        return mask & (self.kernel != 0) if self.prunes_weights else mask
 
     @property
-    def kernel_mask(self) -> jax.Array:
-        """Entries of the kernel between kept inputs and kept outputs, an array of bool that broadcasts against it."""
-        return kernel_mask(self.kernel_shape, self.input_mask, self.output_mask)
+    def bias_size(self) -> int:
+        return 0 if self.bias is None else self.bias.size
 
-    def kept_weights(self) -> jax.Array:
-        """The number of kept entries of the kernel, a scalar of float32."""
-        if self.prunes_weights:
-            return jnp.sum(self.kernel != 0, dtype=jnp.float32)
-        return jnp.sum(self.kernel_mask, dtype=jnp.float32) * math.prod(self.kernel_shape[:-2])
+    @property
+    def bits_per_weight(self) -> jax.Array:
+        return self.kernel_bits
+
+    @property
+    def bits_per_bias(self) -> jax.Array | int:
+        return 0 if self.bias_bits is None else self.bias_bits
+
+    @property
+    def step_bits(self) -> int:
+        numbers = 1 if self.kernel_levels is None else self.kernel_levels.size
+        return FLOAT_BITS * (numbers + (self.bias_size > 0))
 
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """The kernel and the bias as floating-point numbers. The bias is None for a layer without one."""

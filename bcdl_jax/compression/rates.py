@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,9 @@ import jax.numpy as jnp
 from bcdl_jax._tree import PyTree, find_single_layers
 from bcdl_jax.compression.layers import LAYER_TYPES, is_layer
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
+from bcdl_jax.priors.layer_node import FLOAT_BITS
 from bcdl_jax.priors.posterior import Posterior
 
-_FLOAT_BITS = 32
 _Layer = Posterior | QuantizedLayer
 
 
@@ -37,7 +36,7 @@ def rate_paper(params: PyTree) -> jax.Array:
     """
     layers = _layers(params).values()
     # A Python float: the bits of a large network exceed 32-bit integers.
-    before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
+    before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * FLOAT_BITS
     after = jnp.stack([_kernel_bits(layer) + _index_bits(layer) for layer in layers]).sum()
     return before / after
 
@@ -59,15 +58,13 @@ def rate_paper_maximum(params: PyTree) -> jax.Array:
       ValueError: The tree holds no quantised layer.
     """
     layers = find_single_layers(params, QuantizedLayer).values()
-    before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * _FLOAT_BITS
+    before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * FLOAT_BITS
     return before / jnp.stack([_entropy_bits(layer) for layer in layers]).sum()
 
 
 def _entropy_bits(layer: QuantizedLayer) -> jax.Array:
     integers = layer.kernel.astype(jnp.int32)
     kept = jnp.broadcast_to(layer.kernel_mask, integers.shape)
-    if layer.prunes_weights:
-        kept = kept & (integers != 0)
     counts = jnp.bincount((integers + 2**15).ravel(), weights=kept.ravel().astype(jnp.float32), length=2**16)
     bits = _entropy(counts)
     if layer.prunes_weights:
@@ -106,8 +103,8 @@ def rate(params: PyTree) -> jax.Array:
     """
     layers = _layers(params).values()
     outside = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_layer) if not is_layer(leaf)]
-    others = float(sum(jnp.size(leaf) for leaf in outside)) * _FLOAT_BITS
-    before = others + float(sum(math.prod(layer.kernel_shape) + _bias_size(layer) for layer in layers)) * _FLOAT_BITS
+    others = float(sum(jnp.size(leaf) for leaf in outside)) * FLOAT_BITS
+    before = others + float(sum(math.prod(layer.kernel_shape) + layer.bias_size for layer in layers)) * FLOAT_BITS
     after = (
         others + jnp.stack([_kernel_bits(layer) + _bias_bits(layer) + _overhead_bits(layer) for layer in layers]).sum()
     )
@@ -127,19 +124,15 @@ def layer_bits(params: PyTree) -> dict[str, jax.Array]:
     Raises:
       ValueError: The tree holds no such layer.
     """
-    return {name: jnp.asarray(_bits(layer), jnp.int32) for name, layer in _layers(params).items()}
+    return {name: jnp.asarray(layer.bits_per_weight, jnp.int32) for name, layer in _layers(params).items()}
 
 
 def _layers(params: PyTree) -> dict[str, _Layer]:
     return find_single_layers(params, LAYER_TYPES)
 
 
-def _bits(layer: _Layer) -> jax.Array | int:
-    return layer.kernel_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
-
-
 def _kernel_bits(layer: _Layer) -> jax.Array:
-    return layer.kept_weights() * _bits(layer)
+    return layer.kept_weights() * layer.bits_per_weight
 
 
 def _index_bits(layer: _Layer) -> jax.Array | int:
@@ -147,28 +140,19 @@ def _index_bits(layer: _Layer) -> jax.Array | int:
     if not layer.prunes_weights:
         return 0
     kept = layer.kept_weights()
-    return jnp.where(kept < math.prod(layer.kernel_shape), kept * _bits(layer), 0)
-
-
-def _bias_size(layer: _Layer) -> int:
-    bias = layer.bias if isinstance(layer, QuantizedLayer) else layer.bias_mean
-    return 0 if bias is None else bias.size
+    return jnp.where(kept < math.prod(layer.kernel_shape), kept * layer.bits_per_weight, 0)
 
 
 def _bias_bits(layer: _Layer) -> jax.Array | int:
-    if not _bias_size(layer):
+    if not layer.bias_size:
         return 0
-    bits: Any = layer.bias_bits if isinstance(layer, QuantizedLayer) else _FLOAT_BITS
-    return jnp.sum(layer.output_mask > 0, dtype=jnp.float32) * bits
+    return jnp.sum(layer.output_mask > 0, dtype=jnp.float32) * layer.bits_per_bias
 
 
 def _overhead_bits(layer: _Layer) -> jax.Array | int:
     """The bits of steps or levels, and of the set of kept groups or weights."""
-    steps = 0
-    if isinstance(layer, QuantizedLayer):
-        steps = (_bias_size(layer) > 0) + (1 if layer.kernel_levels is None else layer.kernel_levels.size)
-        steps *= _FLOAT_BITS
     if layer.prunes_weights:
-        return jnp.minimum(_FLOAT_BITS * layer.kept_weights(), float(math.prod(layer.kernel_shape))) + steps
+        weights = float(math.prod(layer.kernel_shape))
+        return jnp.minimum(FLOAT_BITS * layer.kept_weights(), weights) + layer.step_bits
     group_mask = layer.group_mask > 0
-    return jnp.where(jnp.all(group_mask), 0, group_mask.size) + steps
+    return jnp.where(jnp.all(group_mask), 0, group_mask.size) + layer.step_bits

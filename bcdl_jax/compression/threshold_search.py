@@ -35,9 +35,9 @@ def choose_thresholds(
     """Finds the thresholds of a small network whose error is at most ``max_increase`` above the error of the unpruned network.
 
     The size of a network is the number of its kept weights. First, bisection finds the lowest common threshold that does not raise the error.
-    Then the search prunes a portion more of one layer at a time: of the layer where a given relative saving raises the error least. The portions
-    become smaller and smaller, until no layer can lose a single group. The search is greedy: no network that is smaller by one step is within
-    the limit, but the result need not be the optimum.
+    Each further step prunes a portion of the layer with the smallest increase of the error per relative saving. The portions become smaller and
+    smaller, until no layer can lose a single group. The search is greedy: no network that is smaller by one step is within the limit, but the
+    result need not be the optimum.
 
     Args:
       params: A tree with trained variational layers.
@@ -146,7 +146,7 @@ class _Search:
         }
 
     def try_step(self, current: _Network, name: str, divisor: int, limit: float) -> _Step:
-        """Measures the network with one unit in ``divisor`` kept units of a layer less, and at least one unit less."""
+        """Measures the network after pruning 1/``divisor`` of the layer's kept units, at least one."""
         kept = self.cuts[name][current.positions[name]].kept
         target = kept - max(1, kept // divisor)
         smaller = [place for place in range(current.positions[name]) if self.cuts[name][place].kept <= target]

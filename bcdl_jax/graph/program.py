@@ -40,12 +40,14 @@ class Step:
       inputs: Numbers of the values that the step reads.
       outputs: Numbers of the values that the step computes.
       elementwise: True if each output element depends on the same element of the inputs alone.
+      scope: The place of the step in the model, such as "Network/Dense_0": the named scopes around it, joined by "/".
     """
 
     equation: Any
     inputs: tuple[Atom, ...]
     outputs: tuple[Atom, ...]
     elementwise: bool
+    scope: str = ""
 
     @property
     def name(self) -> str:
@@ -179,7 +181,7 @@ class _StepList:
         self.constants[number] = value
         return number
 
-    def append(self, jaxpr: Any, const_atoms: Sequence[Atom], arguments: Sequence[Atom]) -> list[Atom]:
+    def append(self, jaxpr: Any, const_atoms: Sequence[Atom], arguments: Sequence[Atom], scope: str = "") -> list[Atom]:
         """Appends the steps of a jaxpr, including the steps of all calls in it. Returns the numbers of its outputs."""
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*const_atoms, *arguments], strict=True))
 
@@ -188,22 +190,23 @@ class _StepList:
 
         for equation in jaxpr.eqns:
             inputs = [atom(variable) for variable in equation.invars]
+            inside_scope = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
             inner = inner_jaxpr(equation)
             stays_whole = equation.primitive.name in CUSTOM and is_elementwise_call(equation)
             if inner is not None and not stays_whole:
                 inside, values = inner
-                results = self.append(inside, [self.new_constant(value) for value in values], inputs)
+                results = self.append(inside, [self.new_constant(value) for value in values], inputs, inside_scope)
             else:
-                results = self._append_step(equation, inputs, stays_whole)
+                results = self._append_step(equation, inputs, stays_whole, inside_scope)
             known |= dict(zip(equation.outvars, results, strict=True))
         return [atom(variable) for variable in jaxpr.outvars]
 
-    def _append_step(self, equation: Any, inputs: Sequence[Atom], elementwise_call: bool) -> list[Atom]:
+    def _append_step(self, equation: Any, inputs: Sequence[Atom], elementwise_call: bool, scope: str) -> list[Atom]:
         name = equation.primitive.name
         results = [self.new_value(variable.aval.shape, variable.aval.dtype) for variable in equation.outvars]
         same_width = name == "bitcast_convert_type" and self.shapes[inputs[0]].shape == self.shapes[results[0]].shape
         elementwise = elementwise_call or same_width or name in ELEMENTWISE
-        self.steps.append(Step(equation, tuple(inputs), tuple(results), elementwise))
+        self.steps.append(Step(equation, tuple(inputs), tuple(results), elementwise, scope))
         return results
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bcdl_jax.priors.family import START_LOG_VARIANCE, Family, near
 from bcdl_jax.priors.noise import example_normal
-from bcdl_jax.priors.posterior import Posterior
+from bcdl_jax.priors.posterior import Posterior, log_alpha
 
 # Constants of the fit to KL(N(1, alpha) || log-uniform) [M17 eq. 14], whose error is at most 0.009 nats.
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
@@ -40,9 +40,7 @@ class GroupNormalJeffreysPosterior(Posterior):
 
     def log_dropout_rate(self) -> jax.Array:
         """log alpha = log(Var[z] / E[z]^2), [groups]: large if the noise of the scale exceeds its mean [L17 section 3.1]."""
-        # In float32 at least: 1e-8 is zero in float16.
-        wide = jnp.promote_types(self.scale_mean.dtype, jnp.float32)
-        return self.scale_log_variance.astype(wide) - jnp.log(self.scale_mean.astype(wide) ** 2 + 1e-8)
+        return log_alpha(self.scale_mean, self.scale_log_variance)
 
     def scale_moments(self) -> tuple[jax.Array, jax.Array]:
         return self.scale_mean, jnp.exp(self.scale_log_variance)

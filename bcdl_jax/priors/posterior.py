@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from bcdl_jax._arrays import of_rank
 from bcdl_jax._tree import PyTree, find_single_layers
+from bcdl_jax.priors.layer_node import FLOAT_BITS, GroupAxis, LayerNode
 
-GroupAxis = Literal["input", "output"]
 # The role of an array of a posterior: means of weights or biases, logarithms of any variances, location parameters of the group scales,
 # or a mask. Each array field declares its kind as metadata.
 Kind = Literal["mean", "log_variance", "scale", "mask"]
@@ -39,7 +39,7 @@ class WeightsNode(Protocol):
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]: ...
 
 
-class Posterior(flax.struct.PyTreeNode, abc.ABC):
+class Posterior(LayerNode, flax.struct.PyTreeNode):
     """q(w, z) of one layer: Gaussian weights w~, one scale z per group of weights, and the masks of the groups that are kept.
 
     A group is one input unit of a dense layer (``group_axis="input"``: a row of the kernel) or one output channel of a convolution
@@ -58,12 +58,14 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
       output_mask: Mask of the outputs, [out], in the same form.
       group_axis: The side of the groups, "input" or "output".
       clip_var: The largest variance of weights and biases, which ``clip_variances`` enforces, or None for no limit.
+      prunes_weights: True for a family that prunes single weights, a constant of the class. Each kept weight is then stored with its index.
     """
 
     layer_kind: ClassVar[str] = "variational layers"
     layer_source: ClassVar[str] = (
         "The layers bcdl_jax.Dense and bcdl_jax.Conv make variational layers; reduce_precision makes quantised layers of them."
     )
+    prunes_weights: ClassVar[bool] = False
 
     kernel_mean: jax.Array = flax.struct.field(metadata={"kind": "mean"})
     kernel_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
@@ -108,11 +110,6 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
         """One draw of z per example: [num_examples, groups]. The draw of example i depends on the key and on i alone."""
 
     # Defaults for families whose units are the groups.
-
-    @property
-    def prunes_weights(self) -> bool:
-        """True for a family that prunes single weights. Each kept weight is then stored with its index."""
-        return False
 
     @property
     def unit_mask(self) -> jax.Array:
@@ -168,29 +165,30 @@ class Posterior(flax.struct.PyTreeNode, abc.ABC):
     def dtype(self) -> jnp.dtype:
         return self.kernel_mean.dtype
 
+    @property
+    def bias_size(self) -> int:
+        return 0 if self.bias_mean is None else self.bias_mean.size
+
+    @property
+    def bits_per_weight(self) -> int:
+        return FLOAT_BITS
+
+    @property
+    def bits_per_bias(self) -> int:
+        return FLOAT_BITS if self.bias_size else 0
+
+    @property
+    def step_bits(self) -> int:
+        return 0
+
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """Posterior means of the kernel and the bias in use, exactly zero where pruned. The bias is None for a layer without one."""
         bias = self.bias_moments()
         return self.kernel_moments()[0], None if bias is None else bias[0]
 
-    @property
-    def group_mask(self) -> jax.Array:
-        """Mask of this layer's groups, [groups]."""
-        return self.input_mask if self.group_axis == "input" else self.output_mask
-
-    @property
-    def kernel_mask(self) -> jax.Array:
-        """Kept entries of the kernel, an array of bool that broadcasts against it."""
-        return kernel_mask(self.kernel_shape, self.input_mask, self.output_mask)
-
     def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
         """Reshapes an array [groups] such that it broadcasts against the kernel."""
         return of_rank(per_group[:, None] if self.group_axis == "input" else per_group, self.kernel_mean.ndim)
-
-    def kept_weights(self) -> jax.Array:
-        """The number of kept entries of the kernel: a scalar of float32, since an int32 may be too small."""
-        mask = self.kernel_mask
-        return jnp.sum(mask, dtype=jnp.float32) * (math.prod(self.kernel_shape) // mask.size if mask.size else 0)
 
     def kernel_moments(self) -> tuple[jax.Array, jax.Array]:
         """Posterior mean and variance of w = w~ z, each of the kernel's shape, exactly zero where pruned.
@@ -275,22 +273,16 @@ def array_kinds(node: Posterior) -> dict[str, Kind]:
     return {field.name: field.metadata["kind"] for field in dataclasses.fields(node) if "kind" in field.metadata}
 
 
+def log_alpha(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """log alpha = log(variance / mean^2), elementwise. A mean of 0 gives a large finite number."""
+    # In float32 at least: 1e-8 is zero in float16.
+    wide = jnp.promote_types(mean.dtype, jnp.float32)
+    return log_variance.astype(wide) - jnp.log(mean.astype(wide) ** 2 + 1e-8)
+
+
 def log_ratio(noise: jax.Array, signal: jax.Array) -> jax.Array:
     """log(noise / signal). It is 1e9 where the signal is 0, so that a finite threshold prunes such a unit, and prunes it first."""
     return jnp.where(signal > 0, jnp.log(noise) - jnp.log(jnp.where(signal > 0, signal, 1)), 1e9)
-
-
-def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mask: jax.Array) -> jax.Array:
-    """The entries of a kernel [*window, in / feature groups, out] that connect kept inputs [in] with kept outputs [out].
-
-    Returns:
-      An array of bool that broadcasts against the kernel: [1, ..., in / feature groups, out], the same for all positions of the window.
-    """
-    inputs, features = kernel_shape[-2:]
-    feature_groups = input_mask.shape[-1] // inputs
-    kept_inputs = (input_mask > 0).reshape(feature_groups, inputs)
-    mask = jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & of_rank(output_mask > 0, 2)
-    return of_rank(mask, len(kernel_shape))
 
 
 def _product_moments(

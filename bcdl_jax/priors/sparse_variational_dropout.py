@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import flax.struct
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from bcdl_jax._arrays import of_rank
 from bcdl_jax.priors.family import Family
 from bcdl_jax.priors.normal_jeffreys import log_uniform_kl
-from bcdl_jax.priors.posterior import Posterior
+from bcdl_jax.priors.posterior import Posterior, log_alpha
 
 
 class SparseVariationalDropoutPosterior(Posterior):
@@ -26,11 +26,9 @@ class SparseVariationalDropoutPosterior(Posterior):
       weight_mask: Mask of the weights, of the kernel's shape. A weight whose entry is not positive is pruned.
     """
 
-    weight_mask: jax.Array = flax.struct.field(metadata={"kind": "mask"})
+    prunes_weights: ClassVar[bool] = True
 
-    @property
-    def prunes_weights(self) -> bool:
-        return True
+    weight_mask: jax.Array = flax.struct.field(metadata={"kind": "mask"})
 
     @property
     def default_threshold(self) -> float:
@@ -51,9 +49,7 @@ class SparseVariationalDropoutPosterior(Posterior):
 
     def log_dropout_rate(self) -> jax.Array:
         """log alpha = log(Var[w] / E[w]^2) of every weight, of the kernel's shape."""
-        # In float32 at least: 1e-8 is zero in float16.
-        wide = jnp.promote_types(self.kernel_mean.dtype, jnp.float32)
-        return self.kernel_log_variance.astype(wide) - jnp.log(self.kernel_mean.astype(wide) ** 2 + 1e-8)
+        return log_alpha(self.kernel_mean, self.kernel_log_variance)
 
     def log_noise_to_signal(self) -> jax.Array:
         return self.log_dropout_rate()

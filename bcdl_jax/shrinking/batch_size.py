@@ -12,7 +12,8 @@ import numpy as np
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.graph.matching import match_constants, same_constant
-from bcdl_jax.graph.program import Atom, Program, compile_quickly
+from bcdl_jax.graph.primitives import is_plain
+from bcdl_jax.graph.program import Atom, Program, compile_quickly, dtype_of
 from bcdl_jax.graph.tracing import extend, trace
 
 _SIZES = (2, 3)
@@ -57,9 +58,19 @@ class TracedNetwork:
         if self.larger is None or size is None:
             return None
         try:
-            return extend([self.program, self.larger], _SIZES, size, self.moving_constants)
+            program = extend([self.program, self.larger], _SIZES, size, self.moving_constants)
         except ValueError:
             return None
+        constants = {number: self._constant_at(size, number) for number in self.moving_constants}
+        return dataclasses.replace(program, constants=program.constants | constants)
+
+    def _constant_at(self, size: int, number: Atom) -> Any:
+        """A constant that depends on the batch size, such as the divisor of a mean, if it is linear in that size."""
+        assert self.larger is not None
+        two, three = (program.constants[number] for program in (self.program, self.larger))
+        if np.shape(two) or not is_plain(dtype_of(two)) or not jnp.issubdtype(dtype_of(two), np.number):
+            return two
+        return np.asarray(two + (three - two) * (size - _SIZES[0]), dtype_of(two))
 
     def _fits(self, traced: Program) -> bool:
         """Whether another trace has the same steps."""
@@ -135,7 +146,7 @@ def _checked_for_one(
     if network.program_at(one) is not None:
         return network
     program = network.extended(1)
-    if program is not None and not network.moving_constants and _compute_the_same(one, program, (params, inputs)):
+    if program is not None and _compute_the_same(one, program, (params, inputs)):
         return dataclasses.replace(network, checked=True)
     return dataclasses.replace(
         network, remark="The small function does not take a batch of one: there, the network runs other operations."

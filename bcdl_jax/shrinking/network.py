@@ -61,6 +61,23 @@ def shrink(
     Warns:
       UserWarning: Nothing is left of a layer, or ``apply`` takes batch sizes that the small function refuses.
     """
+    small_apply, small_params, report = shrink_at_any_batch_size(
+        apply, params, example_inputs, multiple_of=multiple_of, tolerance=tolerance
+    )
+    if report.remark:
+        warnings.warn(report.remark, stacklevel=2)
+    return small_apply, small_params, report
+
+
+def shrink_at_any_batch_size(
+    apply: Callable[..., PyTree],
+    params: PyTree,
+    example_inputs: Any,
+    *,
+    multiple_of: int = 1,
+    tolerance: float | None = None,
+) -> tuple[Callable[..., PyTree], PyTree, ShrinkReport]:
+    """``shrink`` without a warning about batch sizes, for functions that use one batch size alone."""
     if not isinstance(multiple_of, int) or multiple_of < 1:
         raise ValueError(f"multiple_of is {multiple_of}; it must be an int of at least 1.")
     if tolerance is not None and not tolerance >= 0:
@@ -97,8 +114,6 @@ def shrink(
         remark=network.remark,
     )
     warn_of_empty_layers(report, [0 not in shape for shape in shapes])
-    if report.remark:
-        warnings.warn(report.remark, stacklevel=2)
     return small_apply, small_params, report
 
 

@@ -110,7 +110,7 @@ def _keeps_zeros(fact: Fact, layout: Layout) -> bool:
 
 
 def warn_of_empty_layers(report: ShrinkReport, has_elements: Sequence[bool]) -> None:
-    """Warns the caller of the calling function if nothing is left of a layer.
+    """Warns the caller of ``shrink`` if nothing is left of a layer.
 
     Args:
       report: The report.
@@ -125,5 +125,5 @@ def warn_of_empty_layers(report: ShrinkReport, has_elements: Sequence[bool]) -> 
         theirs = "their" if len(empty) > 1 else "its"
         warnings.warn(
             f"Nothing is left of layer{'s' * (len(empty) > 1)} {', '.join(empty)}: {theirs} outputs are constant or are not read.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -11,15 +11,10 @@ from bcdl_jax.train.pmap import make_pmap_train_step
 from bcdl_jax.train.reports import EnsembleReport, EpochReport
 from bcdl_jax.train.seeds import each_seed, select_seed, stack_seeds
 from bcdl_jax.train.settings import make_step_by_setting, with_setting
+from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import TrainState, create_train_state
 from bcdl_jax.train.step import keep_masks, make_train_step
-from bcdl_jax.train.while_shrinking import (
-    ShrinkingConfig,
-    ShrunkTraining,
-    leave_out_pruned,
-    prune_and_shrink,
-    prune_state,
-)
+from bcdl_jax.train.while_shrinking import ShrunkTraining, leave_out_pruned, prune_and_shrink, prune_state
 
 __all__ = [
     "EnsembleReport",

@@ -12,10 +12,10 @@ from bcdl_jax.compression.pruning import Thresholds
 from bcdl_jax.compression.scores import Score, log_dropout_rate
 from bcdl_jax.train.reports import EnsembleReport, Reporter
 from bcdl_jax.train.seeds import select_seed, stack_seeds
+from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import TrainState, TrainStep
 from bcdl_jax.train.trainer import Run, Trainer, compile_steps
 from bcdl_jax.train.validation import Validation
-from bcdl_jax.train.while_shrinking import ShrinkingConfig
 
 
 def train_ensemble(

@@ -67,9 +67,7 @@ def place_state(state: PyTree, mesh: Mesh, *, stacked: bool = False, shard_param
     def place(array: Any) -> jax.Array:
         sharding = NamedSharding(mesh, _partition(jnp.shape(array), mesh, stacked, shard_params))
         if is_key(array):
-            return jax.random.wrap_key_data(
-                _spread(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array)
-            )
+            return _map_key_data(lambda numbers: _spread(numbers, sharding), array)
         return _spread(array, sharding)
 
     return jax.tree.map(place, state)
@@ -183,12 +181,15 @@ def fetch(tree: PyTree) -> PyTree:
 
     def copy(array: jax.Array) -> Any:
         if is_key(array):
-            return jax.random.wrap_key_data(
-                jnp.array(np.array(jax.random.key_data(array))), impl=jax.random.key_impl(array)
-            )
+            return _map_key_data(lambda numbers: jnp.array(np.array(numbers)), array)
         return np.array(array)
 
     return jax.tree.map(copy, whole)
+
+
+def _map_key_data(function: Callable[[jax.Array], jax.Array], keys: jax.Array) -> jax.Array:
+    """Applies a function to the numbers of typed PRNG keys. The result is keys of the same kind."""
+    return jax.random.wrap_key_data(function(jax.random.key_data(keys)), impl=jax.random.key_impl(keys))
 
 
 def _spread(array: Any, sharding: NamedSharding) -> jax.Array:

@@ -16,17 +16,12 @@ from bcdl_jax.train.batches import count_examples, steps_per_epoch
 from bcdl_jax.train.loop import make_train_loop
 from bcdl_jax.train.mesh import jit_step, replicated
 from bcdl_jax.train.seeds import each_seed
+from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import TrainState, TrainStep
-from bcdl_jax.train.while_shrinking import (
-    ShrinkingConfig,
-    ShrunkTraining,
-    leave_out_pruned,
-    mask_further,
-    prune_and_shrink,
-)
+from bcdl_jax.train.while_shrinking import ShrunkTraining, leave_out_pruned, mask_further, prune_and_shrink
 
-# The time between two calls of ``stop``. Each chunk draws the order of the examples anew: a chunk of this length makes that cheap, and it is
-# short enough to answer a signal.
+# The time between two calls of ``stop``. Each chunk draws the order of the examples anew: a chunk of this length makes that cheap, and the
+# run stops soon after a signal.
 _CHUNK_SECONDS = 2.0
 
 # program(state, data, count) -> (state, metrics), compiled.

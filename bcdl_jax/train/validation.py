@@ -9,8 +9,10 @@ import jax
 from bcdl_jax._tree import PyTree
 from bcdl_jax.compression.pruning import Thresholds, kept_groups
 from bcdl_jax.compression.scores import Score
+from bcdl_jax.shrinking import cut
+from bcdl_jax.shrinking.network import shrink_at_any_batch_size
+from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.trainer import Run
-from bcdl_jax.train.while_shrinking import ShrinkingConfig, shrink_measure
 
 Measured = tuple[jax.Array, dict[str, jax.Array]]
 
@@ -54,3 +56,29 @@ class Validation:
         if run.shrunk_error is None:
             run.shrunk_error = shrink_measure(self._error, params, self._data)
         return run.shrunk_error(params, self._data), self._count_kept(params)
+
+
+def shrink_measure(
+    measure: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree
+) -> Callable[[PyTree, PyTree], jax.Array]:
+    """Compiles a measure of the params, such as a validation error, without the groups that the masks prune.
+
+    Args:
+      measure: A pure function ``measure(params, data)``.
+      params: The params of one seed, at full size.
+      data: A tree of arrays [examples, ...]. The first two examples serve to trace the measure.
+
+    Returns:
+      A function of the data and of full-size params with the same masks. The function computes the whole network if the measure cannot be
+      shrunk. This happens if a leading axis does not count examples, or if shrinking changes the measure on the two examples, such as by
+      breaking a tie differently.
+    """
+    try:
+        small, small_params, report = shrink_at_any_batch_size(
+            measure, params, (jax.tree.map(lambda array: array[:2], data),)
+        )
+        jax.eval_shape(small, small_params, data)
+    except (ValueError, TypeError, IndexError):
+        return jax.jit(measure)
+    compiled = jax.jit(small)
+    return lambda params, data: compiled(cut(params, report), data)

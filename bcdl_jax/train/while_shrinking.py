@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -28,71 +28,13 @@ from bcdl_jax.compression.scores import Score, log_dropout_rate
 from bcdl_jax.graph.counting import multiply_adds_by_owner
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.posterior import Posterior, variational_layers
-from bcdl_jax.shrinking import ShrinkReport, cut, expand, shrink
+from bcdl_jax.shrinking import ShrinkReport, cut, expand
+from bcdl_jax.shrinking.network import shrink_at_any_batch_size
 from bcdl_jax.train.averaging import ParamsEmaState
 from bcdl_jax.train.parts import is_posterior, parts
-from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep
+from bcdl_jax.train.shrinking_config import ShrinkingConfig
+from bcdl_jax.train.state import TrainState, TrainStep
 from bcdl_jax.train.step import keep_masks
-
-
-@dataclasses.dataclass(frozen=True)
-class ShrinkingConfig:
-    """When and how a network shrinks while it is trained.
-
-    A pruning check finds the groups that can be pruned and masks them. The network shrinks after a check if that saves enough.
-
-    Attributes:
-      negative_log_likelihood: The function of the training step.
-      make_step: A function from a negative log-likelihood to the training step, such as
-        ``lambda nll: make_train_step(nll, optimizer, num_examples=n)``. Each smaller network calls it again.
-      thresholds: The score above which a group can be pruned, or one for each layer, see ``prune``; or a function from the params to
-        them, such as ``choose_thresholds`` with a small ``max_increase`` and the same score. Choose them more carefully than the final
-        thresholds: a group that is masked in training stays masked.
-      chain: The order of the layers, see ``prune``.
-      first_check: The number of epochs before the first pruning check. The next checks follow after 2, 3, 4, 6, 8, 12, 16, 24, ... times as
-        many epochs, since a network loses its groups more and more slowly.
-      least_saving: The share of the multiply-adds that a further shrinking must save, since each one compiles a new program.
-      multiple_of: A number to whose multiples the kept widths are rounded up, see ``shrink``.
-      score: The score of the groups, see ``prune``.
-      regular_checks: True for a pruning check after every ``first_check`` epochs, for a network that loses groups throughout its training.
-      leave_out: True to leave out masked groups in ``train_ensemble``; False to mask them only and to train at full size. False suits a
-        device on which compiling a smaller step takes longer than the step saves, such as a GPU.
-
-    Raises:
-      ValueError: A number is out of range.
-    """
-
-    negative_log_likelihood: NegativeLogLikelihood
-    make_step: Callable[[NegativeLogLikelihood], TrainStep]
-    thresholds: Thresholds | Callable[[PyTree], Thresholds]
-    chain: Sequence[str] = ()
-    first_check: int = 1
-    least_saving: float = 0.25
-    multiple_of: int = 8
-    score: Score = log_dropout_rate
-    regular_checks: bool = False
-    leave_out: bool = True
-
-    def __post_init__(self):
-        for name in ("first_check", "multiple_of"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.least_saving < 1:
-            raise ValueError(f"least_saving is {self.least_saving}; it must be at least 0 and less than 1.")
-
-    def is_due(self, epochs: int) -> bool:
-        """True if a pruning check follows once this number of epochs is complete."""
-        times, rest = divmod(epochs, self.first_check)
-        while times > 3 and times % 2 == 0:
-            times //= 2
-        return rest == 0 and (times > 0 if self.regular_checks else times in (1, 2, 3))
-
-    def is_settled(self, epochs: int) -> bool:
-        """True once pruning checks are so rare that compiling the validation error for the shrunk network saves time.
-
-        The answer depends on the number of complete epochs alone, so that a resumed run measures the error in the same way.
-        """
-        return epochs > 4 * self.first_check and not self.regular_checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +122,9 @@ def leave_out_pruned(shrinking: ShrinkingConfig, state: TrainState, batch: PyTre
     def shifted(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
         return 1 + shrinking.negative_log_likelihood(params, batch, key)
 
-    small_shifted, _, report = shrink(shifted, state.params, (batch, state.key), multiple_of=shrinking.multiple_of)
+    small_shifted, _, report = shrink_at_any_batch_size(
+        shifted, state.params, (batch, state.key), multiple_of=shrinking.multiple_of
+    )
 
     def small_likelihood(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
         return small_shifted(params, batch, key) - 1
@@ -245,29 +189,6 @@ def _may_save(shrinking: ShrinkingConfig, state: TrainState, masked: TrainState,
 
     saving = 1 - estimate(_layers(masked)) / max(1.0, estimate(_layers(state)))
     return saving >= _ESTIMATED_SHARE * shrinking.least_saving
-
-
-def shrink_measure(
-    measure: Callable[[PyTree, PyTree], jax.Array], params: PyTree, data: PyTree
-) -> Callable[[PyTree, PyTree], jax.Array]:
-    """Compiles a measure of the params, such as a validation error, without the groups that the masks prune.
-
-    Args:
-      measure: A pure function ``measure(params, data)``.
-      params: The params of one seed, at full size.
-      data: A tree of arrays [examples, ...]. The first two examples serve to trace the measure.
-
-    Returns:
-      A function of the data and of full-size params with the same masks. It computes the whole network if the measure works on anything
-      but examples along the leading axes, or if its value on the two examples changes, as a tie that is decided the other way changes it.
-    """
-    try:
-        small, small_params, report = shrink(measure, params, (jax.tree.map(lambda array: array[:2], data),))
-        jax.eval_shape(small, small_params, data)
-    except (ValueError, TypeError, IndexError):
-        return jax.jit(measure)
-    compiled = jax.jit(small)
-    return lambda params, data: compiled(cut(params, report), data)
 
 
 def _layers(state: TrainState) -> list[Posterior]:

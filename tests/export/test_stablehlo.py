@@ -96,7 +96,7 @@ def test_a_loop_beside_indexing_is_exported_for_any_batch_size(tmp_path, key):
 @pytest.mark.parametrize("small", [True, False])
 def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_path):
     if export is bcdl_jax.export_onnx:
-        pytest.importorskip("jax2onnx")
+        pytest.importorskip("onnx")
     params, inputs = np.array([[1.0, 0], [2, 0]], np.float32), np.ones((3, 2), np.float32)
     apply = lambda params, x: (x if len(x) > 4 else 2 * x) @ params  # noqa: E731
     network = bcdl_jax.shrink(apply, params, inputs)[:2] if small else (apply, params)
@@ -106,7 +106,7 @@ def test_a_network_that_depends_on_the_batch_size_is_refused(export, small, tmp_
 
 
 def test_invalid_files_and_arguments_are_named_in_the_error(tmp_path):
-    pytest.importorskip("jax2onnx")
+    pytest.importorskip("onnx")
     apply, inputs = lambda params, x: params * x, np.ones((3, 2), np.float32)
     with pytest.raises(
         ValueError, match=r"platforms has the unknown entries \['gpu'\]; allowed are cpu, cuda, rocm, tpu"
@@ -127,9 +127,9 @@ def test_invalid_files_and_arguments_are_named_in_the_error(tmp_path):
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(ModuleNotFoundError, match="export_onnx needs jax2onnx: pip install"):
+    with pytest.raises(ModuleNotFoundError, match="export_onnx needs onnx: pip install"):
         bcdl_jax.export_onnx(tmp_path / "net", lambda params, x: x, {}, np.ones((3, 2)))
     with pytest.raises(ModuleNotFoundError, match="export_safetensors needs safetensors: pip install"):
         bcdl_jax.export_safetensors(tmp_path / "net", {"a": np.ones(2)})

@@ -10,7 +10,7 @@ import pytest
 import bcdl_jax
 from bcdl_jax._tree import map_named_layers
 from bcdl_jax.priors import Family, array_kinds
-from bcdl_jax.priors.posterior import kernel_mask
+from bcdl_jax.priors.layer_node import kernel_mask
 from tests.conftest import make_posterior
 
 FAMILIES = [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe(), bcdl_jax.SparseVariationalDropout()]

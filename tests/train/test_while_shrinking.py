@@ -12,7 +12,8 @@ from bcdl_jax.graph.counting import multiply_adds, multiply_adds_by_owner
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.posterior import Posterior
 from bcdl_jax.train import trainer, validation, while_shrinking
-from bcdl_jax.train.while_shrinking import mask_further, shrink_measure
+from bcdl_jax.train.validation import shrink_measure
+from bcdl_jax.train.while_shrinking import mask_further
 from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
 from tests.train.helpers import BATCH, EXAMPLES, copy, setup
 from tests.train.helpers import nll as dense_nll

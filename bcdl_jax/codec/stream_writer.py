@@ -1,4 +1,4 @@
-"""The coded stream: sets of kept indices and arrays of integers, in one run of the range coder.
+"""The writer of the coded stream: sets of kept indices and arrays of integers, in one run of the range coder.
 
 The writer tries several codings of a set or an array and takes the shortest one.
 """
@@ -12,22 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from bcdl_jax.codec.format import (
-    CODED_PER_BYTE,
-    MIN_CODED_LIMIT,
-    RAW_FLAGS,
-    CodedLimit,
-    IntegerCoding,
-    SetCoding,
-    damaged,
-    two_complement_width,
-)
-from bcdl_jax.codec.integer_coding import decode_integers, encode_integers, layout_of
-from bcdl_jax.codec.range_coder import Decoder, Encoder
+from bcdl_jax.codec.bitmap import BitmapModel
+from bcdl_jax.codec.format import CODED_PER_BYTE, CONSTANT_WIDTH, RAW_FLAGS, CodedLimit, IntegerCoding, SetCoding
+from bcdl_jax.codec.integer_coding import encode_integers, layout_of
+from bcdl_jax.codec.range_coder import Encoder
+from bcdl_jax.compression.quantization import integer_bits
 
 # The number of integers on which the coding with neighbours is compared with the plain one.
 _SAMPLE = 2**14
-_CONSTANT_WIDTH = 33  # The raw bits of the one integer of a constant array.
 
 
 class StreamWriter:
@@ -81,7 +73,7 @@ class StreamWriter:
         if flat.size > 1 and (flat == flat[0]).all():
             self._write_raw(flat, 0)
             return
-        width = two_complement_width(flat)
+        width = max(1, int(integer_bits(flat)))
         raw_bits = 6 + width * flat.size
         for _, candidate in self._by_size(_integer_candidates(flat, row)):
             least = candidate.coded / 4 if candidate.coding != IntegerCoding.SPARSE else 0
@@ -102,7 +94,7 @@ class StreamWriter:
 
         Long runs of equal numbers take almost no bits, and a reader refuses too many coded numbers for the bytes of a file.
         """
-        return self._coded + candidate.coded <= MIN_CODED_LIMIT + CODED_PER_BYTE * (self._coder.bits_written + bits) / 8
+        return self._coded + candidate.coded <= CodedLimit.of_file((self._coder.bits_written + bits) / 8).left
 
     def _write_within_limit(self, candidate: _Candidate, least: float = 0, below: float = math.inf) -> bool:
         """Writes a candidate if a reader accepts it and it takes at least ``least`` and less than ``below`` bits.
@@ -137,7 +129,7 @@ class StreamWriter:
         self._coder.encode_raw(IntegerCoding.RAW, 2)
         self._coder.encode_raw(width, 6)
         if not width:
-            self._coder.encode_raw(int(values[0]) & ((1 << _CONSTANT_WIDTH) - 1), _CONSTANT_WIDTH)
+            self._coder.encode_raw(int(values[0]) & ((1 << CONSTANT_WIDTH) - 1), CONSTANT_WIDTH)
             return
         self._coded += values.size
         for value in values.tolist():
@@ -216,151 +208,7 @@ def _write_raw_flags(coder: Encoder, flags: np.ndarray) -> None:
 
 
 def _write_bitmap(coder: Encoder, flags: np.ndarray, latest: np.ndarray | None) -> None:
-    model = _BitmapModel(latest)
+    model = BitmapModel(latest)
     for index, bit in enumerate(flags.astype(int).tolist()):
         coder.encode([bit], [model.probability(index)])
         model.update(bit)
-
-
-class StreamReader:
-    """Reads the sets and arrays of a ``StreamWriter``, in the same order.
-
-    Args:
-      data: The bytes of the stream.
-      limit: The limit of the file on coded numbers.
-    """
-
-    def __init__(self, data: bytes, limit: CodedLimit) -> None:
-        self._coder = Decoder(data)
-        self._length = len(data)
-        self._limit = limit
-        self._latest_sets: dict[int, np.ndarray] = {}
-
-    @property
-    def bits_read(self) -> float:
-        """The amount of information read so far, in bits."""
-        return self._coder.bits_read
-
-    @property
-    def bytes_left(self) -> int:
-        """The number of bytes that were not read."""
-        return self._coder.bytes_left
-
-    def read_set(self, size: int) -> np.ndarray:
-        """The next set of kept indices, an array of bool of length ``size``."""
-        coding = self._coder.decode_raw(2)
-        if coding == SetCoding.ALL:
-            flags = np.ones(size, bool)
-        elif coding == SetCoding.BITMAP:
-            flags = self._read_bitmap(size)
-        else:
-            flags = np.full(size, coding == SetCoding.REMOVED)
-            flags[self._read_indices(size)] = coding == SetCoding.KEPT
-        self._check_end()
-        self._latest_sets[size] = flags
-        return flags
-
-    def read_integers(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """The next array of integers. Raises CompressedFileError if one of them is out of the range of ``dtype``."""
-        size = math.prod(shape)
-        if not size:
-            return np.zeros(shape, dtype)
-        coding = self._coder.decode_raw(2)
-        if coding == IntegerCoding.SPARSE:
-            indices, values = self._read_sparse(size)
-            array = np.zeros(size, dtype)
-            array[indices] = _in_range(values, dtype)
-            return array.reshape(shape)
-        if coding == IntegerCoding.RAW:
-            values = self._read_raw(size)
-        elif coding == IntegerCoding.PLAIN:
-            values = self._read_scaled(size, 0)
-        elif len(shape) > 1:
-            values = self._read_scaled(size, shape[-1])
-        else:
-            raise damaged("an array without rows is coded by rows")
-        self._check_end()
-        return _in_range(values, dtype).reshape(shape)
-
-    def _read_raw(self, size: int) -> np.ndarray:
-        width = self._coder.decode_raw(6)
-        constant = width == 0
-        if not constant:
-            self._limit.use(size)
-        if width > _CONSTANT_WIDTH or size * width > 8 * (self._length + 8):
-            raise damaged("bytes are missing")
-        width = width or _CONSTANT_WIDTH
-        sign = 1 << (width - 1)
-        raw = np.array([self._coder.decode_raw(width) for _ in range(1 if constant else size)], np.int64)
-        return np.broadcast_to((raw ^ sign) - sign, size)
-
-    def _read_scaled(self, count: int, row: int) -> np.ndarray:
-        self._limit.use(count)
-        scale = self._coder.decode_raw(8)
-        values = decode_integers(self._coder, count, layout_of(row), scale)
-        self._check_end()
-        return values
-
-    def _read_sparse(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The indices and the values of all integers that are not zero."""
-        indices = self._read_indices(size)
-        values = self._read_scaled(len(indices), 0) if len(indices) else np.zeros(0, np.int64)
-        if not values.all():
-            raise damaged("a sparse array lists a zero")
-        return indices, values
-
-    def _read_indices(self, size: int) -> np.ndarray:
-        count = self._coder.decode_raw(32)
-        if count == RAW_FLAGS:
-            self._limit.use(size)
-            return np.flatnonzero([self._coder.decode_raw(1) for _ in range(size)])
-        if count > size:
-            raise damaged("a list of indices is too long")
-        if not count:
-            return np.zeros(0, int)
-        gaps = self._read_scaled(count, 0)
-        indices = np.cumsum(gaps + 1) - 1
-        if (gaps < 0).any() or indices[-1] >= size:
-            raise damaged("an index is out of range")
-        return indices
-
-    def _read_bitmap(self, size: int) -> np.ndarray:
-        self._limit.use(size)
-        model, bits = _BitmapModel(self._latest_sets.get(size)), []
-        for index in range(size):
-            (bit,) = self._coder.decode([model.probability(index)])
-            model.update(bit)
-            bits.append(bit)
-        return np.array(bits, bool)
-
-    def _check_end(self) -> None:
-        if self._coder.bytes_beyond_the_end > 4:
-            raise damaged("it ends within its coded stream")
-
-
-def _in_range(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The integers in the given type. Raises CompressedFileError if one of them is out of its range."""
-    low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
-    if values.size and (values.min() < low or values.max() > high):
-        raise damaged(f"an integer is out of the range of {dtype.name}")
-    return values.astype(dtype)
-
-
-class _BitmapModel:
-    """The probability that an index is kept, given the index before it and the same index in the latest set of the same size."""
-
-    def __init__(self, latest: np.ndarray | None) -> None:
-        self._latest = None if latest is None else latest.astype(int).tolist()
-        self._counts = [[1, 1] for _ in range(9)]
-        self._previous = 2
-        self._current = self._counts[0]
-
-    def probability(self, index: int) -> int:
-        """The probability that ``index`` is kept, in units of 2^-16."""
-        self._current = self._counts[3 * self._previous + (2 if self._latest is None else self._latest[index])]
-        return min(max((self._current[1] << 16) // (self._current[0] + self._current[1]), 1), 65535)
-
-    def update(self, bit: int) -> None:
-        """Counts the bit of the index whose probability was given last."""
-        self._current[bit] += 2
-        self._previous = bit
