@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from experiments.io.data import EMBEDDED, NAMES
+from experiments.io.data import DATASETS, EMBEDDED
+from experiments.registry import EXPERIMENTS
 from experiments.runtime.errors import UserError
 
 
@@ -15,10 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = _parser().parse_args(arguments)
     if args.dataset is None:
-        args.dataset = "mnist" if args.vgg is None else "cifar10"
+        args.dataset = _default_dataset(has_widths=args.vgg is not None)
     try:
-        if args.dataset not in NAMES:
-            raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
+        if args.dataset not in DATASETS:
+            raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(DATASETS)}.")
         if args.vgg is not None and not 0 < args.vgg <= 1:
             raise UserError(f"--vgg is {args.vgg}; it must be more than 0 and at most 1.")
         from experiments.report import scoring  # JAX takes seconds to import
@@ -39,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _default_dataset(has_widths: bool) -> str:
+    """The paper's data set for the networks that have widths, or for those that have none."""
+    return next(found.datasets[0] for found in EXPERIMENTS.values() if found.network.has_widths == has_widths)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.score",
@@ -47,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a compressed file")
     parser.add_argument(
-        "--dataset", metavar="|".join(NAMES), help="data set to test on (default: mnist, cifar10 with --vgg)"
+        "--dataset",
+        metavar="|".join(DATASETS),
+        help=f"data set to test on (default: {_default_dataset(False)}, {_default_dataset(True)} with --vgg)",
     )
     parser.add_argument(
         "--data-dir", help="directory of tensorflow-datasets data (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)"

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from experiments.io import files
-from experiments.io.data import EMBEDDED, NAMES
+from experiments.io.data import DATASETS, EMBEDDED
+from experiments.registry import paper_datasets
 from experiments.report import quick_runs, tables, tradeoff
 from experiments.runtime.errors import UserError
 
@@ -45,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset",
         default=None,
-        metavar="|".join(NAMES),
-        help=f"data set of the results (default: mnist and cifar10; {EMBEDDED} with --run-quick)",
+        metavar="|".join(DATASETS),
+        help=f"data set of the results (default: {' and '.join(paper_datasets())}; {EMBEDDED} with --run-quick)",
     )
     parser.add_argument(
         "--run-quick",
@@ -69,14 +70,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"{name} is given with --run-quick, which makes its own results, of {EMBEDDED}; leave one of them out."
         )
-    if args.dataset not in (None, *NAMES):
-        raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(NAMES)}.")
+    if args.dataset not in (None, *DATASETS):
+        raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(DATASETS)}.")
 
 
 def _make(args: argparse.Namespace) -> None:
     """Collects the results, prints the table and writes the files."""
     dataset = EMBEDDED if args.run_quick else args.dataset
-    datasets = ("mnist", "cifar10") if dataset is None else (dataset,)
+    datasets = paper_datasets() if dataset is None else (dataset,)
     if args.run_quick:
         print("All methods on the embedded digits, a few epochs each: the figures mean nothing.", flush=True)
         quick_runs.run_quick(args.out.resolve())

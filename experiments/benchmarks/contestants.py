@@ -16,46 +16,58 @@ import jax.numpy as jnp
 import numpy as np
 
 import bcdl_jax
-from experiments.networks.lenet import LeNet5, LeNet300
 from experiments.networks.vgg import VGG
+from experiments.registry import NETWORKS
 from experiments.runtime import devices
 
 SIDES = ("dense", "masked", "shrunk")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A network and the sizes to prune it to.
+class PrunedCase:
+    """A network and the sizes to prune it to, those of a method of [L17 table 1].
 
     Attributes:
-      title: The network and the method whose kept sizes it has [L17 table 1].
+      network: The name of the network in ``NETWORKS``.
+      method: The name of the method.
       model: The plain Flax module.
-      image: The shape of one image.
       outputs: The numbers of kept output channels of the convolutions, in order.
       inputs: The numbers of kept inputs of the dense layers, in order.
       batches: The batch sizes to time.
     """
 
-    title: str
+    network: str
+    method: str
     model: nn.Module
-    image: tuple[int, int, int]
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     batches: tuple[int, ...]
 
+    @property
+    def title(self) -> str:
+        """The network and the method."""
+        return f"{NETWORKS[self.network].title}, {self.method.upper()}"
 
-CASES = {
-    "lenet300": Case("LeNet-300-100, GNJ", LeNet300(family=None), (28, 28, 1), (), (278, 98, 13), (1, 256, 8192)),
-    "lenet5": Case("LeNet-5-Caffe, GHS", LeNet5(family=None), (28, 28, 1), (5, 10), (76, 16), (1, 256, 8192)),
-    "vgg": Case(
-        "VGG, GHS",
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """The shape of one image."""
+        return NETWORKS[self.network].image_shape
+
+
+_CASES = (
+    PrunedCase("lenet300", "gnj", NETWORKS["lenet300"].build(None, 1), (), (278, 98, 13), (1, 256, 8192)),
+    PrunedCase("lenet5", "ghs", NETWORKS["lenet5"].build(None, 1), (5, 10), (76, 16), (1, 256, 8192)),
+    # With batch norms, unlike the network of the experiment.
+    PrunedCase(
+        "vgg",
+        "ghs",
         VGG(family=None),
-        (32, 32, 3),
         (51, 62, 125, 128, 228, 129, 38, 13, 9, 6, 5, 6, 6),
         (6, 20),
         (1, 256),
     ),
-}
+)
+CASES = {case.network: case for case in _CASES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Contestant:
     bytes: int | None
 
 
-def contestants_of(case: Case, batch: int, seed: int = 0) -> tuple[list[Contestant], tuple[int, int]]:
+def contestants_of(case: PrunedCase, batch: int, seed: int = 0) -> tuple[list[Contestant], tuple[int, int]]:
     """Compiles the three sides of a network in every available engine.
 
     Args:
@@ -115,7 +127,7 @@ def contestants_of(case: Case, batch: int, seed: int = 0) -> tuple[list[Contesta
     return contestants, report.multiply_adds
 
 
-def masks_of(case: Case, variables: dict[str, Any], seed: int) -> dict[str, Any]:
+def masks_of(case: PrunedCase, variables: dict[str, Any], seed: int) -> dict[str, Any]:
     """Random masks with the kept sizes of a case.
 
     Args:
@@ -134,8 +146,8 @@ def masks_of(case: Case, variables: dict[str, Any], seed: int) -> dict[str, Any]
 
 
 def has_onnx() -> bool:
-    """Whether jax2onnx and onnxruntime are installed."""
-    return all(map(importlib.util.find_spec, ("jax2onnx", "onnxruntime")))
+    """Whether onnx and onnxruntime are installed."""
+    return all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
 
 
 def _mask_convolutions(params: Any, outputs: tuple[int, ...], generator: np.random.Generator) -> np.ndarray | None:

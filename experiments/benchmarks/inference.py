@@ -50,7 +50,7 @@ def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str
         raise UserError(f"--seconds is {seconds}; it must be more than 0 and less than 3600.")
     print(f"{machine()}, jax {jax.__version__}, {rounds} rounds in turn: median (lowest to highest)")
     if devices.on_cpu() and not has_onnx():
-        print("onnxruntime or jax2onnx is not installed (pip install -e '.[onnx]'): only XLA is timed.")
+        print("onnxruntime or onnx is not installed (pip install -e '.[onnx]'): only XLA is timed.")
     return [_compare(name, batch, rounds, seconds) for name in nets for batch in CASES[name].batches]
 
 

@@ -16,29 +16,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments.benchmarks import training_measures as measures
-from experiments.benchmarks.training_sides import Settings, images_of
+from experiments.benchmarks.training_sides import CASES, Settings, images_of
 from experiments.io.files import write_json
 from experiments.runtime.errors import UserError
-from experiments.runtime.machine import machine
+from experiments.runtime.machine import machine, versions
 
-NETWORKS = ("lenet300", "lenet5", "vgg")
 MEASUREMENTS = ("speed", "ensemble", "memory")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "gpu")
-_SEEDS = {"lenet300": 8, "lenet5": 3, "vgg": 2}
-# Images per epoch. An epoch on a CPU should take about a second.
-_CPU_EXAMPLES = {"lenet300": 12_800, "lenet5": 5_120, "vgg": 256}
+_DEFAULT_NETWORKS = ("lenet300", "lenet5")
+# Images per epoch.
 _GPU_EXAMPLES = 25_600
 
 
@@ -58,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             help=f"one or more of {', '.join(allowed)} (default: {' '.join(default)})",
         )
 
-    add_choices("--network", NETWORKS, NETWORKS[:2])
+    add_choices("--network", tuple(CASES), _DEFAULT_NETWORKS)
     add_choices("--measure", MEASUREMENTS, MEASUREMENTS)
     add_choices("--dtype", DTYPES, DTYPES[:1])
     parser.add_argument("--device", help="cpu or gpu (default: the device that jax chooses)")
@@ -67,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--examples",
         type=int,
         help="images per epoch (default: {} on a GPU; on a CPU {})".format(
-            _GPU_EXAMPLES, ", ".join(f"{name} {count}" for name, count in _CPU_EXAMPLES.items())
+            _GPU_EXAMPLES, ", ".join(f"{name} {case.cpu_examples}" for name, case in CASES.items())
         ),
     )
     parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
@@ -81,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     for option, values, allowed in (
-        ("--network", args.network, NETWORKS),
+        ("--network", args.network, tuple(CASES)),
         ("--measure", args.measure, MEASUREMENTS),
         ("--dtype", args.dtype, DTYPES),
         ("--device", [args.device], (*DEVICES, None)),
@@ -119,23 +115,13 @@ def _device(requested: str | None) -> str:
 def _examples(args: argparse.Namespace, device: str) -> dict[str, int]:
     """The number of images per epoch for each network. Raises UserError if it is smaller than a batch."""
     examples = {
-        network: args.examples or (_CPU_EXAMPLES[network] if device == "cpu" else _GPU_EXAMPLES)
+        network: args.examples or (CASES[network].cpu_examples if device == "cpu" else _GPU_EXAMPLES)
         for network in args.network
     }
     for count in examples.values():
         if count < args.batch_size:
             raise UserError(f"--examples is {count}; it must be at least --batch-size, {args.batch_size}.")
     return examples
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "torch"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def benchmark(args: argparse.Namespace, command: str) -> None:
@@ -151,8 +137,8 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
     _check(args)
     device = _device(args.device)
     examples = _examples(args, device)
-    versions = _versions()
-    print(f"{machine()}, {', '.join(f'{name} {version}' for name, version in versions.items())}", flush=True)
+    found_versions = versions("torch")
+    print(f"{machine()}, {', '.join(f'{name} {version}' for name, version in found_versions.items())}", flush=True)
     results: list[dict[str, Any]] = []
 
     def add(result: dict[str, Any]) -> None:
@@ -162,7 +148,7 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
                 "command": command,
                 "machine": machine(),
                 "device": jax.devices()[0].device_kind,
-                "versions": versions,
+                "versions": found_versions,
                 "results": results,
             }
             write_json(Path(args.out), content)
@@ -175,7 +161,7 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
             if "speed" in args.measure:
                 add(measures.speed(settings, args.rounds, device))
             if "ensemble" in args.measure:
-                add(measures.ensemble(settings, args.rounds, _SEEDS[network]))
+                add(measures.ensemble(settings, args.rounds, CASES[network].seeds))
             if "memory" in args.measure:
                 add(measures.memory(settings))
 

@@ -6,13 +6,9 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +17,7 @@ import numpy as np
 import bcdl_jax
 from experiments.benchmarks.floor import Products, floor_seconds, products_of
 from experiments.benchmarks.training_sides import Settings, fresh_state, jax_epoch, our_side, torch_side
+from experiments.runtime import machine
 from experiments.runtime.errors import first_line
 
 OURS, EAGER, COMPILED = "bcdl_jax", "torch eager", "torch.compile"
@@ -91,10 +88,10 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
 
 def _measure_floor(settings: Settings, device: str) -> _Floor:
     images = jax.ShapeDtypeStruct((settings.batch_size, *settings.images.shape[1:]), np.uint8)
-    layers = products_of(settings.case.model, images)
+    layers = products_of(settings.model, images)
     floor = _Floor(layers, floor_seconds(layers, settings.dtype, device))
     print(
-        f"{settings.case.title}, {settings.dtype}, batch {settings.batch_size}, {settings.steps} steps per epoch: "
+        f"{settings.title}, {settings.dtype}, batch {settings.batch_size}, {settings.steps} steps per epoch: "
         f"{floor.gigaflop:.2f} GFLOP of matrix products per step\n"
         f"  floor {1e3 * floor.total:.2f} ms, with the fastest library of each layer: "
         + ", ".join(min(seconds, key=seconds.__getitem__) for seconds in floor.seconds)
@@ -193,7 +190,7 @@ def ensemble(settings: Settings, rounds: int, seeds: int) -> dict[str, Any]:
                 times[name].append((time.perf_counter() - start) / settings.steps)
     factors = [row / once for once, row in zip(times["at once"], times["in a row"])]
     print(
-        f"{seeds} seeds of {settings.case.title}, {settings.dtype}, batch {settings.batch_size}: at once "
+        f"{seeds} seeds of {settings.title}, {settings.dtype}, batch {settings.batch_size}: at once "
         f"{1e3 * statistics.median(times['at once']):.2f} ms per step of all seeds, in a row "
         f"{1e3 * statistics.median(times['in a row']):.2f} ms; at once is {_spread(factors)} as fast",
         flush=True,
@@ -218,7 +215,7 @@ def memory(settings: Settings) -> dict[str, Any]:
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
         peaks = process.submit(_trained_peaks, settings, jax.default_backend()).result()
     print(
-        f"Peak memory of a process that trains {settings.case.title}, {settings.dtype}, batch {settings.batch_size}: "
+        f"Peak memory of a process that trains {settings.title}, {settings.dtype}, batch {settings.batch_size}: "
         + ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in peaks.items()),
         flush=True,
     )
@@ -233,18 +230,9 @@ def _trained_peaks(settings: Settings, backend: str) -> dict[str, int]:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     run, _ = our_side(settings)
     run()
-    peaks = {"host": _peak_resident_bytes()}
-    used = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peaks = {"host": machine.peak_process_bytes()}
+    used = machine.peak_device_bytes()
     return peaks if used is None else peaks | {"device": used}
-
-
-def _peak_resident_bytes() -> int:
-    """The peak resident memory of this process. On Linux it is read from /proc, since getrusage includes the parent process there."""
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    if found:
-        return 1024 * int(found[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -19,25 +19,28 @@ from experiments.io import data
 from experiments.networks.lenet import LeNet5, LeNet300
 from experiments.networks.vgg import VGG, VGG_WIDTHS, vgg_widths
 from experiments.pipeline.measures import sampled_cross_entropy
+from experiments.registry import NETWORKS, title_at_width
 
 _LEARNING_RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A network and the options of its twin in PyTorch.
+class TrainingCase:
+    """A network of the training benchmark, the options of its twin in PyTorch, and the sizes of the measurements.
 
     Attributes:
-      title: The name of the network for printed lines.
-      model: The variational Flax module.
+      make_model: ``make_model(dtype, width)``, the variational Flax module.
       cross_entropy: A function (model, params, batch, key) that returns the mean cross-entropy of the batch in nats, for sampled weights.
       torch_options: The options of ``torch_twins.network``.
+      seeds: The number of seeds that are trained in one program.
+      cpu_examples: The number of images per epoch on a CPU, where an epoch should take about a second.
     """
 
-    title: str
-    model: nn.Module
+    make_model: Callable[[Any, float], nn.Module]
     cross_entropy: Callable[..., jax.Array]
     torch_options: dict[str, Any]
+    seeds: int
+    cpu_examples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Settings:
     """The settings of one comparison.
 
     Attributes:
-      network: The name of the network: "lenet300", "lenet5" or "vgg".
+      network: The name of the network, one of ``CASES``.
       images: The images, [examples, height, width, channels] of uint8.
       labels: The classes of the images, [examples].
       batch_size: The number of images per step.
@@ -65,27 +68,27 @@ class Settings:
         """The number of steps per epoch."""
         return len(self.labels) // self.batch_size
 
-    @functools.cached_property
-    def case(self) -> Case:
+    @property
+    def case(self) -> TrainingCase:
         """The network and its twin."""
-        dtype = None if self.dtype == "float32" else self.dtype
-        if self.network == "lenet300":
-            return Case("LeNet-300-100", LeNet300(dtype=dtype), sampled_cross_entropy, {})
-        if self.network == "lenet5":
-            return Case("LeNet-5-Caffe", LeNet5(dtype=dtype), sampled_cross_entropy, {"pool_after": (0, 1)})
-        ends = np.cumsum([len(part) for part in VGG_WIDTHS]) - 1
-        return Case(
-            "VGG" if self.width == 1 else f"VGG, {self.width:g} times as wide",
-            VGG(**vgg_widths(self.width), dtype=dtype),
-            _batch_norm_cross_entropy,
-            {"padding": 1, "pool_after": tuple(ends.tolist()), "batch_norm": True},
-        )
+        return CASES[self.network]
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The variational Flax module."""
+        return self.case.make_model(None if self.dtype == "float32" else self.dtype, self.width)
+
+    @property
+    def title(self) -> str:
+        """The name of the network for printed lines, with its width unless it is the paper's."""
+        network = NETWORKS[self.network]
+        return title_at_width(network.title, self.width if network.has_widths else None)
 
     def description(self) -> dict[str, Any]:
         """The settings as entries of the result file."""
         return {
             "network": self.network,
-            "title": self.case.title,
+            "title": self.title,
             "dtype": self.dtype,
             "batch_size": self.batch_size,
             "examples": len(self.labels),
@@ -93,19 +96,16 @@ class Settings:
 
 
 def images_of(network: str, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels for a network: the embedded digits, repeated as needed. VGG gets them padded to 32 x 32 and in three equal channels.
+    """Images and labels for a network: the embedded digits in the shape that it takes, repeated as needed.
 
     Args:
       network: The name of the network.
       examples: The number of images.
     """
-    digits = data.load(data.EMBEDDED).train
+    digits = data.load(data.EMBEDDED).padded_to(NETWORKS[network].image_shape).train
     order = np.random.default_rng(0).permutation(len(digits))  # The file is sorted by class.
     rows = order[np.arange(examples) % len(digits)]
-    images = digits.images[rows]
-    if network == "vgg":
-        images = np.repeat(np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)]), 3, axis=-1)
-    return images, digits.labels[rows]
+    return digits.images[rows], digits.labels[rows]
 
 
 def fresh_state(settings: Settings, seed: int = 0) -> bcdl_jax.train.TrainState:
@@ -124,7 +124,7 @@ def jax_epoch(settings: Settings, state: Any) -> Callable[[Any], tuple[Any, jax.
     Returns:
       A function ``epoch(state) -> (state, mean loss)``, which donates its argument.
     """
-    likelihood = functools.partial(settings.case.cross_entropy, settings.case.model)
+    likelihood = functools.partial(settings.case.cross_entropy, settings.model)
     optimizer = optax.adam(_LEARNING_RATE)
     step = bcdl_jax.train.make_train_step(likelihood, optimizer, num_examples=len(settings.labels))
     train = (jnp.asarray(settings.images), jnp.asarray(settings.labels))
@@ -190,7 +190,7 @@ def torch_side(settings: Settings, device: str, compiled: bool) -> Callable[[], 
 
 def _fresh_params(settings: Settings, seed: int = 0) -> Any:
     """The start values, the same for all sides."""
-    return jax.jit(settings.case.model.init)(jax.random.key(seed), settings.images[:1])["params"]
+    return jax.jit(settings.model.init)(jax.random.key(seed), settings.images[:1])["params"]
 
 
 def _batch_norm_cross_entropy(
@@ -203,3 +203,29 @@ def _batch_norm_cross_entropy(
         {"params": params}, images, deterministic=False, train=True, rngs={"noise": key}, mutable=["batch_stats"]
     )
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+CASES = {
+    "lenet300": TrainingCase(
+        lambda dtype, width: LeNet300(dtype=dtype), sampled_cross_entropy, {}, seeds=8, cpu_examples=12_800
+    ),
+    "lenet5": TrainingCase(
+        lambda dtype, width: LeNet5(dtype=dtype),
+        sampled_cross_entropy,
+        {"pool_after": (0, 1)},
+        seeds=3,
+        cpu_examples=5_120,
+    ),
+    # With batch norms, unlike the network of the experiment.
+    "vgg": TrainingCase(
+        lambda dtype, width: VGG(**vgg_widths(width), dtype=dtype),
+        _batch_norm_cross_entropy,
+        {
+            "padding": 1,
+            "pool_after": tuple((np.cumsum([len(part) for part in VGG_WIDTHS]) - 1).tolist()),
+            "batch_norm": True,
+        },
+        seeds=2,
+        cpu_examples=256,
+    ),
+}

@@ -22,15 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bcdl_jax
+from experiments.io import checkpoints, data, files, logs, run_settings
+from experiments.pipeline.bayesian import compress
+from experiments.pipeline.context import STAGES, RunContext, params_file
+from experiments.pipeline.progress import SHRUNK
 from experiments.pipeline.recipe import Recipe
+from experiments.registry import NETWORKS
 from experiments.runtime.errors import UserError
 
-_CHAIN = ("Dense_0", "Dense_1", "Dense_2")
-_LOG, _METRICS = "log.txt", "metrics.jsonl"
-# The entries of the metrics that differ from run to run.
-_OF_THE_MACHINE = ("images_per_second", "peak_memory_mb", "peak_device_memory_mb")
-# A part of the line that a run prints when a network has shrunk.
-_SHRUNK = b"; multiply-adds "
+_LOG, _FRAMES = "log.txt", "frames.npz"
 _LIMIT_SECONDS = 300
 
 
@@ -57,11 +58,6 @@ SHORT = Size(examples=1400, epochs=4, fine_tune_epochs=1, seeds=(0,))
 
 def train(out: Path, size: Size) -> None:
     """The run that is killed: starts it, or resumes the unfinished run in ``out``. Its files stay in ``out``."""
-    from experiments.io import checkpoints, data, files, logs, run_settings
-    from experiments.networks.lenet import LeNet300
-    from experiments.pipeline.bayesian import compress
-    from experiments.pipeline.context import RunContext
-
     digits = data.load(data.EMBEDDED)
     # At even distances, since the images are sorted by class.
     rows = slice(None, None, len(digits.train) // size.examples)
@@ -81,11 +77,13 @@ def train(out: Path, size: Size) -> None:
     )
     seeds = list(size.seeds)
     settings = run_settings.settings("crash_test", recipe, dataset, seeds)
-    out, kept = checkpoints.begin(str(out), settings, ["*.npz", "*.bcdl", logs.METRICS], logs.METRICS, 1, True, True)
+    written = ["*.npz", "*.bcdl", logs.METRICS]
+    out, kept = checkpoints.begin(str(out), settings, written, logs.METRICS, every=1, resume=True, overwrite=True)
+    network = NETWORKS["lenet300"]
+    model = network.build(bcdl_jax.GroupNormalJeffreys(), 1)
     with logs.Logs(out) as log:
-        run = compress(RunContext(LeNet300(), dataset, recipe, _CHAIN, seeds, out, log, kept), None)
-    frames = {str(frame.epoch): frame.kernels | {"rates": frame.scores} for frame in run.snapshots}
-    files.write_arrays(out / "frames.npz", frames)
+        run = compress(RunContext(model, dataset, recipe, network.chain, seeds, out, log, kept), None)
+    files.write_arrays(out / _FRAMES, {str(frame.epoch): frame.to_arrays() for frame in run.snapshots})
     kept.remove()
 
 
@@ -163,19 +161,18 @@ def moments(process: Process, generator: random.Random, seconds: float) -> dict[
       generator: The source of random numbers.
       seconds: The latest moment of a random kill, counted from the start of the process.
     """
-    directory = process.out / "checkpoints"
     random_moment = generator.uniform(0.1, seconds)
     number, delay = generator.randint(1, 2), generator.uniform(0, 0.2)
     writes: dict[str, float] = {}
     shrunk: list[float] = []
 
     def is_being_written() -> bool:
-        for path in directory.glob(".writing*"):
+        for path in checkpoints.being_written(process.out):
             writes.setdefault(path.name, time.monotonic())
         return len(writes) == number and time.monotonic() > max(writes.values()) + delay
 
     def has_shrunk() -> bool:
-        if not shrunk and _SHRUNK in process.log():
+        if not shrunk and SHRUNK.encode() in process.log():
             shrunk.append(time.monotonic())
         return bool(shrunk) and time.monotonic() > shrunk[0] + delay
 
@@ -188,18 +185,17 @@ def moments(process: Process, generator: random.Random, seconds: float) -> dict[
 
 def progress(out: Path) -> str:
     """The progress of a killed run according to its files."""
-    metrics = out / _METRICS
+    metrics = out / logs.METRICS
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     epoch = json.loads(lines[-1])["epoch"] if lines and lines[-1].endswith("}") else 0
-    done = sorted(path for path in (out / "checkpoints").glob("0*") if (path / "about.json").exists())
     text = f"last reported epoch {epoch}"
-    if done:
-        about = json.loads((done[-1] / "about.json").read_text())
-        text += f", checkpoint {done[-1].name} of {about['phase']} step {about['facts']['step']}"
-    if any((out / "checkpoints").glob(".writing*")):
+    if (newest := checkpoints.describe_newest(out)) is not None:
+        text += f", {newest}"
+    trained, pruned, reduced = (any(out.glob(params_file(stage, "*"))) for stage in STAGES)
+    if checkpoints.being_written(out):
         text += ", while a checkpoint was written"
-    elif any(out.glob("reduced_*")) or any(out.glob("pruned_*")) or any(out.glob("trained_*")):
-        text += ", after training" if any(out.glob("pruned_*")) else ", between training and fine-tuning or later"
+    elif trained or pruned or reduced:
+        text += ", after training" if pruned else ", between training and fine-tuning or later"
     return text
 
 
@@ -215,10 +211,10 @@ def differences(out: Path, expected: Path) -> list[str]:
 
 
 def _content(path: Path) -> Any:
-    if path.name != _METRICS:
+    if path.name != logs.METRICS:
         return path.read_bytes()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in _OF_THE_MACHINE} for line in lines]
+    return [{name: value for name, value in line.items() if name not in logs.MACHINE_ENTRIES} for line in lines]
 
 
 def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:

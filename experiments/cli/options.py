@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from experiments.io.data import EMBEDDED
-from experiments.pipeline.recipe import Recipe, Training
+from experiments.io.dataset_table import EMBEDDED
+from experiments.pipeline.recipe import Training
 from experiments.registry import Experiment, is_plain, method_names, method_title
 from experiments.registry.experiments import DEFAULT_METHOD
 from experiments.runtime import devices
@@ -35,12 +35,10 @@ def adapt(recipe: Training, args: argparse.Namespace) -> Training:
     if args.learning_rate is not None:
         ratio = recipe.fine_tune_learning_rate / recipe.learning_rate
         given["fine_tune_learning_rate"] = ratio * args.learning_rate
-    if args.epochs is not None and isinstance(recipe, Recipe):
+    if args.epochs is not None and recipe.variational:
         given["warmup_epochs"] = round(recipe.warmup_epochs * args.epochs / recipe.epochs)
     recipe = dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    if isinstance(recipe, Recipe) and args.no_shrinking:
-        recipe = dataclasses.replace(recipe, max_shrinking_change=None)
-    return recipe
+    return recipe.at_full_size() if args.no_shrinking else recipe
 
 
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
@@ -126,7 +124,7 @@ def _add_training(parser: argparse.ArgumentParser, experiment: Experiment) -> No
         "another score (default: chosen on the validation data)",
     )
     parser.set_defaults(no_shrinking=False)
-    if getattr(full, "max_shrinking_change", None) is not None:
+    if full.max_shrinking_change is not None:
         parser.add_argument(
             "--no-shrinking",
             action="store_true",
@@ -222,7 +220,7 @@ def _check_numbers(experiment: Experiment, args: argparse.Namespace) -> None:
 def _check_plain(args: argparse.Namespace) -> None:
     if args.pretrain_epochs == 0 and args.pretrained is None:
         raise UserError(
-            f"--pretrain-epochs is 0; --method {args.method} compresses a trained network, so it must be at least 1, or --pretrained given."
+            f"--pretrain-epochs is 0; --method {args.method} compresses a trained network; give at least 1 epoch, or give --pretrained."
         )
     unknown = {
         "--thresholds": args.thresholds is not None,
@@ -231,7 +229,7 @@ def _check_plain(args: argparse.Namespace) -> None:
     }
     for name, given in unknown.items():
         if given:
-            raise UserError(f"{name} is given; --method {args.method} has none, it must be left out.")
+            raise UserError(f"{name} cannot be used with --method {args.method}; leave it out.")
     for name, value in (("--devices", args.devices), ("--num-processes", args.num_processes)):
         if value not in (None, 1):
             raise UserError(f"{name} is {value}; with --method {args.method} it must be 1.")

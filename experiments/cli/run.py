@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.cli.options import adapt, parse
-from experiments.io.data import EMBEDDED
-from experiments.pipeline.recipe import Recipe, Training
+from experiments.io.dataset_table import EMBEDDED
+from experiments.pipeline.recipe import Training
 from experiments.registry import PLAIN_METHODS, PRIORS, Experiment, is_plain, method_title, title_at_width
 from experiments.runtime import devices
 from experiments.runtime.errors import UserError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from experiments.io.data import Dataset
-    from experiments.pipeline.context import Run, RunContext
+    from experiments.pipeline.context import RunContext, RunNetworks
 
 _PROFILED_STEPS = 5
 
@@ -107,7 +107,7 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
         raise SystemExit(130) from None
     from experiments.report.run_table import print_table
 
-    print_table(result["runs"], plain=is_plain(args.method))
+    print_table(result["runs"], plain=not setup.recipe.variational)
     print(f"{result['seconds']:.0f} s, {result['runs'][0]['peak_memory_mb']} MB peak memory; files in {out}")
     if setup.dataset.notice:
         print(setup.dataset.notice)
@@ -150,11 +150,11 @@ def _set_up(experiment: Experiment, args: argparse.Namespace) -> _Setup:
     return _Setup(dataset, recipe, model, chosen, seeds, width, pretrained)
 
 
-def _family(method: str, recipe: Training) -> Any:
+def _family(method: str, recipe: Any) -> Any:
     """The family of a method. Plain methods have the family in whose form pruned networks are scored."""
     import bcdl_jax
 
-    if isinstance(recipe, Recipe):
+    if recipe.variational:
         return PRIORS[method].family(recipe)
     return bcdl_jax.SparseVariationalDropout()
 
@@ -165,8 +165,8 @@ def _for_devices(count: int, dataset: Dataset, recipe: Training) -> tuple[Datase
         images, labels = dataset.train.images[:-rest], dataset.train.labels[:-rest]
         dataset = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, images=images, labels=labels))
         print(f"The last {rest} training examples are left out, so that {count} devices hold equally many.", flush=True)
-    if count > 1 and isinstance(recipe, Recipe) and recipe.max_shrinking_change is not None:
-        recipe = dataclasses.replace(recipe, max_shrinking_change=None)
+    if count > 1 and recipe.max_shrinking_change is not None:
+        recipe = recipe.at_full_size()
         print(
             "On several devices the network is trained at full size to the end: it shrinks on one device only.",
             flush=True,
@@ -198,7 +198,13 @@ def _begin(experiment: Experiment, args: argparse.Namespace, setup: _Setup) -> t
         **{"devices trained on": len(setup.devices)} | ({} if setup.width is None else {"width": setup.width}),
     )
     return checkpoints.begin(
-        args.out, settings, written, logs.METRICS, args.checkpoint_every, args.resume, args.overwrite
+        args.out,
+        settings,
+        written,
+        logs.METRICS,
+        every=args.checkpoint_every,
+        resume=args.resume,
+        overwrite=args.overwrite,
     )
 
 
@@ -234,14 +240,14 @@ def _context(
     )
 
 
-def _compress(method: str, context: RunContext, arrays: dict[str, Any] | None) -> Run:
+def _compress(method: str, context: RunContext, arrays: dict[str, Any] | None) -> RunNetworks:
     from experiments.pipeline.bayesian import compress
     from experiments.pipeline.plain import compress_plain
     from experiments.pipeline.pretrain import pretrain
 
     pretrained: Any = None if arrays is None else [arrays] * len(context.seeds)
     if context.recipe.pretrain_epochs:
-        dropout = getattr(context.recipe, "dropout", 0)
+        dropout = context.recipe.dropout
         learner: Any = context.model.clone(dropout=dropout) if dropout else context.model  # type: ignore[call-arg]
         pretrained = pretrain(dataclasses.replace(context, model=learner))
     if is_plain(method):
@@ -254,7 +260,7 @@ def _report(
     args: argparse.Namespace,
     setup: _Setup,
     context: RunContext,
-    nets: Run,
+    nets: RunNetworks,
     command: str,
     start: float,
 ) -> dict[str, Any]:
@@ -265,19 +271,8 @@ def _report(
 
     file_errors = scoring.in_fresh_process(nets.files, setup.dataset.name, args.data_dir, setup.width)
     runs = result.score(context, nets, file_errors)
-    if nets.thresholds is not None:
-        from experiments.report import figures  # matplotlib takes a second to import
-
-        figures.draw(
-            context.out,
-            nets.snapshots,
-            {name: nets.thresholds[0][name] for name in context.chain},
-            setup.dataset.test.images,
-            setup.dataset.test.labels,
-            setup.seeds[0],
-            experiment.pictures,
-            context.recipe.score.replace("_", " "),
-        )
+    if context.recipe.variational:
+        _draw(experiment, setup, context, nets)
     content = result.result(
         context,
         runs,
@@ -289,6 +284,22 @@ def _report(
     )
     files.write_json(context.out / RESULT, content)
     return content
+
+
+def _draw(experiment: Experiment, setup: _Setup, context: RunContext, nets: RunNetworks) -> None:
+    from experiments.report import figures  # matplotlib takes a second to import
+
+    assert nets.thresholds is not None  # A variational run has thresholds.
+    figures.draw(
+        context.out,
+        nets.snapshots,
+        {name: nets.thresholds[0][name] for name in context.chain},
+        setup.dataset.test.images,
+        setup.dataset.test.labels,
+        setup.seeds[0],
+        experiment.pictures,
+        context.recipe.score.replace("_", " "),
+    )
 
 
 def _check_pretrained(experiment: Experiment, model: Any, path: str, arrays: dict[str, Any]) -> None:

@@ -203,7 +203,7 @@ class Checkpoints:
 
     def _write(self, path: Path, about: Mapping[str, Any], state: Any, frames: Mapping[int, Arrays]) -> None:
         """Writes the files of a checkpoint into the directory ``path``, and its frames beside it."""
-        for unfinished in self._directory.glob(f"{_WRITING}*"):
+        for unfinished in _unfinished(self._directory):
             shutil.rmtree(unfinished)
         self._frames.mkdir(parents=True, exist_ok=True)
         frame_files = {epoch: self._frames / f"{about['phase']}-{epoch:04d}.npz" for epoch in frames}
@@ -247,9 +247,7 @@ class Checkpoints:
         return self._directory / _FRAMES
 
     def _newest_first(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        return sorted((path for path in self._directory.iterdir() if path.name.isdecimal()), reverse=True)
+        return _newest_first(self._directory)
 
     def _reset_metrics(self, checkpoint: Path | None) -> None:
         """Replaces the metrics file by the copy in a checkpoint; removes it if there is none."""
@@ -276,6 +274,16 @@ class Checkpoints:
             return _reason(error)
 
 
+def _newest_first(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if path.name.isdecimal()), reverse=True)
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    return list(directory.glob(f"{_WRITING}*"))
+
+
 def _read_about(path: Path) -> dict[str, Any]:
     return json.loads((path / _ABOUT).read_text())
 
@@ -291,11 +299,26 @@ def are_in(out: str) -> bool:
     return (Path(out) / DIRECTORY).is_dir()
 
 
+def being_written(out: Path) -> list[Path]:
+    """The directories of the checkpoints that are being written in an output directory, or were when the process ended."""
+    return _unfinished(out / DIRECTORY)
+
+
+def describe_newest(out: Path) -> str | None:
+    """The number, the phase and the step of the newest checkpoint in an output directory, in words; None if there is none."""
+    newest = next(iter(_newest_first(out / DIRECTORY)), None)
+    if newest is None:
+        return None
+    about = _read_about(newest)
+    return f"checkpoint {newest.name} of {about['phase']} step {about['facts']['step']}"
+
+
 def begin(
     out: str,
     settings: Mapping[str, Any],
     written: list[str],
     metrics: str,
+    *,
     every: int,
     resume: bool,
     overwrite: bool,

@@ -10,52 +10,51 @@ import numpy as np
 
 from experiments import embedded
 from experiments.io import dataset_cache, internet, prepared, tfds_builders
-from experiments.io.dataset import DIGIT_NAMES, EMBEDDED, NAMES, Dataset, Split, Unavailable, chunks
+from experiments.io.dataset import Dataset, Split, Unavailable, chunks
+from experiments.io.dataset_table import DATASETS, EMBEDDED
+from experiments.io.tfds_builders import DownloadFormat
 from experiments.runtime.errors import UserError, first_line
 
-__all__ = ["DIGIT_NAMES", "EMBEDDED", "NAMES", "Dataset", "Split", "chunks", "load"]
+__all__ = ["DATASETS", "EMBEDDED", "Dataset", "Split", "chunks", "load"]
 
 _DEFAULT_DIRECTORY = "~/tensorflow_datasets"
-# The titles of the data sets that the embedded digits replace where they are not available.
-_TITLES_WITH_FALLBACK = {"mnist": "Full MNIST", "cifar10": "CIFAR-10"}
 _SPLIT_SEED = 0
-# Numbers of images per class; the embedded digits hold 500 of each.
-_EMBEDDED_TRAIN, _EMBEDDED_VALIDATION = 350, 50
 
 
 def load(name: str, data_dir: str | None = None, *, replaceable: bool = True) -> Dataset:
     """Loads a data set.
 
     The embedded digits are read from the project. Every other data set is read from a directory of prepared data sets; it is downloaded
-    and prepared there first if it is missing. Where that is impossible, ``data_dir`` is None and ``replaceable``, the embedded digits replace "mnist" and
-    "cifar10", and the ``notice`` of the data set says so.
+    and prepared there first if it is missing. Where that is impossible, ``data_dir`` is None and ``replaceable``, the embedded digits replace the
+    data sets whose entry allows it, and the ``notice`` of the data set says so.
 
     Args:
-      name: The name of the data set, one of ``NAMES``.
+      name: The name of the data set, one of ``DATASETS``.
       data_dir: The directory of tensorflow-datasets; None for TFDS_DATA_DIR, or the default directory if that is not set.
       replaceable: True to accept the embedded digits in place of another data set.
 
     Raises:
       UserError: The name is unknown, the data is damaged, or the data set is not available and has no replacement.
     """
-    if name not in NAMES:
-        raise UserError(f"--dataset is {name!r}; allowed are {', '.join(NAMES)}.")
-    if name == EMBEDDED:
+    if name not in DATASETS:
+        raise UserError(f"--dataset is {name!r}; allowed are {', '.join(DATASETS)}.")
+    entry = DATASETS[name]
+    if entry.download is None:
         return _load_embedded(None)
     try:
-        return _load_full(name, data_dir)
+        return _load_full(name, entry.download, data_dir)
     except Unavailable as reason:
         if data_dir is not None:
             raise UserError(
                 f"--data-dir {data_dir} holds no prepared {name}, and it could not be prepared there: {reason}. Give the directory that "
                 f"contains {name}/, or use --dataset {EMBEDDED}."
             ) from None
-        if not replaceable or name not in _TITLES_WITH_FALLBACK:
+        if not replaceable or entry.title_if_replaced is None:
             raise UserError(
                 f"--dataset {name} is not available: {reason}. Give --data-dir or set TFDS_DATA_DIR, or use --dataset {EMBEDDED}."
             ) from None
         return _load_embedded(
-            f"{_TITLES_WITH_FALLBACK[name]} is not available ({reason}): this run uses the 5,000 embedded MNIST digits instead."
+            f"{entry.title_if_replaced} is not available ({reason}): this run uses the 5,000 embedded MNIST digits instead."
         )
 
 
@@ -70,16 +69,18 @@ def _load_embedded(notice: str | None) -> Dataset:
         ) from error
     generator = np.random.default_rng(_SPLIT_SEED)
     rows: list[list[np.ndarray]] = [[], [], []]
-    for label in np.unique(labels):
+    entry, classes = DATASETS[EMBEDDED], np.unique(labels)
+    ends = [(entry.train - entry.validation) // len(classes), entry.train // len(classes)]
+    for label in classes:
         of_class = generator.permutation(np.flatnonzero(labels == label))
-        parts = np.split(of_class, [_EMBEDDED_TRAIN, _EMBEDDED_TRAIN + _EMBEDDED_VALIDATION])
+        parts = np.split(of_class, ends)
         for split, part in zip(rows, parts, strict=True):
             split.append(part)
     train, validation, test = (Split(images[chosen], labels[chosen]) for chosen in map(np.concatenate, rows))
     return Dataset(EMBEDDED, train, validation, test, notice)
 
 
-def _load_full(name: str, data_dir: str | None) -> Dataset:
+def _load_full(name: str, download: DownloadFormat, data_dir: str | None) -> Dataset:
     """A full data set from the cache, or from the directory of prepared data sets."""
     directory = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DIRECTORY).expanduser()
     try:
@@ -97,12 +98,12 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise Unavailable("tensorflow-datasets is not installed")
     # Without --data-dir, a failed connection test within the last hour ends the attempt before the slow import of tensorflow-datasets.
-    is_here = bool(fingerprint) or tfds_builders.is_downloaded(directory, name)
+    is_here = bool(fingerprint) or tfds_builders.is_downloaded(directory, download)
     if data_dir is None and not is_here and internet.was_unreachable(name):
         raise Unavailable(
             "no prepared copy was found and there was no internet connection within the last hour to download it"
         )
-    dataset = prepared.read_prepared(name, directory)
+    dataset = prepared.read_prepared(name, download, directory)
     if cached is not None:
         # The fingerprint is taken again, since the files may have been prepared just now.
         dataset_cache.write_cached(cached, dataset, dataset_cache.directory_fingerprint(directory / name))

@@ -9,9 +9,6 @@ import numpy as np
 
 from experiments.runtime.errors import UserError
 
-NAMES = ("mnist", "mnist_5k", "fashion_mnist", "cifar10")
-DIGIT_NAMES = NAMES[:3]
-EMBEDDED = "mnist_5k"
 PARTS = ("train", "validation", "test")
 _CHUNK_SIZE = 2500
 
@@ -41,7 +38,7 @@ class Dataset:
     """A data set in three parts.
 
     Attributes:
-      name: The name of the loaded data, one of ``NAMES``.
+      name: The name of the loaded data in the table of the data sets.
       train: The images to train on.
       validation: The images to choose thresholds and steps on.
       test: The images to score on.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,15 @@ from typing import Any
 import jax
 
 from experiments.io import files
+from experiments.runtime import machine
 from experiments.runtime.errors import UserError
 
 METRICS, TENSORBOARD, PROFILE = "metrics.jsonl", "tensorboard", "profile"
 # Patterns of the files below the output directory.
 WRITTEN = (METRICS, f"{TENSORBOARD}/seed*/events.out.tfevents.*", f"{PROFILE}/plugins/profile/*/*")
+# The entries of the metrics that depend on the machine: they differ from run to run, unlike those that depend on the training.
+SPEED, PROCESS_MEMORY, DEVICE_MEMORY = "images_per_second", "peak_memory_mb", "peak_device_memory_mb"
+MACHINE_ENTRIES = (SPEED, PROCESS_MEMORY, DEVICE_MEMORY)
 
 
 def check_tensorboard() -> None:
@@ -103,25 +106,14 @@ class Logs:
 
 
 def speed_and_memory(images_per_second: float) -> dict[str, float]:
-    """The entries of the metrics that depend on the machine: they differ from run to run, unlike those that depend on the training."""
-    return {"images_per_second": round(images_per_second, 1)} | memory()
-
-
-def memory() -> dict[str, int]:
-    """The peak memory so far, in MB.
-
-    Returns:
-      "peak_device_memory_mb", the largest peak of all devices, if a device reports its memory; else "peak_memory_mb" of the process.
-    """
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    known = [peak for peak in peaks if peak is not None]
-    return {"peak_device_memory_mb": round(max(known) / 2**20)} if known else {"peak_memory_mb": process_memory()}
-
-
-def process_memory() -> int:
-    """The peak resident memory of the process, in MB."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    """The entries of the metrics in ``MACHINE_ENTRIES``: the speed, and the peak memory in MB, the devices' if they report one."""
+    of_devices = machine.peak_device_bytes()
+    memory = (
+        {PROCESS_MEMORY: machine.peak_process_megabytes()}
+        if of_devices is None
+        else {DEVICE_MEMORY: round(of_devices / 2**20)}
+    )
+    return {SPEED: round(images_per_second, 1)} | memory
 
 
 def profile(out: Path, run: Callable[[], Any]) -> None:

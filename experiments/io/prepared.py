@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from pathlib import Path
@@ -12,31 +11,9 @@ import numpy as np
 
 from experiments.io import internet, tfds_builders
 from experiments.io.dataset import Dataset, Split, Unavailable
+from experiments.io.dataset_table import DATASETS
+from experiments.io.tfds_builders import DownloadFormat
 from experiments.runtime.errors import UserError, first_line
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """The sizes of a full data set.
-
-    Attributes:
-      shape: The shape of an image, (height, width, channels).
-      train: The number of its training images.
-      test: The number of its test images.
-      validation: The number of training images that are held out for validation.
-    """
-
-    shape: tuple[int, int, int]
-    train: int
-    test: int
-    validation: int = 5_000
-
-
-_SIZES = {
-    "mnist": _Sizes((28, 28, 1), 60_000, 10_000),
-    "fashion_mnist": _Sizes((28, 28, 1), 60_000, 10_000),
-    "cifar10": _Sizes((32, 32, 3), 50_000, 10_000),
-}
 
 
 def needs_tensorflow(directory: Path) -> bool:
@@ -47,36 +24,37 @@ def needs_tensorflow(directory: Path) -> bool:
     return bool(infos) and all(found is not None and found[1] != "array_record" for found in formats)
 
 
-def read_prepared(name: str, directory: Path) -> Dataset:
+def read_prepared(name: str, download: DownloadFormat, directory: Path) -> Dataset:
     """Reads a full data set, which takes some ten seconds. Prepares it first if the directory does not hold it.
 
     Args:
       name: The name of the data set.
+      download: The form of its downloaded files.
       directory: The directory of the prepared data sets.
 
     Raises:
       Unavailable: The data set cannot be prepared.
       UserError: The prepared files are damaged.
     """
+    entry = DATASETS[name]
     with tfds_builders.quiet_tfds() as tfds:
         try:
-            builder = tfds_builders.create_builder(tfds, name, directory)
+            builder = tfds_builders.create_builder(tfds, name, download, directory)
             prepared = builder.is_prepared()
         except Exception as error:
             raise _damaged(directory / name, error) from error
         if not prepared:
-            _prepare(builder, directory)
+            _prepare(builder, download, directory)
         print(f"Reading {name} from {directory} ...", flush=True)
         try:
-            sizes = _SIZES[name]
-            train = _read(builder, "train", sizes.train, sizes.shape)
-            test = _read(builder, "test", sizes.test, sizes.shape)
+            train = _read(builder, "train", entry.train, entry.shape)
+            test = _read(builder, "test", entry.test, entry.shape)
             lossy = _is_jpeg(tfds, builder)
         except Exception as error:
             raise _damaged(builder.data_dir, error) from error
     # The order of the records depends on their preparation. Sorted by content, the split is the same on every machine.
     order = np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in train.images], kind="stable")
-    chosen, held_out = order[sizes.validation :], order[: sizes.validation]
+    chosen, held_out = order[entry.validation :], order[: entry.validation]
     remark = f"The images of this copy of {name} are stored as JPEG, which has changed them a little."
     return Dataset(
         name,
@@ -87,10 +65,8 @@ def read_prepared(name: str, directory: Path) -> Dataset:
     )
 
 
-def _prepare(builder: Any, directory: Path) -> None:
-    if not tfds_builders.is_downloaded(directory, builder.name) and not internet.is_reachable(
-        tfds_builders.download_address(builder)
-    ):
+def _prepare(builder: Any, download: DownloadFormat, directory: Path) -> None:
+    if not tfds_builders.is_downloaded(directory, download) and not internet.is_reachable(download.address(builder)):
         internet.record_unreachable(builder.name)
         raise Unavailable("no prepared copy was found and there is no internet connection to download it")
     print(f"Downloading and preparing {builder.name} in {directory} ...", flush=True)

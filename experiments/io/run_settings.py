@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.io.dataset import Dataset
+from experiments.runtime import machine
 
 
 def settings(experiment: str, recipe: Any, dataset: Dataset, seeds: list[int], **others: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def settings(experiment: str, recipe: Any, dataset: Dataset, seeds: list[int], *
         "seeds": seeds,
         **others,
         "devices": f"{len(devices)} x {', '.join(sorted(set(devices)))}",
-        **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        **machine.package_versions(),
     }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import logging
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,27 @@ import numpy as np
 from experiments.io.dataset import Unavailable
 from experiments.runtime.errors import first_line
 
-_CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 _DIGIT_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class DownloadFormat:
+    """The form of the files that tensorflow-datasets downloads for a data set.
+
+    Attributes:
+      make_builder: ``make_builder(stock, name)``, a subclass of the stock builder that reads the files with NumPy.
+      address: ``address(builder)``, the address of one of the files.
+      manual_files: The pattern of the files that a user may download.
+      manual_count: The number of these files.
+    """
+
+    make_builder: Callable[[Any, str], Any]
+    address: Callable[[Any], str]
+    manual_files: str
+    manual_count: int
 
 
 @contextlib.contextmanager
@@ -49,27 +66,23 @@ def quiet_tfds() -> Iterator[Any]:
         downloader.MAX_RETRIES = retries
 
 
-def create_builder(tfds: Any, name: str, directory: Path) -> Any:
+def create_builder(tfds: Any, name: str, download: DownloadFormat, directory: Path) -> Any:
     """The builder of a data set. The stock builder needs TensorFlow to read the downloaded files.
 
     Args:
       tfds: The module tensorflow_datasets.
       name: The name of the data set.
+      download: The form of its downloaded files.
       directory: The directory of the prepared data sets.
     """
-    make = _cifar_builder if name == "cifar10" else _digits_builder
-    return make(tfds.builder_cls(name), name)(data_dir=directory, file_format="array_record")
+    make = download.make_builder(tfds.builder_cls(name), name)
+    return make(data_dir=directory, file_format="array_record")
 
 
-def download_address(builder: Any) -> str:
-    """The address of one of the files that the builder downloads."""
-    return builder._cifar_info.url if builder.name == "cifar10" else builder.URL + "train-labels-idx1-ubyte.gz"
-
-
-def is_downloaded(directory: Path, name: str) -> bool:
+def is_downloaded(directory: Path, download: DownloadFormat) -> bool:
     """Whether the user has put the files of a data set into the directory downloads/manual."""
-    pattern, count = (_CIFAR_ARCHIVE, 1) if name == "cifar10" else ("*-ubyte.gz", 4)
-    return len(list((directory / "downloads" / "manual").glob(pattern))) >= count
+    found = (directory / "downloads" / "manual").glob(download.manual_files)
+    return len(list(found)) >= download.manual_count
 
 
 def _digits_builder(stock: Any, builder_name: str) -> Any:
@@ -134,3 +147,12 @@ def _png(image: np.ndarray) -> io.BytesIO:
     png = io.BytesIO()
     Image.fromarray(image).save(png, format="PNG")
     return io.BytesIO(png.getvalue())
+
+
+# The idx files of MNIST and Fashion-MNIST, and the archive of CIFAR-10.
+IDX_FILES = DownloadFormat(
+    _digits_builder, lambda builder: builder.URL + _DIGIT_FILES["train"][1], "*-ubyte.gz", manual_count=4
+)
+CIFAR_ARCHIVE = DownloadFormat(
+    _cifar_builder, lambda builder: builder._cifar_info.url, "cifar-10-binary.tar.gz", manual_count=1
+)

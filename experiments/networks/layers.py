@@ -27,7 +27,7 @@ def clipped(family: Any, clip_var: float | None) -> Any:
 
     The limit belongs to the group priors of [L17]; the log-uniform prior of single weights [M17] has none.
     """
-    if family is None or isinstance(family, bcdl_jax.SparseVariationalDropout):
+    if family is None or family.posterior_type.prunes_weights:
         return family
     return dataclasses.replace(family, clip_var=clip_var)
 

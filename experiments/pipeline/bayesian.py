@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import bcdl_jax
-from experiments.pipeline.context import Run, RunContext, compressed_file
+from experiments.pipeline.context import RunContext, RunNetworks, compressed_file
 from experiments.pipeline.measures import Batch, measure_change, on_device
 from experiments.pipeline.phase import Phase
 from experiments.pipeline.phases import run_phase
@@ -24,7 +24,7 @@ from experiments.runtime import startup
 from experiments.runtime.errors import UserError
 
 
-def compress(context: RunContext, pretrained: Sequence[dict[str, np.ndarray]] | None) -> Run:
+def compress(context: RunContext, pretrained: Sequence[dict[str, np.ndarray]] | None) -> RunNetworks:
     """Trains, prunes, fine-tunes and reduces the precision of one network per seed.
 
     Completed parts are restored from the checkpoints of the context, and the rest follows from them.
@@ -69,7 +69,7 @@ def compress(context: RunContext, pretrained: Sequence[dict[str, np.ndarray]] | 
     compressed = [context.out / compressed_file(seed) for seed in seeds]
     for path, net in zip(compressed, reduced, strict=True):
         bcdl_jax.save(path, net)
-    return Run(
+    return RunNetworks(
         pretrained=None if pretrained is None else [flax.traverse_util.unflatten_dict(net, "/") for net in pretrained],
         params={"trained": trained, "pruned": pruned, "reduced": reduced},
         thresholds=thresholds,

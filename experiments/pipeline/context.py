@@ -63,7 +63,7 @@ class RunContext:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunNetworks:
     """The networks that a run made. Lists hold an entry per seed; the snapshots are those of the first seed.
 
     Attributes:

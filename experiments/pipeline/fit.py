@@ -25,7 +25,7 @@ class Reached(NamedTuple):
     """The state of an unfinished minimisation.
 
     Attributes:
-      state: The params, the fixed part and the optimiser's state.
+      state: The params, the auxiliary values and the optimiser's state.
       loss_sum: The sum of the losses of this epoch's steps so far.
       parts: The number of finished parts; ``PARTS`` of them make an epoch.
     """
@@ -40,18 +40,18 @@ def make_fit(
     optimizer: optax.GradientTransformation,
     data: Batch,
     batch_size: int,
-    after_step: Callable[[Any, Any, jax.Array], Any] = lambda params, fixed, step: fixed,
+    after_step: Callable[[Any, Any, jax.Array], Any] = lambda params, auxiliary, step: auxiliary,
     mirror: bool = False,
     shift: int = 0,
 ) -> Callable[..., tuple[Any, Any]]:
     """Builds a function that minimises a loss.
 
     Args:
-      loss: ``loss(params, fixed, images, labels, key)``, a scalar.
+      loss: ``loss(params, auxiliary, images, labels, key)``, a scalar.
       optimizer: The optimiser of the params.
       data: The images and labels.
       batch_size: The number of examples per step. An epoch leaves out its last incomplete batch.
-      after_step: ``after_step(params, fixed, step)``, the new fixed part.
+      after_step: ``after_step(params, auxiliary, step)``, the new auxiliary values.
       mirror, shift: The random changes of the images, see ``augmented``.
 
     Returns:
@@ -64,15 +64,15 @@ def make_fit(
         state: Any, loss_sum: jax.Array, key: jax.Array, order: jax.Array, first: Any, last: Any, before: Any, data: Any
     ) -> Any:
         def step(number: jax.Array, state: Any) -> Any:
-            (params, fixed, optimizer_state), loss_sum = state
+            (params, auxiliary, optimizer_state), loss_sum = state
             rows = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
             images, labels = (array[rows] for array in data)
             step_key = jax.random.fold_in(key, before + number)
             images = augmented(images, step_key, mirror=mirror, shift=shift)
-            value, gradients = jax.value_and_grad(loss)(params, fixed, images, labels, step_key)
+            value, gradients = jax.value_and_grad(loss)(params, auxiliary, images, labels, step_key)
             updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
             params = optax.apply_updates(params, updates)
-            return (params, after_step(params, fixed, before + number), optimizer_state), loss_sum + value
+            return (params, after_step(params, auxiliary, before + number), optimizer_state), loss_sum + value
 
         return jax.lax.fori_loop(first, last, step, (state, loss_sum))
 
@@ -92,7 +92,7 @@ class _Fit:
     def fit(
         self,
         params: Any,
-        fixed: Any,
+        auxiliary: Any,
         key: jax.Array,
         epochs: int,
         progress: tqdm,
@@ -104,19 +104,19 @@ class _Fit:
 
         Args:
           params: The params to start from.
-          fixed: The part that the loss takes and ``after_step`` changes.
+          auxiliary: Values that the loss reads without gradient and that ``after_step`` replaces, such as masks.
           key: A PRNG key, for the order of the examples, their changes and the keys of the loss.
           epochs: The number of epochs.
           progress: A bar that counts steps.
-          report: ``report(epoch, params, fixed, mean_loss, images_per_second)``, called after each epoch.
+          report: ``report(epoch, params, auxiliary, mean_loss, images_per_second)``, called after each epoch.
           start: The state to resume from; None to start from the params.
           after_part: A function that is called with the state after each part but the last. It may store the state, or raise to stop.
 
         Returns:
-          The trained params and the last fixed part.
+          The trained params and the last auxiliary values.
         """
         # Copies, since the buffers are donated.
-        now = start or Reached((params, fixed, self.optimizer.init(params)), jnp.zeros(()), 0)
+        now = start or Reached((params, auxiliary, self.optimizer.init(params)), jnp.zeros(()), 0)
         state, loss_sum = jax.tree.map(jnp.array, (now.state, now.loss_sum))
         step_keys = jax.random.fold_in(key, epochs)  # the keys before it order the examples
         ends = np.linspace(0, self.steps, PARTS + 1).astype(np.int32)

@@ -139,7 +139,7 @@ class Phase:
         other_score = thresholds is None and recipe.score != "log_dropout_rate"
         return math.inf if self.fine_tunes or other_score else thresholds
 
-    def how(self) -> dict[str, Any]:
+    def batch_arguments(self) -> dict[str, Any]:
         """The arguments that compiling and training share."""
         recipe = self.context.recipe
         return {"batch_size": recipe.batch_size, "in_turn": recipe.in_turn, "shards": self.shards}

@@ -71,7 +71,7 @@ class PhaseLoop:
                 shrinking=shrinking,
                 stop=watch,
                 program=program,
-                **phase.how(),
+                **phase.batch_arguments(),
             )
             self._follow(epochs, progress, watch)
             complete = self.done == phase.epochs or all(self.failures)

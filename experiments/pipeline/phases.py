@@ -62,15 +62,15 @@ def run_phase(phase: Phase, start_params: StartParams, given: Any) -> PhaseResul
         snapshots = [Snapshot.from_arrays(epoch, arrays) for epoch, arrays in sorted(restored.frames.items())]
     if context.profile_steps and not phase.fine_tunes:
         _profile(phase, step, start)
-    progress = PhaseLoop(phase, compile_time, start, failures, snapshots)
-    states = progress.run(step, shrinking, program, restored)
+    loop = PhaseLoop(phase, compile_time, start, failures, snapshots)
+    states = loop.run(step, shrinking, program, restored)
     context.logs.flush()
     if context.mesh is not None:
         states = bcdl_jax.train.fetch(states)
     params = states.params
     if phase.fine_tunes:
         params = jax.jit(bcdl_jax.clip_variances)(bcdl_jax.train.averaged_params(states.optimizer_state))
-    return PhaseResult(params, progress.failures, progress.snapshots)
+    return PhaseResult(params, loop.failures, loop.snapshots)
 
 
 def _start(
@@ -92,7 +92,9 @@ def _start(
         # A resumed or pruned network may start at a smaller size, which the full-size program does not fit.
         if context.mesh is None and not context.checkpoints.resumed and (shrinking is None or not phase.fine_tunes):
             shapes = jax.eval_shape(make_start, seeds, given)
-            compiling = thread.submit(bcdl_jax.train.compile_ensemble, shapes, phase.train, step=step, **phase.how())
+            compiling = thread.submit(
+                bcdl_jax.train.compile_ensemble, shapes, phase.train, step=step, **phase.batch_arguments()
+            )
         start = make_start(seeds, given)
         start = start.replace(params=devices.same_everywhere(start.params))
         if context.mesh is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import bcdl_jax
-from experiments.pipeline.context import STAGES, Run, RunContext, compressed_file
+from experiments.pipeline.context import STAGES, RunContext, RunNetworks, compressed_file
 from experiments.pipeline.measures import Batch, error_percent, on_device
 from experiments.pipeline.plain_work import Found, PlainWork
 from experiments.pipeline.pretrain import cross_entropy
@@ -24,7 +24,7 @@ from experiments.pipeline.progress import Progress
 Method = Callable[[PlainWork, Any, jax.Array], Found]
 
 
-def compress_plain(context: RunContext, method: Method, pretrained: Sequence[dict[str, np.ndarray]]) -> Run:
+def compress_plain(context: RunContext, method: Method, pretrained: Sequence[dict[str, np.ndarray]]) -> RunNetworks:
     """Prunes, retrains and quantises one trained network per seed, one after the other.
 
     Args:
@@ -55,7 +55,7 @@ def compress_plain(context: RunContext, method: Method, pretrained: Sequence[dic
     paths = [context.out / compressed_file(seed) for seed in seeds]
     for path, net in zip(paths, nets["reduced"], strict=True):
         bcdl_jax.save(path, net)
-    return Run(
+    return RunNetworks(
         pretrained=[flax.traverse_util.unflatten_dict(net, "/") for net in pretrained],
         params=nets,
         thresholds=None,

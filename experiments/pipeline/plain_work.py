@@ -1,4 +1,4 @@
-"""The part that all plain methods share: training of a plain network together with a fixed part, such as masks."""
+"""The part that all plain methods share: training of a plain network with auxiliary values, such as masks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from experiments.pipeline.recipe import PlainRecipe
 Found = tuple[Any, Any, tuple[dict[str, Any], dict[str, Any]] | None]
 
 
-def _same(params: Any, fixed: Any, step: jax.Array) -> Any:
-    return fixed
+def _same(params: Any, auxiliary: Any, step: jax.Array) -> Any:
+    return auxiliary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PlainWork:
         loss: Callable[..., jax.Array],
         optimizer: optax.GradientTransformation,
         params: Any,
-        fixed: Any,
+        auxiliary: Any,
         key: jax.Array,
         epochs: int,
         *,
@@ -71,18 +71,18 @@ class PlainWork:
         """Trains for a number of epochs, see ``make_fit``.
 
         Args:
-          loss, optimizer, params, fixed, key, epochs, after_step: The arguments of ``make_fit`` and its function.
-          net: ``net(params, fixed)``, the weights in use and their number, for the reports.
+          loss, optimizer, params, auxiliary, key, epochs, after_step: The arguments of ``make_fit`` and its function.
+          net: ``net(params, auxiliary)``, the weights in use and their number, for the reports.
           phase: The name of the phase in the reports.
           done: The number of epochs of earlier calls, for the reports.
 
         Returns:
-          The trained params and the last fixed part.
+          The trained params and the last auxiliary values.
         """
         measure = jax.jit(net)
 
-        def report(epoch: int, params: Any, fixed: Any, mean_loss: float, speed: float) -> None:
-            weights, kept = measure(params, fixed)
+        def report(epoch: int, params: Any, auxiliary: Any, mean_loss: float, speed: float) -> None:
+            weights, kept = measure(params, auxiliary)
             self.report(phase, done + epoch, weights, int(kept), mean_loss, speed)
 
         with bar(epochs * self.steps, phase, "step") as progress:
@@ -95,7 +95,7 @@ class PlainWork:
                 mirror=self.recipe.mirror,
                 shift=self.recipe.shift,
             )
-            return fit(params, fixed, key, epochs, progress, report)
+            return fit(params, auxiliary, key, epochs, progress, report)
 
     def round_limits(self, number: int) -> list[tuple[int, int]]:
         """The first epoch and the end of each round, as a half-open range. All rounds but the last are equally long, up to rounding."""

@@ -9,6 +9,9 @@ from tqdm import tqdm
 
 import bcdl_jax
 
+# The start of each line about a network that has become smaller.
+SHRUNK = "shrunk: "
+
 
 def bar(total: int, title: str, unit: str, done: int = 0) -> tqdm:
     """A progress bar with the time left, on a terminal only."""
@@ -43,7 +46,7 @@ class Progress:
         for message in report.messages:
             self._bar.write(f"warning: {message}", file=sys.stderr)
         for news in report.news:
-            self._bar.write(news, file=sys.stderr)
+            self._bar.write(f"{SHRUNK}{news}", file=sys.stderr)
         kept = " ".join("-".join(map(str, seed.kept.values())) for seed in report.reports)
         error = " ".join(f"{seed.validation_error:.2f}" for seed in report.reports)
         self.advance(f"kept {kept}, validation error {error} %")

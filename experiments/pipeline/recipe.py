@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +11,7 @@ class Training:
     """The settings that all methods share.
 
     Attributes:
+      variational: True for the settings of a variational network, False for those of a plain method.
       epochs: The number of epochs of training before pruning, or during pruning for plain methods.
       fine_tune_epochs: The number of epochs after pruning.
       batch_size: The number of examples per step.
@@ -24,6 +25,8 @@ class Training:
       shift: The largest random shift of a training image along each axis, in pixels.
     """
 
+    variational: ClassVar[bool]
+
     epochs: int
     fine_tune_epochs: int
     batch_size: int = 128
@@ -34,10 +37,33 @@ class Training:
     mirror: bool = False
     shift: int = 0
 
+    # The settings of one subclass that others read too. As properties, they are no entries of the recipe in a result file.
+
+    @property
+    def dropout(self) -> float:
+        """The dropout rate of the hidden units in pre-training; 0 for variational networks."""
+        return 0.0
+
+    @property
+    def warmup_epochs(self) -> int:
+        """The number of epochs of the KL warm-up; 0 for plain methods."""
+        return 0
+
+    @property
+    def max_shrinking_change(self) -> float | None:
+        """The largest change of the predictions that each removal of groups may cause during training; None for plain methods."""
+        return None
+
+    def at_full_size(self) -> Self:
+        """These settings for a network that keeps its full size during training."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Training):
-    """The settings of a variational network. Every value was chosen on validation data.
+    """The settings of a variational network.
+
+    The values were chosen on validation data, except where experiments/README.md says otherwise.
 
     Attributes:
       kl_weight: The weight of the KL divergence after its warm-up. Bayes' theorem gives 1; a smaller weight prunes less and fits better.
@@ -62,6 +88,8 @@ class Recipe(Training):
       least_shrinking_saving: The smallest share of the multiply-adds that each removal of groups must save.
     """
 
+    variational = True
+
     kl_weight: float = 1.0
     fine_tune_averaging_epochs: float = 12
     fine_tune_kl_weight: float = 0.6
@@ -79,6 +107,9 @@ class Recipe(Training):
     first_shrinking: int = 1
     regular_shrinking: bool = False
     least_shrinking_saving: float = 0.25
+
+    def at_full_size(self) -> Self:
+        return dataclasses.replace(self, max_shrinking_change=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +139,8 @@ class PlainRecipe(Training):
       means_learning_rate: The learning rate of Adam for the means of the mixture.
       mixture_learning_rate: The learning rate of Adam for the precisions and the proportions of the mixture.
     """
+
+    variational = False
 
     weight_decay: float = 0.0
     dropout: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,31 +29,37 @@ class Snapshot:
       epoch: The epoch, counted from 1; 0 for the start.
       kernels: Mean kernels by layer name. The largest layers are left out.
       scores: Scores of the groups by layer name.
+      group_axes: The sides of the groups, "input" or "output", by layer name.
     """
 
     epoch: int
     kernels: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
+    group_axes: Mapping[str, str]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the snapshot by name, as a checkpoint stores them."""
-        parts = {"kernels": self.kernels, "rates": self.scores}
+        axes = {name: np.array(axis) for name, axis in self.group_axes.items()}
+        parts = {"kernels": self.kernels, "scores": self.scores, "group_axes": axes}
         return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
     @classmethod
     def from_arrays(cls, epoch: int, arrays: dict[str, np.ndarray]) -> Snapshot:
         """Undoes ``to_arrays``."""
-        parts: dict[str, dict[str, np.ndarray]] = {"kernels": {}, "rates": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"kernels": {}, "scores": {}, "group_axes": {}}
         for path, array in arrays.items():
             part, _, name = path.partition("/")
             parts[part][name] = array
-        return cls(epoch, parts["kernels"], parts["rates"])
+        axes = {name: str(axis) for name, axis in parts["group_axes"].items()}
+        return cls(epoch, parts["kernels"], parts["scores"], axes)
 
 
 def take_snapshot(epoch: int, stacked_params: Any, recipe: Recipe) -> Snapshot:
     """The snapshot of the first seed of stacked params."""
     kernels, scores = jax.device_get(_snapshot_arrays(stacked_params, score_of(recipe)))
-    return Snapshot(epoch, kernels, scores)
+    shapes = jax.eval_shape(lambda params: bcdl_jax.train.select_seed(params, 0), stacked_params)
+    group_axes = {name: layer.group_axis for name, layer in bcdl_jax.variational_layers(shapes).items()}
+    return Snapshot(epoch, kernels, scores, group_axes)
 
 
 def score_of(recipe: Recipe) -> bcdl_jax.compression.Score:

@@ -1,6 +1,6 @@
 """The registries: priors, plain methods, networks and experiments. A new one of each kind is one entry here."""
 
-from experiments.registry.experiments import EXPERIMENTS, Experiment
+from experiments.registry.experiments import EXPERIMENTS, Experiment, paper_datasets
 from experiments.registry.methods import PLAIN_METHODS, PlainMethod, is_plain, method_names, method_title
 from experiments.registry.networks import NETWORKS, Network, title_at_width
 from experiments.registry.priors import PRIORS, Prior
@@ -19,5 +19,6 @@ __all__ = [
     "is_plain",
     "method_names",
     "method_title",
+    "paper_datasets",
     "title_at_width",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.io.data import DIGIT_NAMES, EMBEDDED
+from experiments.io.dataset_table import EMBEDDED, MNIST_SHAPE, names_of_shape
 from experiments.pipeline.recipe import Training
 from experiments.registry.methods import is_plain
 from experiments.registry.networks import NETWORKS, Network
@@ -29,7 +29,7 @@ class Experiment:
       recipes: Recipes by method and data set. A data set without a recipe uses that of the first data set, and a method without recipes
         those of "gnj", or of "sws" if it is a plain method.
       quick: Changes of the recipe with ``--quick``.
-      datasets: Names of the data sets, the default first.
+      datasets: Names of the data sets, the paper's first, which is the default.
       full_width: Recipes for the paper's width, where they differ, by method and data set.
     """
 
@@ -38,7 +38,7 @@ class Experiment:
     pictures: tuple[str, ...]
     recipes: Recipes
     quick: Mapping[str, Any]
-    datasets: tuple[str, ...] = DIGIT_NAMES
+    datasets: tuple[str, ...] = names_of_shape(MNIST_SHAPE)
     full_width: Recipes = dataclasses.field(default_factory=dict)
 
     @property
@@ -57,7 +57,7 @@ class Experiment:
         names = {field.name for field in dataclasses.fields(chosen)}
         changes = {name: value for name, value in self.quick.items() if name in names}
         # A plain network is compressed only once it has been trained.
-        if is_plain(method):
+        if not chosen.variational:
             changes["pretrain_epochs"] = 1
         return dataclasses.replace(chosen, **changes)
 
@@ -70,3 +70,8 @@ EXPERIMENTS = Registry(
         "vgg", "vgg", vgg.PICTURES, vgg.RECIPES, vgg.QUICK, datasets=("cifar10", EMBEDDED), full_width=vgg.FULL_WIDTH
     ),
 )
+
+
+def paper_datasets() -> tuple[str, ...]:
+    """The names of the data sets of the paper's experiments, each once."""
+    return tuple(dict.fromkeys(experiment.datasets[0] for experiment in EXPERIMENTS.values()))

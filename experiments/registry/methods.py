@@ -9,7 +9,7 @@ from typing import Any
 from experiments.registry.priors import PRIORS
 from experiments.registry.registry import Registry
 
-# A function of ``experiments.pipeline.plain``: (work, params, key) to params, masks and perhaps levels.
+# A function of ``experiments.pipeline.plain_methods``: (work, params, key) to params, masks and perhaps levels.
 Compress = Callable[[Any, Any, Any], Any]
 
 
@@ -20,7 +20,7 @@ class PlainMethod:
     Attributes:
       name: The name for ``--method`` and results.
       title: The name in tables.
-      load: A function that returns the method itself, see ``experiments.pipeline.plain``. It imports the method late, since JAX takes seconds.
+      load: A function that returns the method itself, see ``experiments.pipeline.plain_methods``. It imports the method late, since JAX takes seconds.
     """
 
     name: str

@@ -18,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
 from experiments.io.files import write_atomically
+from experiments.pipeline.pictures import FEATURE_IMPORTANCE, SCORES, weights_picture
 from experiments.pipeline.snapshots import Snapshot
 
 _MILLISECONDS_PER_FRAME = 150
@@ -49,22 +50,22 @@ def draw(
       images: The test images, uint8. For the feature importance, which shows five digits, they must be [n, 28, 28, 1].
       labels: The labels of the images, [n].
       seed: The seed, for the titles.
-      only: The names of the GIFs to draw; log_dropout_rates.png is always drawn.
+      only: The names of the GIFs to draw. The histograms of the scores are always drawn.
       score: The name of the score that the groups were pruned by, in words.
     """
     names = list(thresholds)
     for number, (name, following) in enumerate(itertools.pairwise(names), start=1):
-        path = out / f"weights_layer{number}.gif"
+        path = out / weights_picture(number)
         if path.name not in only:
             continue
         if snapshots[0].kernels[name].ndim == 2:
             weights_gif(path, snapshots, name, following, thresholds, number, seed)
         else:
             kernels_gif(path, snapshots, name, thresholds[name], number, seed)
-    if "feature_importance.gif" in only:
+    if FEATURE_IMPORTANCE in only:
         digits = np.stack([_example(images, labels, digit) for digit in _DIGITS])
-        importance_gif(out / "feature_importance.gif", snapshots, names[0], thresholds[names[0]], digits, seed, score)
-    score_histogram(out / "log_dropout_rates.png", snapshots[-1], thresholds, seed, score)
+        importance_gif(out / FEATURE_IMPORTANCE, snapshots, names[0], thresholds[names[0]], digits, seed, score)
+    score_histogram(out / SCORES, snapshots[-1], thresholds, seed, score)
 
 
 def _example(images: np.ndarray, labels: np.ndarray, digit: int) -> np.ndarray:
@@ -209,7 +210,7 @@ def score_histogram(path: Path, snapshot: Snapshot, thresholds: dict[str, float]
         )
         if np.isfinite(threshold):
             panel.axvline(threshold, color="#c4161c", linewidth=1.5, label=f"threshold {threshold:.2f}")
-        groups = "output channels" if name.startswith("Conv") else "input units"
+        groups = "output channels" if snapshot.group_axes[name] == "output" else "input units"
         panel.set_title(f"{name}: {rates.size} {groups}")
         panel.set_xlabel(score)
         panel.set_ylabel(f"number of {groups}")

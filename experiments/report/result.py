@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
 import flax.linen as nn
@@ -14,17 +12,16 @@ import jax
 
 import bcdl_jax
 from experiments.io.data import Dataset
-from experiments.io.logs import process_memory
 from experiments.pipeline import uncertainty
-from experiments.pipeline.context import PRETRAINED, STAGES, Run, RunContext
+from experiments.pipeline.context import PRETRAINED, STAGES, RunContext, RunNetworks
 from experiments.pipeline.measures import Batch, error_in_chunks, on_device
 from experiments.pipeline.recipe import Training
-from experiments.runtime.machine import machine
+from experiments.runtime import machine
 
 _AVERAGED = ("test_error", "rate", "rate_paper", "kept_weights", "uncertainty", "file_bytes", "ratio_file")
 
 
-def score(context: RunContext, run: Run, file_errors: Sequence[float]) -> list[dict[str, Any]]:
+def score(context: RunContext, run: RunNetworks, file_errors: Sequence[float]) -> list[dict[str, Any]]:
     """Reads the test set, once, and collects the figures of every seed.
 
     Args:
@@ -43,7 +40,7 @@ def score(context: RunContext, run: Run, file_errors: Sequence[float]) -> list[d
 class _Measures:
     """Figures of the networks of a run on the test set."""
 
-    def __init__(self, context: RunContext, run: Run, test: Batch):
+    def __init__(self, context: RunContext, run: RunNetworks, test: Batch):
         self.context, self.run, self.test = context, run, test
         self.error = error_in_chunks(context.model)
         self.plain_error = error_in_chunks(context.plain_model)
@@ -113,7 +110,7 @@ class _Measures:
             "mean": self.probabilities(pruned, images),
             "compressed": self.probabilities(self.run.params["reduced"][index], images),
         }
-        if self.run.thresholds is not None:
+        if self.context.recipe.variational:
             key = jax.random.fold_in(jax.random.key(self.context.seeds[index]), 5)
             found = {"sampled": uncertainty.sampled_probabilities(self.context.model, pruned, images, key)} | found
         return {
@@ -156,7 +153,7 @@ def result(
     """
     dataset: Dataset = context.dataset
     recipe: Training = context.recipe
-    runs = [run | {"peak_memory_mb": process_memory()} for run in runs]
+    runs = [run | {"peak_memory_mb": machine.peak_process_megabytes()} for run in runs]
     averaged = [{key: run[key] for key in _AVERAGED} for run in runs if not run["failure"]]
     return {
         "experiment": experiment,
@@ -167,9 +164,8 @@ def result(
         "recipe": dataclasses.asdict(recipe),
         "seconds": round(seconds, 1),
         "resumed": context.checkpoints.resumed,
-        "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+        "machine": machine.machine(),
+        "versions": machine.versions(),
         "runs": runs,
         "mean": _combine(averaged, lambda values: sum(values) / len(values)) if averaged else None,
         "range": _combine(averaged, lambda values: [min(values), max(values)]) if averaged else None,

@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.io.data import NAMES
+from experiments.io.dataset_table import DATASETS
 from experiments.registry import EXPERIMENTS, method_names, method_title, title_at_width
 from experiments.report.published import PAPER, PAPER_ERRORS, PaperRow
 from experiments.runtime.errors import UserError
 
 COMMITTED = Path(__file__).parents[1] / "results"
-_DATASET_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 _COLUMNS = (
     "method",
     "kept weights",
@@ -21,12 +20,12 @@ _COLUMNS = (
     "after precision reduction",
     "maximum",
     "file",
-    "error of the net",
+    "error before compression",
 )
 
 
 class Key(NamedTuple):
-    """What a result is of.
+    """The identity of a result.
 
     Attributes:
       experiment: The name of the experiment.
@@ -81,9 +80,9 @@ def read_results(
                 continue  # The file belongs to a benchmark.
             key, dataset, is_quick = _check_whole(path, result)
             if is_quick and not quick:
-                left_out.append((path, "is of a --quick run, whose figures mean nothing"))
+                left_out.append((path, "comes from a --quick run, whose figures mean nothing"))
             elif dataset not in datasets:
-                left_out.append((path, f"is of {dataset}" + f"; --dataset {dataset} shows it" * (dataset in NAMES)))
+                left_out.append((path, f"is of {dataset}" + f"; --dataset {dataset} shows it" * (dataset in DATASETS)))
             else:
                 found[key] = result
     committed = COMMITTED.resolve()
@@ -98,7 +97,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _check_whole(path: Path, result: dict[str, Any]) -> tuple[Key, str, bool]:
-    """The key and the data set of a result, and True if it is of a ``--quick`` run. Raises UserError if a value for the table is missing."""
+    """The key and the data set of a result, and True if it comes from a ``--quick`` run. Raises UserError if a value for the table is missing."""
     try:
         key, dataset = _key_of(result), result["dataset"]["name"]
         is_quick = "--quick" in result["command"].split()
@@ -157,7 +156,7 @@ def title_of(experiment: str, dataset: str | None = None) -> str:
       dataset: The name of the data set of this project's rows; None for the paper's.
     """
     papers = EXPERIMENTS[experiment].datasets[0]
-    title = f"{EXPERIMENTS[experiment].network.title}, {_DATASET_TITLES.get(papers, papers)}"
+    title = f"{EXPERIMENTS[experiment].network.title}, {DATASETS[papers].title}"
     return title if dataset in (None, papers) else f"{title}; ours: {dataset}"
 
 

@@ -126,7 +126,7 @@ def test_reduced_parameters_score_as_reported(finished):
 
 @pytest.mark.slow
 def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, tmp_path, monkeypatch, capsys):
-    def unavailable(name, data_dir):
+    def unavailable(*_):
         raise data.Unavailable("no internet connection")
 
     _, out = finished

@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
         "--tensorboard",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: dataset)
+        patch.setattr(data, "load", lambda *_, **__: dataset)
         return lenet5.main([*arguments, "--seeds", "2", "--out", str(out)]), out, dataset
 
 

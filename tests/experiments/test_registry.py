@@ -106,7 +106,7 @@ def test_a_new_experiment_is_one_entry(digits, tmp_path, capsys):
         assert result["command"].startswith("python -m experiments.small")
         arguments = ["--results", str(tmp_path), "--dataset", "mnist_5k", "--out", str(tmp_path / "table")]
         assert table.main(arguments) == 0
-        assert "is of a --quick run, whose figures mean nothing" in capsys.readouterr().out
+        assert "comes from a --quick run, whose figures mean nothing" in capsys.readouterr().out
     assert "small" not in EXPERIMENTS
 
 

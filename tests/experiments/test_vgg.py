@@ -101,7 +101,7 @@ def finished(tmp_path_factory):
     thresholds = ["--thresholds", *["3"] * len(vgg.EXPERIMENT.network.chain)]
     arguments = ["--dataset", "mnist_5k", "--quick", "--width", "0.05", "--seeds", "1", *thresholds, "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: dataset)
+        patch.setattr(data, "load", lambda *_, **__: dataset)
         return vgg.main(arguments), out
 
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.io.data import EMBEDDED
+from experiments.io.dataset_table import EMBEDDED
+from experiments.pipeline.pictures import SCORES, weights_picture
 from experiments.pipeline.recipe import PlainRecipe, Recipe, Training
 
-PICTURES = ("weights_layer1.gif", "weights_layer2.gif", "log_dropout_rates.png")
+PICTURES = (weights_picture(1), weights_picture(2), SCORES)
 
 _FULL = Recipe(
     epochs=14,

@@ -86,14 +86,6 @@ def test_it_measures_prints_and_writes_without_torch(capsys, monkeypatch, tmp_pa
     assert f"--out {out} exists" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_peak_memory_is_that_of_the_process():
-    before = training_measures._peak_resident_bytes()
-    size = before + 10**8
-    np.ones(size, np.uint8)
-    assert size < training_measures._peak_resident_bytes() < 3 * size
-
-
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_memory_of_training_is_measured_in_a_process_of_its_own():

@@ -35,7 +35,9 @@ def frame(epoch):
 
 
 def begin(out, settings=SETTINGS, *, resume=False, overwrite=False, every=1):
-    return checkpoints.begin(str(out), settings, [METRICS, "trained_*.npz"], METRICS, every, resume, overwrite)[1]
+    return checkpoints.begin(
+        str(out), settings, [METRICS, "trained_*.npz"], METRICS, every=every, resume=resume, overwrite=overwrite
+    )[1]
 
 
 def save(kept, out, phase, state, epoch, **options):

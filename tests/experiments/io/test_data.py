@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments.io import data, internet, prepared, tfds_builders
+from experiments.io.dataset_table import names_of_shape
 from experiments.runtime.errors import UserError
 
 
@@ -65,6 +66,15 @@ def test_a_missing_data_set_without_replacement_is_refused(tmp_path, monkeypatch
     with pytest.raises(UserError, match=r"--data-dir .*file is a file; it must be a directory"):
         data.load("mnist", str(tmp_path / "file"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_new_data_set_is_one_entry(tmp_path, monkeypatch, offline):
+    entry = dataclasses.replace(data.DATASETS["mnist"], name="kmnist", title_if_replaced=None)
+    monkeypatch.setitem(data.DATASETS, "kmnist", entry)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="--dataset kmnist is not available: no prepared copy was found"):
+        data.load("kmnist")
+    assert names_of_shape((28, 28, 1)) == ("mnist", "mnist_5k", "fashion_mnist", "kmnist")
 
 
 def test_without_tensorflow_datasets_the_embedded_digits_are_used(monkeypatch):
@@ -125,8 +135,8 @@ def served(tmp_path, monkeypatch):
 
         monkeypatch.setattr(cifar, "_cifar_info", property(info))
         for name in ("mnist", "cifar10"):
-            changed = dataclasses.replace(prepared._SIZES[name], train=TRAIN, test=TEST, validation=VALIDATION)
-            monkeypatch.setitem(prepared._SIZES, name, changed)
+            small = dataclasses.replace(data.DATASETS[name], train=TRAIN, test=TEST, validation=VALIDATION)
+            monkeypatch.setitem(data.DATASETS, name, small)
         yield folder
         server.shutdown()
         thread.join()
@@ -249,7 +259,7 @@ def test_arrays_are_cached_and_read_again_where_the_cache_does_not_fit(tmp_path,
     record.write_bytes(b"some")
     whole, reads = data.load("mnist_5k"), []
 
-    def read(name, directory):
+    def read(name, download, directory):
         reads.append(directory)
         return dataclasses.replace(whole, name=name)
 

@@ -28,7 +28,7 @@ def finished(request, tmp_path_factory):
     dataset = few_digits(256, 64, 128)
     arguments = ["--dataset", "mnist_5k", "--method", request.param, "--quick", "--epochs", "3", "--seeds", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: dataset)
+        patch.setattr(data, "load", lambda *_, **__: dataset)
         assert lenet300.main([*arguments, "--pretrain-epochs", "8", "--out", str(out)]) == 0
         patch.undo()
     return request.param, out, dataset
@@ -191,8 +191,11 @@ def test_recipes_have_a_value_for_every_layer(module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pretrain-epochs", "0"], "--pretrain-epochs is 0; --method dc compresses a trained network"),
-        (["--thresholds", "1", "2", "3"], "--thresholds is given; --method dc has none"),
+        (
+            ["--pretrain-epochs", "0"],
+            "--method dc compresses a trained network; give at least 1 epoch, or give --pretrained.",
+        ),
+        (["--thresholds", "1", "2", "3"], "--thresholds cannot be used with --method dc; leave it out."),
         (["--devices", "2"], "--devices is 2; with --method dc it must be 1"),
     ],
 )
@@ -205,7 +208,7 @@ def test_options_that_a_plain_method_lacks_are_refused_in_one_sentence(arguments
 def test_scoring_reads_files_of_levels(finished):
     _, out, dataset = finished
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: dataset)
+        patch.setattr(data, "load", lambda *_, **__: dataset)
         (error,) = scoring.test_errors([out / "compressed_seed2.bcdl"], "mnist_5k", None, None)
     (run,) = json.loads((out / "result.json").read_text())["runs"]
     assert error == pytest.approx(run["test_error"]["reduced"], abs=1e-4)

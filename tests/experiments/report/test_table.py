@@ -62,7 +62,7 @@ def test_a_later_directory_replaces_results_and_other_data_sets_are_left_out(tmp
     assert found["lenet5", 1, "ghs"]["seconds"] == 2
     assert left_out == [
         f"Left out: {second.parent}/one.json is of mnist_5k; --dataset mnist_5k shows it.",
-        f"Left out: {second.parent}/quick.json is of a --quick run, whose figures mean nothing.",
+        f"Left out: {second.parent}/quick.json comes from a --quick run, whose figures mean nothing.",
         f"Left out: {second.parent}/unknown.json is of kmnist.",
     ]
 
