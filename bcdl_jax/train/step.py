@@ -27,7 +27,7 @@ def make_train_step(
 
     Args:
       negative_log_likelihood: A function (params, batch, key) -> mean over the batch in nats, a scalar. It samples weights with that key.
-      optimizer: Any optax optimiser. Gradient clipping and learning rates per kind of parameter are parts of it.
+      optimizer: Any optax optimiser, also one that needs the value of the loss. Gradient clipping and learning rates per kind of parameter are parts of it.
       num_examples: The number of training examples.
       kl_weight: The factor of the KL, or a schedule from the step to the factor, see ``kl_warmup``.
 
@@ -40,6 +40,7 @@ def make_train_step(
       ValueError: ``num_examples`` is not positive.
     """
     check_num_examples(num_examples)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def loss(params: PyTree, batch: Any, key: jax.Array, weight: jax.Array | float):
         nll = negative_log_likelihood(params, batch, key)
@@ -53,7 +54,15 @@ def make_train_step(
         (value, (nll, kl, per_layer)), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.params, batch, key, weight
         )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        # Polyak steps, line searches and schedules that react to a plateau need the loss.
+        updates, optimizer_state = optimizer.update(
+            gradients,
+            state.optimizer_state,
+            state.params,
+            value=value,
+            grad=gradients,
+            value_fn=lambda params: loss(params, batch, key, weight)[0],
+        )
         params = clip_variances(keep_masks(optax.apply_updates(state.params, updates), state.params))
         bad, blamed = _find_failure(value, per_layer, gradients, updates)
         state = _update_unless_halted(state, params, optimizer_state, bad, blamed)

@@ -89,6 +89,33 @@ def test_training_goes_on_from_a_pruned_net(data):
     assert float(jnp.abs(after.kernel_mean - before.kernel_mean).max()) > 0
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+        optax.polyak_sgd(0.3),
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
+    ],
+    ids=["plateau", "polyak", "line search"],
+)
+def test_optimisers_that_need_the_loss(optimizer, key):
+    model, inputs = bcdl_jax.Dense(3), jax.random.normal(key, (32, 5))
+    labels = jnp.argmax(inputs[:, :3], -1)
+
+    def nll(params, batch, key):
+        logits = model.apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    step = jax.jit(bcdl_jax.train.make_train_step(nll, optimizer, num_examples=32, kl_weight=0.0))
+    state = bcdl_jax.train.create_train_state(model.init(key, inputs)["params"], optimizer, key)
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, (inputs, labels))
+        losses.append(float(metrics["loss"]))
+    assert not state.halted
+    assert losses[-1] < losses[0]
+
+
 def test_masks_are_kept_in_a_loop_of_ones_own(data):
     """Weight decay would move masks towards 0, and noise would move them below 0."""
     _, _, states = setup(optax.sgd(0.1), seeds=(0,))
