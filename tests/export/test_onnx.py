@@ -1,3 +1,5 @@
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,36 @@ def test_the_small_network_runs_in_onnxruntime(conv_net, tmp_path):
 def test_shrunk_random_networks(seed, tmp_path):
     apply, params, inputs = random_network(seed)
     check(tmp_path / "net.onnx", apply, params, inputs, bcdl_jax.shrink(apply, params, inputs)[:2])
+
+
+def written(seed, directory):
+    """True if an extended random network is written as ONNX; its file must compute the same as the network."""
+    apply, params, inputs = random_network(seed, extended=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Nothing is left")
+        small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs, tolerance=0.05)
+    path = directory / f"{seed}.onnx"
+    try:
+        bcdl_jax.export_onnx(path, small_apply, small, inputs)
+    except NotImplementedError:
+        return False
+    for batch in (1, 3):
+        (mine,) = run_onnx(path, inputs[:batch])
+        theirs = np.asarray(apply(params, inputs[:batch]))
+        np.testing.assert_allclose(mine, theirs, rtol=0.02, atol=0.02 * np.abs(theirs).max())
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_extended_random_networks(seed, tmp_path):
+    assert written(seed, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_200_extended_random_networks(tmp_path):
+    assert sum(written(seed, tmp_path) for seed in range(200)) >= 190
 
 
 POOLS = {

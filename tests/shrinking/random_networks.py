@@ -181,12 +181,83 @@ class Builder:
 
         return apply, shape
 
+    # Layers that only extended networks have.
+
+    def recurrence(self, shape):
+        """A scan over stacked weights."""
+        stacked = self.array("stacked", (3, shape[-1], shape[-1]), (2,))
+        reverse, keeps_all = bool(self.rng.random() < 0.5), bool(self.rng.random() < 0.5)
+
+        def apply(params, x):
+            last, every = lax.scan(
+                lambda carry, weights: (jnp.tanh(carry @ weights) + carry, carry), x, params[stacked], reverse=reverse
+            )
+            return last + every.sum(0) if keeps_all else last
+
+        return apply, shape
+
+    def experts(self, shape):
+        """A mixture of experts: an einsum of several operands."""
+        count, out = int(self.rng.integers(2, 4)), int(self.rng.integers(2, 7))
+        gate, kernel = self.array("gate", (shape[-1], count)), self.array("experts", (count, shape[-1], out), (1, 2))
+
+        def apply(params, x):
+            return jnp.einsum("...e,...d,edh->...h", jax.nn.softmax(x @ params[gate]), x, params[kernel])
+
+        return apply, (*shape[:-1], out)
+
+    def mixed_types(self, shape):
+        """A product in half precision or of integers, and a table that is read by computed indices."""
+        kernel, table = self.array("mixed", (shape[-1], shape[-1]), (1,)), self.array("table", (5, shape[-1]), (1,))
+        dtype = self.rng.choice(["bfloat16", "float16", "int8", "int32"])
+
+        def apply(params, x):
+            scale = 1 if "float" in dtype else 3
+            to_type = (lambda value: value) if "float" in dtype else jnp.round
+            wide = jnp.float32 if "float" in dtype else jnp.int32
+            small = jnp.clip(to_type(scale * x), -40, 40).astype(dtype)
+            product = lax.dot_general(
+                small,
+                to_type(scale * params[kernel]).astype(dtype),
+                (((x.ndim - 1,), (0,)), ((), ())),
+                preferred_element_type=wide,
+            )
+            places = jnp.clip(jnp.abs(product[..., 0]), 0, 4).astype(jnp.int32)
+            # The place must not depend on the last bits of the product.
+            is_safe = abs(product[..., :1] - jnp.round(product[..., :1])) > 0.05 if "float" in dtype else True
+            return x + product.astype(jnp.float32) / scale**2 + jnp.where(is_safe, params[table][places], 0.0)
+
+        return apply, shape
+
+    def masking(self, shape):
+        """Selections by combined conditions, and padding."""
+        low = float(self.rng.normal())
+
+        def apply(params, x):
+            padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)])[..., :-1]
+            condition = jnp.where(x > low, padded > 0, ~(x < -1)) & (x < 3)
+            return jnp.where(condition, x, padded / 2)
+
+        return apply, shape
+
+    def causal_attention(self, shape):
+        """Attention of one head on [tokens, features], with a mask."""
+        names = [self.array(name, (shape[-1], shape[-1]), (1,)) for name in ("query", "key", "value")]
+
+        def apply(params, x):
+            query, key, value = (x @ params[name] for name in names)
+            mask = jnp.broadcast_to(jnp.tril(jnp.ones((x.shape[1],) * 2, bool)), (x.shape[0], x.shape[1], x.shape[1]))
+            scores = jnp.where(mask, jnp.einsum("bqd,bkd->bqk", query, key), -1e9)
+            return x + jax.nn.softmax(scores) @ value
+
+        return apply, shape
+
     def probe(self, apply, shape):
         return jax.eval_shape(apply, self.params, jax.ShapeDtypeStruct((2, *shape), jnp.float32)).shape[1:]
 
 
-def random_network(seed):
-    """A network of up to eight layers: (apply, params, inputs)."""
+def random_network(seed, extended=False):
+    """A network of up to eight layers: (apply, params, inputs). Extended networks also have masks, scans, einsums and mixed types."""
     builder = Builder(seed)
     rng = builder.rng
     rank = int(rng.choice([0, 1, 2, 2, 2, 3]))
@@ -220,13 +291,15 @@ def random_network(seed):
         else:
             layers.append(lambda params, x: x.reshape(x.shape[0], -1, x.shape[-1]))
             shape = (int(np.prod(shape[:-1])), shape[-1])
-            for kind in ("layer_norm", "attention", "dense"):
+            for kind in ("layer_norm", "attention", "dense", *["causal_attention"] * extended):
                 shape = add(kind)
             layers.append(lambda params, x: x[:, 0])
             shape = shape[-1:]
     for _ in range(int(rng.integers(1, 3))):
         shape = add(str(rng.choice(flat)))
         shape = add("activation")
+        if extended:
+            shape = add(str(rng.choice(["recurrence", "experts", "mixed_types", "masking"])))
     shape = add("dense")
 
     def apply(params, x):
