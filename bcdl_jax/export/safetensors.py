@@ -12,6 +12,13 @@ from bcdl_jax._atomic_file import write_atomically
 from bcdl_jax._tree import PyTree, named_arrays
 from bcdl_jax.compression.plain_twin import mean_weights
 
+# The name of the format's own entry, and the types that the format and NumPy share.
+_RESERVED = "__metadata__"
+_TYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+)
+
 
 def export_safetensors(
     path: str | os.PathLike[str], params: PyTree, *, metadata: Mapping[str, str] | None = None
@@ -28,7 +35,8 @@ def export_safetensors(
       The number of bytes of the file.
 
     Raises:
-      ValueError: Two arrays have the same name, an array does not hold plain numbers, or ``metadata`` has an entry that is not a string.
+      ValueError: Two arrays have the same name, an array has a name or a type that the format cannot hold, or ``metadata`` has an entry
+        that is not a string.
       OSError: The file cannot be written.
       ModuleNotFoundError: The package safetensors is not installed.
     """
@@ -39,7 +47,13 @@ def export_safetensors(
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(f"metadata has the entry {key!r}: {value!r}; the key and the value must be strings.")
-    data = save(numpy_arrays(mean_weights(params), "."), dict(metadata or {}))
+    arrays = numpy_arrays(mean_weights(params), ".")
+    for name, array in arrays.items():
+        if name == _RESERVED:
+            raise ValueError(f"An array has the name {name}, which the format reserves; rename it.")
+        if array.dtype.name not in _TYPES:
+            raise ValueError(f"{name} has the type {array.dtype.name}; allowed are {', '.join(_TYPES)}.")
+    data = save(arrays, dict(metadata or {}))
     write_atomically(path, data)
     return len(data)
 

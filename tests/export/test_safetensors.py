@@ -218,6 +218,12 @@ def test_bad_input_is_refused(net, conv_net, key, tmp_path):
     _, variables, images = net
     with pytest.raises(ValueError, match="metadata has the entry 'epochs': 3; the key and the value must be strings"):
         bcdl_jax.export_safetensors(tmp_path / "a", variables, metadata={"epochs": 3})
+    with pytest.raises(ValueError, match="An array has the name __metadata__, which the format reserves"):
+        bcdl_jax.export_safetensors(tmp_path / "a", {"__metadata__": jnp.ones(3)})
+    for dtype in (jnp.int4, jnp.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"x has the type {jnp.dtype(dtype).name}; allowed are bool, int8"):
+            bcdl_jax.export_safetensors(tmp_path / "a", {"x": jnp.ones(3, dtype)})
+    assert not list(tmp_path.iterdir())
     model, params, inputs = conv_net
     with pytest.raises(
         ValueError, match="params holds a GroupNormalJeffreysPosterior; it must hold arrays only, see mean_weights"
