@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,9 @@ def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float])
 @jax.jit
 def _reduce_precision(params: PyTree, relative: dict[str, jax.Array]) -> PyTree:
     def quantize(name: str, posterior: Posterior) -> QuantizedLayer:
-        return _quantized(posterior, lambda moments, mask: _round_by_deviation(moments, mask, relative[name]))
+        return _quantized(
+            posterior, lambda moments, mask, dtype: _round_by_deviation(moments, mask, dtype, relative[name])
+        )
 
     return map_named_layers(quantize, params, Posterior)
 
@@ -125,27 +128,31 @@ def choose_relative_step(
     return max(good, default=ordered[0])
 
 
-def _quantized(posterior: Posterior, round_weights: Callable[[_Moments, jax.Array], RoundedArray]) -> QuantizedLayer:
-    """The layer whose kernel and bias are rounded by ``round_weights``, a function of moments and mask."""
-    bias_moments = posterior.bias_moments()
+def _quantized(
+    posterior: Posterior, round_weights: Callable[[_Moments, jax.Array, Any], RoundedArray]
+) -> QuantizedLayer:
+    """The layer whose kernel and bias are rounded by ``round_weights``, a function of moments, mask and the dtype of the step."""
+    # In float32 at least: variances and steps underflow in float16.
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), posterior)
+    bias_moments = wide.bias_moments()
     return QuantizedLayer.of(
         posterior,
-        kernel=round_weights(posterior.kernel_moments(), posterior.kernel_mask),
-        bias=None if bias_moments is None else round_weights(bias_moments, posterior.output_mask > 0),
+        kernel=round_weights(wide.kernel_moments(), posterior.kernel_mask, posterior.dtype),
+        bias=None if bias_moments is None else round_weights(bias_moments, posterior.output_mask > 0, posterior.dtype),
     )
 
 
-def _round_by_deviation(moments: _Moments, mask: jax.Array, relative_step: jax.Array) -> RoundedArray:
+def _round_by_deviation(moments: _Moments, mask: jax.Array, dtype: Any, relative_step: jax.Array) -> RoundedArray:
     """Rounds to multiples of the relative step times the geometric mean of the kept weights' standard deviations."""
     mean, variance = moments
     log_deviation = jnp.where(mask, 0.5 * jnp.log(jnp.where(mask, variance, 1)), 0)
     count = jnp.sum(jnp.broadcast_to(mask, mean.shape))
     step = relative_step * jnp.exp(jnp.sum(log_deviation) / jnp.maximum(count, 1))
-    integers, step = _round_to_step(mean, step)
+    integers, step = _round_to_step(mean, step, dtype)
     return RoundedArray(integers, step, integer_bits(integers))
 
 
-def _round_by_round_off(moments: _Moments, mask: jax.Array) -> RoundedArray:
+def _round_by_round_off(moments: _Moments, mask: jax.Array, dtype: Any) -> RoundedArray:
     """Rounds by the rule of ``reduce_precision_by_round_off``."""
     mean, variance = moments
     round_offs = 2.0 ** -jnp.arange(1, 24)
@@ -154,11 +161,15 @@ def _round_by_round_off(moments: _Moments, mask: jax.Array) -> RoundedArray:
     bits = jnp.ceil(jnp.sum(jnp.where(mask, per_weight, 0)) / jnp.maximum(count, 1))
     largest = jnp.maximum(jnp.max(jnp.abs(mean), initial=0), 1)
     exponent_bits = jnp.ceil(jnp.log2(jnp.log2(largest) + 1) + 1)
-    integers, step = _round_to_step(mean, 2.0**-bits)
+    integers, step = _round_to_step(mean, 2.0**-bits, dtype)
     return RoundedArray(integers, step, jnp.where(count > 0, bits + exponent_bits + 1, 0).astype(jnp.int32))
 
 
-def _round_to_step(mean: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The integers of the weights, and the step, which is enlarged if the largest weight would overflow."""
-    step = jnp.maximum(step, jnp.max(jnp.abs(mean), initial=0) / _LARGEST).astype(mean.dtype)
-    return jnp.round(mean / step).astype(_INTEGER_DTYPE), step
+def _round_to_step(mean: jax.Array, step: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The integers of the weights, and the step in the given dtype, which is enlarged if the largest weight would overflow."""
+    step = jnp.maximum(step, jnp.max(jnp.abs(mean), initial=0) / _LARGEST).astype(dtype)
+    if jnp.finfo(dtype).bits < 32:
+        step = jnp.maximum(step, jnp.finfo(dtype).smallest_subnormal.astype(dtype))
+    integers = jnp.round(mean / step.astype(mean.dtype))
+    # The step may have been rounded down.
+    return jnp.clip(integers, -_LARGEST, _LARGEST).astype(_INTEGER_DTYPE), step

@@ -149,3 +149,27 @@ def test_relative_step_by_layer(net):
         assert_trees_close(mixed[name], bcdl_jax.reduce_precision(params, steps[name])[name])
     with pytest.raises(ValueError, match="relative_step has no value for layer Dense_1"):
         bcdl_jax.reduce_precision(params, {"Dense_0": 1.0})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+@pytest.mark.parametrize("by_round_off", [False, True])
+def test_half_precision_is_rounded_like_float32(dtype, size, by_round_off, key):
+    """Small deviations: their squares underflow in float16."""
+    layer = make_posterior(key, (20, 10), "input")
+    layer = layer.replace(
+        kernel_mean=size * layer.kernel_mean, kernel_log_variance=jnp.full((20, 10), -2 * 8.5) + 2 * jnp.log(size)
+    )
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), layer)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    reduce = (
+        bcdl_jax.compression.reduce_precision_by_round_off
+        if by_round_off
+        else lambda tree: bcdl_jax.reduce_precision(tree, 1.0)
+    )
+    reduced, expected = reduce({"layer": half})["layer"], reduce({"layer": wide})["layer"]
+    assert reduced.kernel_step.dtype == dtype
+    weights = reduced.kernel.astype(jnp.float32) * reduced.kernel_step.astype(jnp.float32)
+    tolerance = float(expected.kernel_step) * 0.51 + 0.005 * float(jnp.abs(weights).max())
+    np.testing.assert_allclose(weights, wide.mean_weights()[0], atol=tolerance)
+    assert int(reduced.kernel_bits) == pytest.approx(int(expected.kernel_bits), abs=1)
