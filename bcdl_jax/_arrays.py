@@ -1,8 +1,9 @@
-"""Shapes of arrays that broadcast."""
+"""Shapes of arrays that broadcast, and masks."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 
 def of_rank(array: jax.Array, rank: int) -> jax.Array:
@@ -11,3 +12,8 @@ def of_rank(array: jax.Array, rank: int) -> jax.Array:
     It broadcasts against arrays of the rank without an implicit promotion, which ``jax_numpy_rank_promotion`` may forbid.
     """
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
+
+
+def is_kept(mask: jax.Array) -> jax.Array:
+    """The kept entries of a mask, an array of bool. A mask is bool itself, or it holds numbers, of which the positive ones are kept."""
+    return mask if mask.dtype == jnp.bool_ else mask > 0

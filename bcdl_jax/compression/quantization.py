@@ -36,7 +36,7 @@ def integer_bits(integers: jax.Array | np.ndarray) -> jax.Array:
     # The powers of two in the type of the integers. A magnitude has as many binary digits as there are powers up to it.
     powers = 1 << np.arange(8 * integers.dtype.itemsize - 1, dtype=integers.dtype)
     digits = ((high >= powers) | (-1 - low >= powers)).sum()
-    return ((digits + 1) * ((high > 0) | (low < 0))).astype(np.int32)
+    return ((digits + 1) * ((high > 0) | (low < 0)).astype(digits.dtype)).astype(np.int32)
 
 
 def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float]) -> PyTree:
@@ -147,7 +147,7 @@ def _round_by_deviation(moments: _Moments, mask: jax.Array, dtype: Any, relative
     mean, variance = moments
     log_deviation = jnp.where(mask, 0.5 * jnp.log(jnp.where(mask, variance, 1)), 0)
     count = jnp.sum(jnp.broadcast_to(mask, mean.shape))
-    step = relative_step * jnp.exp(jnp.sum(log_deviation) / jnp.maximum(count, 1))
+    step = relative_step * jnp.exp(jnp.sum(log_deviation) / jnp.maximum(count, 1).astype(mean.dtype))
     integers, step = _round_to_step(mean, step, dtype)
     return RoundedArray(integers, step, integer_bits(integers))
 
@@ -155,7 +155,7 @@ def _round_by_deviation(moments: _Moments, mask: jax.Array, dtype: Any, relative
 def _round_by_round_off(moments: _Moments, mask: jax.Array, dtype: Any) -> RoundedArray:
     """Rounds by the rule of ``reduce_precision_by_round_off``."""
     mean, variance = moments
-    round_offs = 2.0 ** -jnp.arange(1, 24)
+    round_offs = 2.0 ** -jnp.arange(1.0, 24.0)
     per_weight = jnp.sum(2 * variance[..., None] < of_rank(round_offs, variance.ndim + 1), axis=-1)
     count = jnp.sum(jnp.broadcast_to(mask, mean.shape))
     bits = jnp.ceil(jnp.sum(jnp.where(mask, per_weight, 0)) / jnp.maximum(count, 1))

@@ -117,10 +117,16 @@ class QuantizedLayer(LayerNode, flax.struct.PyTreeNode):
 
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """The kernel and the bias as floating-point numbers. The bias is None for a layer without one."""
-        bias = None if self.bias is None or self.bias_step is None else self.bias * self.bias_step
+        bias = None if self.bias is None or self.bias_step is None else _scaled(self.bias, self.bias_step)
         if self.kernel_levels is None:
-            return self.kernel * self.kernel_step, bias
+            return _scaled(self.kernel, self.kernel_step), bias
         # The appended zero gives the places a valid target in an empty layer, which has no levels.
         levels = jnp.append(jnp.asarray(self.kernel_levels), 0.0)
         place = self.kernel + jnp.sum(levels < 0) - (self.kernel > 0)
         return jnp.where(self.kernel == 0, 0, levels[place]), bias
+
+
+def _scaled(integers: jax.Array, step: jax.Array) -> jax.Array:
+    """The integers times the step, in the dtype of the step. The product is computed in float32 at least: float16 rounds integers above 2048."""
+    wide = jnp.promote_types(step.dtype, jnp.float32)
+    return (integers.astype(wide) * step.astype(wide)).astype(step.dtype)

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax._arrays import is_kept
 from bcdl_jax._tree import PyTree, find_single_layers
 from bcdl_jax.compression.layers import LAYER_TYPES, is_layer
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
@@ -132,7 +133,7 @@ def _layers(params: PyTree) -> dict[str, _Layer]:
 
 
 def _kernel_bits(layer: _Layer) -> jax.Array:
-    return layer.kept_weights() * layer.bits_per_weight
+    return layer.kept_weights() * jnp.asarray(layer.bits_per_weight, jnp.float32)
 
 
 def _index_bits(layer: _Layer) -> jax.Array | int:
@@ -140,13 +141,13 @@ def _index_bits(layer: _Layer) -> jax.Array | int:
     if not layer.prunes_weights:
         return 0
     kept = layer.kept_weights()
-    return jnp.where(kept < math.prod(layer.kernel_shape), kept * layer.bits_per_weight, 0)
+    return jnp.where(kept < math.prod(layer.kernel_shape), kept * jnp.asarray(layer.bits_per_weight, jnp.float32), 0)
 
 
 def _bias_bits(layer: _Layer) -> jax.Array | int:
     if not layer.bias_size:
         return 0
-    return jnp.sum(layer.output_mask > 0, dtype=jnp.float32) * layer.bits_per_bias
+    return jnp.sum(is_kept(layer.output_mask), dtype=jnp.float32) * jnp.asarray(layer.bits_per_bias, jnp.float32)
 
 
 def _overhead_bits(layer: _Layer) -> jax.Array | int:
@@ -154,5 +155,5 @@ def _overhead_bits(layer: _Layer) -> jax.Array | int:
     if layer.prunes_weights:
         weights = float(math.prod(layer.kernel_shape))
         return jnp.minimum(FLOAT_BITS * layer.kept_weights(), weights) + layer.step_bits
-    group_mask = layer.group_mask > 0
+    group_mask = is_kept(layer.group_mask)
     return jnp.where(jnp.all(group_mask), 0, group_mask.size) + layer.step_bits

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcdl_jax._arrays import of_rank
+from bcdl_jax._arrays import is_kept, of_rank
 from bcdl_jax.nn.linear_maps import LinearMap
 from bcdl_jax.priors.noise import example_normal
 from bcdl_jax.priors.posterior import Posterior, WeightsNode
@@ -90,4 +90,4 @@ def _deviation(variance: jax.Array) -> jax.Array:
 
 def _masked(array: jax.Array, mask: jax.Array) -> jax.Array:
     """The array with exact zeros where the mask is not positive, even if the array is not finite there."""
-    return jnp.where(of_rank(mask > 0, array.ndim), array, 0)
+    return jnp.where(of_rank(is_kept(mask), array.ndim), array, 0)

@@ -44,7 +44,7 @@ def _balanced(layer: Posterior) -> Posterior:
     others = (*window, -1 if layer.group_axis == "input" else -2)
     mask = jnp.broadcast_to(layer.kernel_mask, layer.kernel_shape)
     total = jnp.sum(jnp.where(mask, _mean_square(layer.kernel_mean, layer.kernel_log_variance), 0), others)
-    count = jnp.sum(mask, others)
+    count = jnp.sum(mask, others).astype(total.dtype)
     if layer.group_axis == "output" and layer.bias_mean is not None and layer.bias_log_variance is not None:
         total += _mean_square(layer.bias_mean, layer.bias_log_variance)
         count += 1

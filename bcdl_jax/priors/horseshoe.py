@@ -92,7 +92,7 @@ class GroupHorseshoePosterior(Posterior):
         # The prior of the layer's scale is almost flat, so the geometric mean of the factors goes there.
         kept = self.group_mask > 0
         log_factor = jnp.log(factor)
-        shared = jnp.sum(jnp.where(kept, log_factor, 0)) / jnp.maximum(jnp.sum(kept), 1)
+        shared = jnp.sum(jnp.where(kept, log_factor, 0)) / jnp.maximum(jnp.sum(kept), 1).astype(log_factor.dtype)
         own = log_factor - shared
         return self.with_weights_divided_by(factor).replace(
             layer_inverse_log_mean=self.layer_inverse_log_mean + 2 * shared,

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax._arrays import of_rank
+from bcdl_jax._arrays import is_kept, of_rank
 
 GroupAxis = Literal["input", "output"]
 
@@ -79,6 +79,6 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
     """
     inputs, features = kernel_shape[-2:]
     feature_groups = input_mask.shape[-1] // inputs
-    kept_inputs = (input_mask > 0).reshape(feature_groups, inputs)
-    mask = jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & of_rank(output_mask > 0, 2)
+    kept_inputs = is_kept(input_mask).reshape(feature_groups, inputs)
+    mask = jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & of_rank(is_kept(output_mask), 2)
     return of_rank(mask, len(kernel_shape))

@@ -72,7 +72,7 @@ def make_train_epoch(
 def mean_metrics(state: TrainState, steps: int) -> Metrics:
     """The means of the metrics over the steps of the current epoch. ``steps`` is the number of steps of a whole epoch."""
     taken = (state.step - 1) % steps + 1
-    return {name: total / taken for name, total in state.metric_sums.items()}
+    return {name: total / taken.astype(total.dtype) for name, total in state.metric_sums.items()}
 
 
 def _add_metrics(sums: Metrics, metrics: Metrics, place: jax.Array, halted: jax.Array) -> Metrics:

@@ -1,4 +1,4 @@
-"""The library without implicit promotions of rank, which users may forbid by ``jax_numpy_rank_promotion``."""
+"""The library without implicit promotions of ranks and dtypes, which users may forbid."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def no_promotion():
-    with jax.numpy_rank_promotion("raise"):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
 
 
@@ -52,7 +52,7 @@ def test_training_and_compression(family, tmp_path):
         logits = model.apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.sgd(1e-2)  # The Adam of optax promotes dtypes itself.
     step = bcdl_jax.train.make_train_step(nll, optimizer, num_examples=len(LABELS))
     state = bcdl_jax.train.create_train_state(params, optimizer, jax.random.key(1))
     for shards in (1, 2):
