@@ -110,14 +110,17 @@ def _not_finite(*gradient_and_update: PyTree) -> jax.Array:
     """True if the gradient or the update of a part of the params is not finite.
 
     The arrays of the kernel are left out, which saves a pass over nearly all parameters. A value that is not finite and flows back into
-    the layer reaches the gradients of its biases and scales too; a kernel that overflows makes the KL of its layer not finite.
+    the layer reaches the gradients of its biases and scales too; a kernel that overflows makes the KL of its layer not finite. The masks
+    are left out too: they stay as they are, whatever an optimiser makes of their zero gradients.
     """
-    small = [
-        part.replace(kernel_mean=None, kernel_log_variance=None) if is_posterior(part) else part
-        for part in gradient_and_update
-    ]
+    small = [_without_kernel_and_masks(part) if is_posterior(part) else part for part in gradient_and_update]
     # Zero times a value that is not finite is not a number. This compiles to a smaller program than a test of each value.
     return ~jnp.isfinite(sum(jnp.sum(leaf * 0) for leaf in jax.tree.leaves(small)))
+
+
+def _without_kernel_and_masks(part: Any) -> Any:
+    masks = [name for name, kind in array_kinds(part).items() if kind == "mask"]
+    return part.replace(**dict.fromkeys(["kernel_mean", "kernel_log_variance", *masks]))
 
 
 def keep_masks(new: PyTree, old: PyTree) -> PyTree:

@@ -116,6 +116,21 @@ def test_optimisers_that_need_the_loss(optimizer, key):
     assert losses[-1] < losses[0]
 
 
+def test_updates_of_masks_that_are_not_finite_do_not_halt(key):
+    model, inputs = bcdl_jax.Dense(3), jax.random.normal(key, (8, 5))
+    params = model.init(key, inputs)["params"]
+    # Divides each gradient by its own norm, which is zero for a mask.
+    normalize = optax.stateless(lambda updates, _: jax.tree.map(lambda g: -1e-3 * g / jnp.linalg.norm(g), updates))
+
+    def nll(params, batch, key):
+        return jnp.mean(model.apply({"params": params}, batch, deterministic=False, rngs={"noise": key}) ** 2)
+
+    step = jax.jit(bcdl_jax.train.make_train_step(nll, normalize, num_examples=8))
+    state, _ = step(bcdl_jax.train.create_train_state(params, normalize, key), inputs)
+    assert not state.halted
+    assert all(bool(jnp.all(leaf == leaf)) for leaf in jax.tree.leaves(state.params))
+
+
 def test_masks_are_kept_in_a_loop_of_ones_own(data):
     """Weight decay would move masks towards 0, and noise would move them below 0."""
     _, _, states = setup(optax.sgd(0.1), seeds=(0,))
