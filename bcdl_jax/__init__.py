@@ -45,7 +45,7 @@ __all__ = [  # noqa: RUF022
     # The start of training, from a trained network.
     "from_trained",
     "balance_scales",
-    # The objective, and what follows each step.
+    # The objective, and the functions to call after each step.
     "kl_divergence",
     "negative_elbo",
     "kl_warmup",

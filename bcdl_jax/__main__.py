@@ -76,6 +76,12 @@ def print_summaries(summaries: list[RecordSummary], size: int) -> None:
         )
     numbers = sum(math.prod(summary.shape) + summary.biases for summary in summaries)
     print(f"{size:,} bytes; these weights and biases in float32: {4 * numbers:,} bytes ({4 * numbers / size:.1f}x)")
+    if floats := [summary for summary in summaries if summary.dtype == "float32"]:
+        largest = max(floats, key=lambda summary: summary.bytes)
+        print(
+            f"not rounded: {len(floats)} float32 array{'s' * (len(floats) > 1)}, {sum(each.bytes for each in floats):,.0f} bytes; the largest "
+            f"is {largest.name} with {largest.bytes:,.0f} bytes"
+        )
     print(
         "bits: width of an integer; bits/weight: size in the file, with biases, steps and kept indices, per kept weight."
     )

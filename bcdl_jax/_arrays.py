@@ -14,6 +14,11 @@ def of_rank(array: jax.Array, rank: int) -> jax.Array:
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
+def in_float32(array: jax.Array) -> jax.Array:
+    """The array in float32, or in its own dtype if that is wider. Sums and variances need the range and the precision."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
 def is_kept(mask: jax.Array) -> jax.Array:
     """The kept entries of a mask, an array of bool. A mask is bool itself, or it holds numbers, of which the positive ones are kept."""
     return mask if mask.dtype == jnp.bool_ else mask > 0

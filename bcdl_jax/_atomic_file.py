@@ -5,25 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes bytes to a temporary file in the same directory, and renames it when it is complete.
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a temporary file in the same directory, and renames it when it is complete. No temporary file remains after an error.
 
     Args:
       path: The file.
-      data: The bytes.
+      write: A function that writes the content to an open binary file.
 
     Raises:
-      OSError: The file cannot be written. No temporary file remains.
+      OSError: The file cannot be written.
     """
     check_writable(path)
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

@@ -6,7 +6,7 @@ import jax
 
 
 def on_cpu() -> bool:
-    """Whether computations run on a CPU by default. It decides on:
+    """Whether computations run on a CPU by default. There the library uses other forms of three computations:
 
     convolutions that sample: matrix products with patches, whose gradients are several times as fast there;
     max pooling: a form whose gradient needs no scatter;

@@ -1,19 +1,23 @@
 """Trees of parameters: their layers, the names of layers and arrays, and values that are given by layer.
 
 A layer keeps its parameters in one *node*, a pytree of its own type: a posterior, or a layer of integers. Layers are found by that type.
-The class of a node says for errors what its layers are called, ``layer_kind``, and where they come from, ``layer_source``.
+Each node class has two texts for error messages: ``layer_kind``, the plural name of its layers, and ``layer_source``, a sentence on their
+origin.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 PyTree = Any
+Function = TypeVar("Function", bound=Callable[..., Any])
 NodeTypes = type[Any] | tuple[type[Any], ...]
 
 # The name under which a layer stores its node among the parameters of its module. It is left out of the names of layers.
@@ -70,8 +74,9 @@ def find_layers(params: PyTree, node_types: NodeTypes) -> dict[str, Any]:
     """All nodes of the given types by layer name, in the order of the tree, see ``layer_name``.
 
     Raises:
-      ValueError: There is none.
+      ValueError: There is none, or a leaf of the tree is not an array.
     """
+    check_arrays(params)
     found = _layers_by_name(params, node_types)
     if not found:
         nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=dataclasses.is_dataclass)
@@ -144,7 +149,8 @@ def array_names(paths: Sequence[tuple[Any, ...]], separator: str = "/") -> list[
 
 
 def named_arrays(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:
-    """The arrays of a tree with their names, in the order of its leaves."""
+    """The arrays of a tree with their names, in the order of its leaves. Raises ValueError for a leaf that is not an array."""
+    check_arrays(tree)
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return list(zip(array_names([path for path, _ in flat], separator), [leaf for _, leaf in flat], strict=True))
 
@@ -176,6 +182,37 @@ def check_layers_exist(given: Iterable[str], names: Iterable[str], argument: str
     for name in given:
         if name not in names:
             raise ValueError(f"{argument} names layer {name}, which does not exist; the layers are {', '.join(names)}.")
+
+
+def check_arrays(tree: PyTree, argument: str = "params") -> None:
+    """Raises ValueError if a leaf of the tree is neither an array nor a number, such as a function of an Equinox module."""
+    if all(map(_is_array, jax.tree.leaves(tree))):
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    path, leaf = next((path, leaf) for path, leaf in leaves if not _is_array(leaf))
+    raise ValueError(
+        f"{argument} {f'holds at {path_name(path)}' if path else 'is'} a {type(leaf).__name__}; it must be a tree of arrays. For an Equinox "
+        "module, give the arrays of eqx.partition(module, eqx.is_array); for an NNX module, give the params of nnx.split(module, nnx.Param, ...)."
+    )
+
+
+def takes_arrays(function: Function) -> Function:
+    """Makes a function call ``check_arrays`` on its first argument. Written above ``jax.jit``, whose own error names no way out."""
+
+    @functools.wraps(function)
+    def checked(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        check_arrays(params)
+        return function(params, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, bool | int | float | complex):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    # The kinds of NumPy's types that hold objects, texts and times.
+    return dtype is not None and hasattr(leaf, "shape") and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
 
 
 def is_key(leaf: Any) -> bool:

@@ -7,7 +7,7 @@
     masks = bcdl_jax.baselines.prune_and_splice(params, masks, thresholds)  # at each step
     loss = lambda params, batch: plain_loss(bcdl_jax.baselines.apply_masks(params, masks, splicing=True), batch)
 
-``weight_sharing`` shows how the pruned network becomes a file.
+The module ``weight_sharing`` describes the way from the pruned network to a file.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def magnitude_masks(params: PyTree, kept: ByLayer) -> PyTree:
     def mask(kernel: jax.Array, share: float) -> jax.Array:
         if not 0 < share <= 1:
             raise ValueError(f"kept holds {share}; it must be above 0 and at most 1.")
+        if not kernel.size:  # Nothing is left of a layer that was shrunk.
+            return jnp.ones(kernel.shape, bool)
         count = max(1, round(share * kernel.size))
         magnitudes = jnp.abs(kernel)
         return magnitudes >= jnp.sort(magnitudes, axis=None)[kernel.size - count]
@@ -109,7 +111,7 @@ def surgery_thresholds(params: PyTree, spread: ByLayer) -> PyTree:
 
     def threshold(kernel: jax.Array, factor: float) -> jax.Array:
         magnitudes = jnp.abs(kernel)
-        return jnp.mean(magnitudes) + factor * jnp.std(magnitudes)
+        return jnp.mean(magnitudes) + factor * jnp.std(magnitudes) if kernel.size else jnp.zeros((), kernel.dtype)
 
     return _map_kernels(threshold, params, spread, "spread", other=lambda leaf: jnp.zeros((), leaf.dtype))
 

@@ -4,7 +4,8 @@
     loss = lambda params, mixture, batch: plain_loss(params, batch) + tau * bcdl_jax.baselines.mixture_nll(params, mixture) / num_examples
     assignments, levels = bcdl_jax.baselines.collapse(params, mixture)
 
-``weight_sharing`` shows how the network becomes a file, with the masks ``{name: indices >= 0 for name, indices in assignments.items()}``.
+The module ``weight_sharing`` describes the way from the network to a file. The masks are
+``{name: indices >= 0 for name, indices in assignments.items()}``.
 
 More weights are pruned in several rounds. After each round, the weights with the index -1 are set to zero and stay zero:
 
@@ -80,7 +81,7 @@ def create_mixture(
         4 * components. With a large ``zero_proportion``, a larger deviation assigns more weights to the component at zero.
 
     Raises:
-      ValueError: ``components`` is below 2, or ``zero_proportion`` or ``deviation`` is out of range.
+      ValueError: ``components`` is below 2, ``zero_proportion`` or ``deviation`` is out of range, or ``params`` holds no weights.
     """
     if components < 2:
         raise ValueError(f"components is {components}; it must be at least 2.")
@@ -89,6 +90,8 @@ def create_mixture(
     if deviation is not None and not 0 < deviation < np.inf:
         raise ValueError(f"deviation is {deviation}; it must be above 0 and finite.")
     weights = _all_weights(params)
+    if not weights.size:
+        raise ValueError("params holds only kernels without elements; a mixture needs weights.")
     low, high = jnp.min(weights), jnp.max(weights)
     spread = (high - low) / (4 * components) if deviation is None else jnp.asarray(deviation, weights.dtype)
     return Mixture(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from bcdl_jax._atomic_file import write_atomically
-from bcdl_jax._tree import PyTree, array_names, is_key, layer_name, module_name
+from bcdl_jax._tree import PyTree, array_names, check_arrays, is_key, layer_name, module_name
 from bcdl_jax.codec.format import MAX_BYTES, CompressedFileError, LayerHeader, described, nonzero_indices
 from bcdl_jax.codec.reader import FileReader
 from bcdl_jax.codec.writer import FileWriter
@@ -33,6 +34,7 @@ class RecordSummary:
       bits: Bits of one integer of the kernel, or bits of the type of the array.
       bytes: Size of the entry in the file: kernel, bias, steps or levels, and sets of kept indices.
       biases: Number of biases of a layer, 0 for an array.
+      dtype: The type of an array, such as "float32". None for a layer, which holds integers.
     """
 
     name: str
@@ -41,6 +43,7 @@ class RecordSummary:
     bits: int
     bytes: float
     biases: int = 0
+    dtype: str | None = None
 
 
 def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -> int:
@@ -50,7 +53,7 @@ def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -
 
     Args:
       path: The file. It is written under a temporary name and then renamed.
-      params: A tree of quantised layers (see ``reduce_precision``) and arrays of integers, floats or bools.
+      params: A tree of quantised layers (see ``reduce_precision``) and arrays of integers, floats or bools, shrunk or not.
       names: True to store the paths of the tree. Without them ``load`` needs a template.
 
     Returns:
@@ -64,7 +67,7 @@ def save(path: str | os.PathLike[str], params: PyTree, *, names: bool = False) -
       UserWarning: The tree takes more memory than ``load`` allows by default.
     """
     data = encode(params, names=names)
-    write_atomically(path, data)
+    write_atomically(path, lambda file: file.write(data))
     return len(data)
 
 
@@ -73,8 +76,8 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None, *, max_bytes:
 
     Args:
       path: The file.
-      like: A template: a tree with the same layers and shapes, in the same order, such as the params from ``init``. Its layers may be
-        posteriors or quantised layers. None for a file with names, which is read as nested dictionaries.
+      like: A template: a tree with the same layers and shapes, in the same order, such as the params from ``init``, or the small params
+        from ``shrink``. Its layers may be posteriors or quantised layers. None for a file with names, which is read as nested dictionaries.
       max_bytes: The largest memory that the tree may take, 4 GiB by default. It is checked before memory is allocated: a file of a few
         bytes may hold billions of zeros.
 
@@ -106,6 +109,7 @@ def encode(params: PyTree, *, names: bool = False) -> bytes:
     Warns:
       UserWarning: The tree takes more memory than ``decode`` allows by default.
     """
+    check_arrays(params)
     writer = FileWriter()
     for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_layer):
         name = layer_name(path)
@@ -171,7 +175,7 @@ def summarize(data: bytes, *, max_bytes: int = MAX_BYTES) -> list[RecordSummary]
 def _summary(name: str, value: QuantizedLayer | np.ndarray, size: float) -> RecordSummary:
     if not isinstance(value, QuantizedLayer):
         kept = tuple(int(np.sum(flags)) for flags in nonzero_indices(value))
-        return RecordSummary(name, value.shape, kept, 8 * value.dtype.itemsize, size)
+        return RecordSummary(name, value.shape, kept, 8 * value.dtype.itemsize, size, dtype=value.dtype.name)
     *window, fan_in, _ = value.kernel_shape
     # The kernel of a grouped convolution has entries for all of its inputs.
     kept_inputs = int(np.sum(value.input_mask)) if value.input_mask.size == fan_in else fan_in
@@ -199,9 +203,12 @@ def _check_template(reader: FileReader, nodes: Sequence[Any], names: Sequence[st
         stored_kind, wanted_kind = isinstance(header, LayerHeader), is_layer(node)
         shape = node.kernel_shape if wanted_kind else np.shape(node)
         if stored_kind != wanted_kind or header.shape != shape:
+            same_kind = stored_kind == wanted_kind and len(header.shape) == len(shape)
+            fits_within = same_kind and all(map(operator.le, header.shape, shape))
+            hint = " A file of shrunk params needs the small params from shrink as template." if fits_within else ""
             raise CompressedFileError(
                 f"Entry {number} of the file is {described(stored_kind, header.shape)}; the template has "
-                f"{described(wanted_kind, shape)}."
+                f"{described(wanted_kind, shape)}.{hint}"
             )
 
 

@@ -3,7 +3,7 @@
 An integer is coded as a few decisions: whether it is zero, its sign, the number of binary digits of its magnitude (one decision for each
 further digit), and the bits after the leading one. Several counters give each decision a probability: one counts all decisions of the
 same kind, one those with the same value in the row above, and so on. A network with one layer for each kind of decision mixes these
-probabilities, and is trained during coding (context mixing [Mahoney 2005], with integers). Neighbouring inputs have similar weights, so
+probabilities, and is trained during coding (context mixing [M05], with integers). Neighbouring inputs have similar weights, so
 the code is shorter than the entropy of the histogram.
 
 Integers are coded in chunks. The counts and weights stay fixed within a chunk, so that a chunk takes a few array operations. The encoder

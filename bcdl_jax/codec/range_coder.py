@@ -1,6 +1,6 @@
 """A binary range coder: bits with 16-bit probabilities to bytes and back, in integer arithmetic.
 
-It is the carry-propagating coder of LZMA [Pavlov 1998, after Martin 1979] with another ending: the encoder drops the zero bytes at the
+It is the carry-propagating coder of LZMA [P98] with another ending: the encoder drops the zero bytes at the
 end, and the decoder reads zeros beyond the end.
 """
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bcdl_jax._tree import PyTree, check_not_stacked, layer_name, path_name, plain_layers
+from bcdl_jax._tree import (
+    PyTree,
+    check_arrays,
+    check_not_stacked,
+    layer_name,
+    named_arrays,
+    path_name,
+    plain_layers,
+    takes_arrays,
+)
 from bcdl_jax.compression.layers import LAYER_TYPES, is_layer
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
@@ -29,12 +38,13 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
 
     Raises:
       ValueError: ``params`` holds no variational layer, or a node of several stacked layers. ``trained`` holds a variational layer, lacks an
-        array, has an extra array, or has an array of another shape; the error names its path.
+        array, has an extra array, or has an array of another shape or with values that are not finite; the error names its path.
     """
     variational_layers(params)
+    check_arrays(trained, "trained")
     if any(isinstance(node, Posterior) for node in jax.tree.leaves(trained, is_leaf=is_layer)):
         raise ValueError("trained holds variational layers; it must be the params of a plain network, and come second.")
-    given = _flatten(trained)
+    given = dict(named_arrays(trained))
     used: set[str] = set()
 
     def take(path: str, like: jax.Array) -> jax.Array:
@@ -42,13 +52,12 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
             raise ValueError(f'trained holds params/{path}, where {path} is needed; pass its entry "params".')
         if path not in given:
             raise ValueError(
-                f"The trained net lacks {path}, which must have shape {jnp.shape(like)}; it holds {', '.join(given) or 'nothing'}."
+                f"trained lacks {path}, which must have shape {jnp.shape(like)}; it holds {', '.join(given) or 'nothing'}."
             )
         if jnp.shape(given[path]) != jnp.shape(like):
-            raise ValueError(
-                f"{path} of the trained net has shape {jnp.shape(given[path])}; it must have {jnp.shape(like)}."
-            )
+            raise ValueError(f"{path} of trained has shape {jnp.shape(given[path])}; it must have {jnp.shape(like)}.")
         used.add(path)
+        _check_finite(path, given[path], jnp.result_type(like))
         return jnp.asarray(given[path], jnp.result_type(like))
 
     def fill(path: Any, node: Any) -> Any:
@@ -56,17 +65,34 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
             return take(path_name(path), node)
         check_not_stacked(layer_name(path), node)
         prefix = path_name(path[:-1]) + "/" if len(path) > 1 else ""
-        scale = node.scale_moments()[0]
-        kernel = take(prefix + "kernel", node.kernel_mean) / node.spread_over_kernel(scale)
+        kernel = take(prefix + "kernel", node.kernel_mean)
         bias = None if node.bias_mean is None else take(prefix + "bias", node.bias_mean)
-        if bias is not None and node.group_axis == "output":
-            bias = bias / scale
-        return node.replace(kernel_mean=kernel, bias_mean=bias)
+        return with_mean_weights(node, kernel, bias)
 
     filled = jax.tree_util.tree_map_with_path(fill, params, is_leaf=lambda node: isinstance(node, Posterior))
     if extra := sorted(set(given) - used):
-        raise ValueError(f"The trained net holds {', '.join(extra)}, which this network does not have.")
+        raise ValueError(f"trained holds {', '.join(extra)}, which params does not have.")
     return filled
+
+
+def _check_finite(path: str, array: Any, dtype: Any) -> None:
+    """Raises ValueError if a known array holds a value that is not finite in this dtype."""
+    if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
+        return
+    with np.errstate(over="ignore"):
+        bad = int(np.sum(~np.isfinite(np.asarray(array).astype(dtype))))
+    if bad:
+        raise ValueError(
+            f"{path} of trained holds {bad:,} values that are not finite in {dtype}; a network starts from finite weights."
+        )
+
+
+def with_mean_weights(posterior: Posterior, kernel: jax.Array, bias: jax.Array | None) -> Posterior:
+    """The posterior whose mean weights are these, where it keeps them. They are divided by the means of their scales."""
+    scale = posterior.scale_moments()[0]
+    if bias is not None and posterior.group_axis == "output":
+        bias = bias / scale
+    return posterior.replace(kernel_mean=kernel / posterior.spread_over_kernel(scale), bias_mean=bias)
 
 
 def mean_weights(params: PyTree) -> PyTree:
@@ -80,24 +106,18 @@ def mean_weights(params: PyTree) -> PyTree:
       where pruned, so that ``shrink`` can cut the twin.
 
     Raises:
-      ValueError: A variational layer was shrunk, which removes arrays that its moments need.
+      ValueError: A node holds several stacked layers, or a leaf of the tree is not an array.
     """
+    check_arrays(params)
 
     def weights(layer: Any) -> dict[str, jax.Array]:
-        if (
-            isinstance(layer, Posterior)
-            and 0 in [leaf.size for leaf in jax.tree.leaves(layer)]
-            and layer.kernel_mean.size
-        ):
-            raise ValueError(
-                "params holds a variational layer that was shrunk; take mean_weights first, then shrink the plain twin."
-            )
         kernel, bias = layer.mean_weights()
         return {"kernel": kernel} | ({} if bias is None else {"bias": bias})
 
     return plain_layers(weights, params, LAYER_TYPES)
 
 
+@takes_arrays
 @jax.jit
 def weight_variances(params: PyTree) -> PyTree:
     """The posterior variances of the params of the plain twin, in a tree with the structure of ``mean_weights(params)``.
@@ -115,18 +135,8 @@ def weight_variances(params: PyTree) -> PyTree:
     variational_layers(params)
 
     def variances(posterior: Posterior) -> dict[str, jax.Array]:
-        bias = posterior.bias_moments()
-        return {"kernel": posterior.kernel_moments()[1]} | ({} if bias is None else {"bias": bias[1]})
+        wide = posterior.in_float32()
+        bias = wide.bias_moments()
+        return {"kernel": wide.kernel_moments()[1]} | ({} if bias is None else {"bias": bias[1]})
 
     return plain_layers(variances, params, Posterior, jnp.zeros_like)
-
-
-def _flatten(tree: PyTree) -> dict[str, Any]:
-    """The arrays of a nested tree by their paths, joined by "/"."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-        if isinstance(value, Mapping | list | tuple):
-            flat |= {f"{key}/{path}": array for path, array in _flatten(value).items()}
-        else:
-            flat[str(key)] = value
-    return flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import SupportsFloat
 
 import jax
@@ -32,7 +32,8 @@ def prune(
       thresholds: One threshold for all layers, or a mapping from layer names to thresholds.
       chain: The names of layers that feed one another in this order. Only elementwise functions that map 0 to 0 (ReLU, tanh), pooling and a
         flatten (channels last) may lie between them. With a chain, outputs that the next layer does not read are pruned too, as are
-        inputs that read only pruned outputs. None to prune each layer alone.
+        inputs that read only pruned outputs. None to prune each layer alone. A chain that contradicts the shapes is refused, but shapes
+        cannot tell every wrong chain: each layer must read only the layer before it. Prune with several chains one after the other.
       score: The score that is compared with the thresholds, ``log_dropout_rate`` or ``log_noise_to_signal``.
 
     Returns:
@@ -43,7 +44,7 @@ def prune(
         names an unknown layer, or the widths of a chain do not fit.
     """
     layers = variational_layers(params)
-    by_layer = thresholds_by_layer(thresholds, layers)
+    by_layer = _thresholds_by_layer(thresholds, layers)
     check_chain(chain or (), layers)
     return _prune(params, by_layer, tuple(chain or ()), score)
 
@@ -84,13 +85,19 @@ def prune_units(params: PyTree, masks: Mapping[str, jax.Array], chain: Sequence[
 
     check_chain(chain or (), layers)
     pairs = list(itertools.pairwise(chain or ()))
+
+    def positions(first: str, second: str) -> int:
+        """The number of positions of each output of the first layer that the second layer reads, such as after a flatten."""
+        return inputs[second].size // max(1, outputs[first].size)
+
     # A layer without outputs makes everything before it useless. The backward pass finds this; the second forward pass uses it.
     for _ in range(2):
         for first, second in pairs:
-            inputs[second] = inputs[second] & jnp.tile(outputs[first], inputs[second].size // outputs[first].size)
+            inputs[second] = inputs[second] & jnp.tile(outputs[first], positions(first, second))
         for first, second in reversed(pairs):
             read = inputs[second] & layers[second].inputs_read_by(outputs[second])
-            outputs[first] = outputs[first] & jnp.any(read.reshape(-1, outputs[first].size), axis=0)
+            by_position = read.reshape(positions(first, second), outputs[first].size)
+            outputs[first] = outputs[first] & jnp.any(by_position, axis=0)
 
     def masked(name: str, _: Posterior) -> Posterior:
         return layers[name].with_masks(inputs[name], outputs[name])
@@ -119,7 +126,7 @@ def kept_groups(
     by_layer = (
         {name: posterior.default_threshold for name, posterior in layers.items()}
         if thresholds is None
-        else thresholds_by_layer(thresholds, layers)
+        else _thresholds_by_layer(thresholds, layers)
     )
     return {
         name: jnp.sum((posterior.unit_mask > 0) & (score(posterior) < by_layer[name]))
@@ -127,14 +134,20 @@ def kept_groups(
     }
 
 
-def thresholds_by_layer(thresholds: Thresholds, names: Iterable[str]) -> dict[str, float]:
-    """One threshold for each layer name. Raises ValueError if a threshold is not a number, or if the names do not match."""
+def _thresholds_by_layer(thresholds: Thresholds, layers: Mapping[str, Posterior]) -> dict[str, float]:
+    """One threshold for each layer name. A layer of which ``shrink`` left nothing has no scores, so its threshold is ignored.
+
+    Raises:
+      ValueError: A threshold is not a number, or the names do not match.
+    """
+    if isinstance(thresholds, Mapping):
+        thresholds = dict(thresholds) | {name: math.inf for name, layer in layers.items() if not layer.unit_mask.size}
     for value in thresholds.values() if isinstance(thresholds, Mapping) else [thresholds]:
         if not isinstance(value, jax.core.Tracer) and not _is_threshold(value):
             raise ValueError(
                 f"thresholds holds {value!r}; it must be a number (a score or infinity), or a mapping from layer names to numbers."
             )
-    return values_by_layer(thresholds, names, "thresholds")
+    return values_by_layer(thresholds, layers, "thresholds")
 
 
 def _is_threshold(value: object) -> bool:
@@ -142,13 +155,30 @@ def _is_threshold(value: object) -> bool:
 
 
 def check_chain(chain: Sequence[str], layers: Mapping[str, Posterior]) -> None:
-    """Raises ValueError if a chain is not a sequence of layer names, names an unknown layer, or has widths that do not fit."""
+    """Raises ValueError if a chain is not a sequence of layer names, names a layer twice or an unknown one, or has widths that do not fit."""
     if isinstance(chain, str):
         raise ValueError(f"chain is {chain!r}; it must be a sequence of layer names.")
+    for name in chain:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"chain holds {name!r}; it must be one sequence of layer names. Prune with several chains one after the other."
+            )
+        if list(chain).count(name) > 1:
+            raise ValueError(f"chain names layer {name} twice; a layer can only feed layers after it.")
     check_layers_exist(chain, layers, "chain")
     for first, second in itertools.pairwise(chain):
         outputs, inputs = layers[first].output_mask.shape[-1], layers[second].input_mask.shape[-1]
-        if inputs % outputs:
+        if inputs % outputs if outputs else inputs:  # A layer of which shrink left nothing has no outputs.
             raise ValueError(
                 f"chain has {first} before {second}, but {second} has {inputs} inputs, not a multiple of {first}'s {outputs} outputs."
             )
+        if inputs in (0, outputs):
+            continue
+        widths = (
+            f"chain has {first} before {second}, but {second} has {inputs} inputs and {first} has {outputs} outputs"
+        )
+        if len(layers[second].kernel_shape) > 2:
+            raise ValueError(f"{widths}; a convolution reads as many channels as the layer before it has outputs.")
+        dense = len(layers[first].kernel_shape) == 2
+        if dense and layers[second].output_mask.shape[-1] == layers[first].input_mask.shape[-1]:
+            raise ValueError(f"{widths}; the widths are equal in the other order, {second} before {first}.")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._arrays import of_rank
-from bcdl_jax._tree import PyTree, map_layers, map_named_layers, values_by_layer
+from bcdl_jax._tree import PyTree, check_arrays, map_layers, map_named_layers, takes_arrays, values_by_layer
 from bcdl_jax.compression.quantized_layer import QuantizedLayer, RoundedArray
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
@@ -53,7 +53,8 @@ def reduce_precision(params: PyTree, relative_step: float | Mapping[str, float])
         costs some tenths of a percent on MNIST, see ``choose_relative_step``.
 
     Returns:
-      The tree with a ``QuantizedLayer`` in place of each posterior. The model runs on it with ``deterministic=True``.
+      The tree with a ``QuantizedLayer`` in place of each posterior. The model runs on it with ``deterministic=True``. All other arrays stay
+      as they are, such as the float32 arrays of an embedding; ``python -m bcdl_jax inspect FILE`` lists their bytes.
 
     Raises:
       ValueError: The tree holds no variational layer, a relative step is not positive, or a layer has none.
@@ -76,6 +77,7 @@ def _reduce_precision(params: PyTree, relative: dict[str, jax.Array]) -> PyTree:
     return map_named_layers(quantize, params, Posterior)
 
 
+@takes_arrays
 @jax.jit
 def reduce_precision_by_round_off(params: PyTree) -> PyTree:
     """Rounds the weights by the rule of the paper's public code, for comparison.
@@ -122,6 +124,7 @@ def choose_relative_step(
         raise ValueError(f"max_increase is {max_increase}; it must be 0 or more.")
     if not candidates:
         raise ValueError("candidates is empty; it must hold at least one relative step.")
+    check_arrays(params)
     limit = float(error(params)) + max_increase
     ordered = sorted(candidates)
     good = itertools.takewhile(lambda step: float(error(reduce_precision(params, step))) <= limit, ordered)
@@ -132,8 +135,7 @@ def _quantized(
     posterior: Posterior, round_weights: Callable[[_Moments, jax.Array, Any], RoundedArray]
 ) -> QuantizedLayer:
     """The layer whose kernel and bias are rounded by ``round_weights``, a function of moments, mask and the dtype of the step."""
-    # In float32 at least: variances and steps underflow in float16.
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), posterior)
+    wide = posterior.in_float32()  # Variances and steps underflow in float16.
     bias_moments = wide.bias_moments()
     return QuantizedLayer.of(
         posterior,

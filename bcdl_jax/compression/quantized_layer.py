@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple, Self
 
 import flax.struct
@@ -50,14 +51,14 @@ class QuantizedLayer(LayerNode, flax.struct.PyTreeNode):
     kernel: jax.Array
     kernel_step: jax.Array
     kernel_bits: jax.Array
-    bias: jax.Array | None
+    bias: jax.Array | None = flax.struct.field(metadata={"axis": "output"})
     bias_step: jax.Array | None
     bias_bits: jax.Array | None
-    input_mask: jax.Array
-    output_mask: jax.Array
+    input_mask: jax.Array = flax.struct.field(metadata={"axis": "input"})
+    output_mask: jax.Array = flax.struct.field(metadata={"axis": "output"})
     group_axis: GroupAxis = flax.struct.field(pytree_node=False)
     prunes_weights: bool = flax.struct.field(pytree_node=False, default=False)
-    kernel_levels: jax.Array | None = None
+    kernel_levels: jax.Array | None = flax.struct.field(metadata={"axis": None}, default=None)
 
     @classmethod
     def of(
@@ -113,7 +114,8 @@ class QuantizedLayer(LayerNode, flax.struct.PyTreeNode):
     @property
     def step_bits(self) -> int:
         numbers = 1 if self.kernel_levels is None else self.kernel_levels.size
-        return FLOAT_BITS * (numbers + (self.bias_size > 0))
+        has_weights = math.prod(self.kernel_shape) > 0  # A shrunk layer may have none.
+        return FLOAT_BITS * (numbers * has_weights + (self.bias_size > 0))
 
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """The kernel and the bias as floating-point numbers. The bias is None for a layer without one."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._arrays import is_kept
-from bcdl_jax._tree import PyTree, find_single_layers
+from bcdl_jax._tree import PyTree, find_single_layers, takes_arrays
 from bcdl_jax.compression.layers import LAYER_TYPES, is_layer
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.layer_node import FLOAT_BITS
@@ -17,6 +17,7 @@ from bcdl_jax.priors.posterior import Posterior
 _Layer = Posterior | QuantizedLayer
 
 
+@takes_arrays
 @jax.jit
 def rate_paper(params: PyTree) -> jax.Array:
     """The rate of the paper's table: bits of all weights in float32 / bits of the kept weights [L17 section 4.2].
@@ -39,9 +40,10 @@ def rate_paper(params: PyTree) -> jax.Array:
     # A Python float: the bits of a large network exceed 32-bit integers.
     before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * FLOAT_BITS
     after = jnp.stack([_kernel_bits(layer) + _index_bits(layer) for layer in layers]).sum()
-    return before / after
+    return _ratio(before, after)
 
 
+@takes_arrays
 @jax.jit
 def rate_paper_maximum(params: PyTree) -> jax.Array:
     """The paper's maximum rate: bits of all weights in float32 / bits of the kept weights under an ideal entropy code [L17 section 4.2].
@@ -60,7 +62,7 @@ def rate_paper_maximum(params: PyTree) -> jax.Array:
     """
     layers = find_single_layers(params, QuantizedLayer).values()
     before = float(sum(math.prod(layer.kernel_shape) for layer in layers)) * FLOAT_BITS
-    return before / jnp.stack([_entropy_bits(layer) for layer in layers]).sum()
+    return _ratio(before, jnp.stack([_entropy_bits(layer) for layer in layers]).sum())
 
 
 def _entropy_bits(layer: QuantizedLayer) -> jax.Array:
@@ -81,6 +83,7 @@ def _entropy(counts: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(counts > 0, -counts * jnp.log2(shares), 0))
 
 
+@takes_arrays
 @jax.jit
 def rate(params: PyTree) -> jax.Array:
     """The rate that counts everything: bits of all parameters in float32 / bits that must be stored.
@@ -93,11 +96,13 @@ def rate(params: PyTree) -> jax.Array:
     * the set of kept weights, in a layer that prunes single weights: one bit per weight, or 32 bits per kept weight if that is less;
     * parameters outside the variational layers: 32 bits each.
 
+    The rate of a shrunk network is relative to the shrunk network in float32. A layer of which ``shrink`` left nothing does not count.
+
     Args:
       params: A tree with variational or quantised layers.
 
     Returns:
-      The rate, a scalar.
+      The rate, a scalar. It is infinite if nothing is kept.
 
     Raises:
       ValueError: The tree holds no such layer.
@@ -109,9 +114,15 @@ def rate(params: PyTree) -> jax.Array:
     after = (
         others + jnp.stack([_kernel_bits(layer) + _bias_bits(layer) + _overhead_bits(layer) for layer in layers]).sum()
     )
-    return before / after
+    return _ratio(before, after)
 
 
+def _ratio(before: float, after: jax.Array) -> jax.Array:
+    """The bits before compression divided by the bits after it. It is infinite if nothing is kept, even if there was nothing before."""
+    return jnp.where(after > 0, before / after, jnp.inf)
+
+
+@takes_arrays
 @jax.jit
 def layer_bits(params: PyTree) -> dict[str, jax.Array]:
     """The number of bits per kept weight of each layer.

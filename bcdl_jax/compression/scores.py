@@ -7,7 +7,7 @@ from typing import Protocol
 
 import jax
 
-from bcdl_jax._tree import PyTree
+from bcdl_jax._tree import PyTree, takes_arrays
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 
@@ -25,7 +25,7 @@ def log_dropout_rate(layer: Posterior) -> jax.Array:
 
     For families with scales it depends on the scales alone.
     """
-    return layer.log_dropout_rate()
+    return layer.in_float32().log_dropout_rate()
 
 
 def log_noise_to_signal(layer: Posterior) -> jax.Array:
@@ -39,6 +39,7 @@ def log_noise_to_signal(layer: Posterior) -> jax.Array:
     return layer.log_noise_to_signal()
 
 
+@takes_arrays
 @functools.partial(jax.jit, static_argnames="score")
 def pruning_scores(params: PyTree, score: Score = log_dropout_rate) -> dict[str, jax.Array]:
     """Computes the score of every group, or of every weight if the family prunes single weights.
@@ -48,9 +49,12 @@ def pruning_scores(params: PyTree, score: Score = log_dropout_rate) -> dict[str,
       score: The score to compute, ``log_dropout_rate`` or ``log_noise_to_signal``.
 
     Returns:
-      The scores by layer name, of the shape of the layer's ``unit_mask``. Groups with low scores carry the signal.
+      The scores by layer name, of the shape of the layer's ``unit_mask``. Groups with low scores carry the signal. A layer of which
+      ``shrink`` left nothing has no scores and is left out.
 
     Raises:
       ValueError: The tree holds no variational layer.
     """
-    return {name: score(posterior) for name, posterior in variational_layers(params).items()}
+    return {
+        name: score(posterior) for name, posterior in variational_layers(params).items() if posterior.unit_mask.size
+    }

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._atomic_file import check_writable
-from bcdl_jax._tree import PyTree, array_names, named_arrays
+from bcdl_jax._tree import PyTree, array_names, check_arrays, is_key, named_arrays
 from bcdl_jax.export.onnx_converter import Converter, describe
 from bcdl_jax.export.onnx_graph import IR_VERSION, OPSET, Graph, Tensor
-from bcdl_jax.export.symbolic_batch import batch_size_errors, symbolic_inputs
+from bcdl_jax.export.symbolic_batch import batch_size_errors, first_line, symbolic_inputs
 from bcdl_jax.graph.program import Program, compile_quickly
 from bcdl_jax.graph.tracing import trace
 
@@ -46,7 +46,8 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
       The number of bytes of the file or files.
 
     Raises:
-      ValueError: The first input has no leading axis, or the network does not run at every batch size.
+      ValueError: The first input has no leading axis, an input is a typed PRNG key, a leaf of ``params`` is not an array, or the network
+        does not run at every batch size.
       OSError: The file cannot be written.
       ModuleNotFoundError: The package onnx is not installed.
       NotImplementedError: A step of the network has no counterpart in ONNX, or onnxruntime refuses the file or computes something else. The
@@ -55,7 +56,12 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
     if importlib.util.find_spec("onnx") is None:
         raise ModuleNotFoundError("export_onnx needs onnx: pip install -e '.[onnx]'.")
     check_writable(path)
+    check_arrays(params)
     inputs = symbolic_inputs(example_inputs)
+    if any(map(is_key, jax.tree.leaves(inputs))):
+        raise ValueError(
+            "example_inputs holds a typed PRNG key, which ONNX does not have; export the network with deterministic=True."
+        )
     with batch_size_errors():
         program = trace(apply, params, *inputs)
     examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -95,7 +101,7 @@ def _write_checked(
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise _RefusedError(f"The checker of onnx refuses the file: {_first_line(error)}") from error
+        raise _RefusedError(f"The checker of onnx refuses the file: {first_line(error)}") from error
     if importlib.util.find_spec("onnxruntime") is not None:
         _check_in_onnxruntime(path, program, apply, params, examples)
 
@@ -161,11 +167,11 @@ def _check_in_onnxruntime(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # What is wrong is in the exception.
+    options.log_severity_level = 4  # The exception already holds the message.
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises errors of types of its own.
-        raise _RefusedError(f"onnxruntime refuses the file: {_first_line(error)}") from error
+        raise _RefusedError(f"onnxruntime refuses the file: {first_line(error)}") from error
     types = {
         np.dtype(shape.dtype).name
         for shape in program.shapes
@@ -178,7 +184,7 @@ def _check_in_onnxruntime(
         try:
             results = _run(session, feed)
         except Exception as error:
-            raise _RefusedError(f"onnxruntime cannot run the file: {_first_line(error)}") from error
+            raise _RefusedError(f"onnxruntime cannot run the file: {first_line(error)}") from error
         for mine, theirs in zip(results, expected, strict=True):
             _compare(mine, np.asarray(theirs), tolerance)
 
@@ -237,7 +243,7 @@ def _two_batches(
     other = 1 if size > 1 else 2
     try:
         jax.eval_shape(apply, params, *resized(other))
-    except Exception:  # The network needs more examples, and says so by an error of any type.
+    except Exception:  # The network failed with this batch size; the type of its error is unknown.
         other = size + 1
     return [given, resized(other)] if size else [given]
 
@@ -257,7 +263,3 @@ def _compare(mine: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
             same |= abs(first - second) <= tolerance * max(1e-30, np.max(abs(second), where=finite, initial=0))
     if not same.all():
         raise _RefusedError("onnxruntime computes other outputs from the file than the network")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -275,9 +275,9 @@ def _body_graph(body: Graph, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     return helper.make_graph(body.nodes, body.new_name("body"), entries[0], entries[1])
 
 
-def describe(tensor: Tensor, dtype: Any = None) -> Any:
+def describe(tensor: Tensor) -> Any:
     """The entry of an input or output of a graph: name, type and shape."""
     from onnx import helper
 
     shape = [size if isinstance(size, int) else str(size).replace(" ", "") for size in tensor.sizes]
-    return helper.make_tensor_value_info(tensor.name, onnx_type(tensor.dtype if dtype is None else dtype), shape)
+    return helper.make_tensor_value_info(tensor.name, onnx_type(tensor.dtype), shape)

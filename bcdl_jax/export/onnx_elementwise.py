@@ -110,7 +110,7 @@ def _expm1(graph: Graph, _: Mapping[str, Any], operands: Sequence[Tensor]) -> Te
 
 
 def _log1p(graph: Graph, _: Mapping[str, Any], operands: Sequence[Tensor]) -> Tensor:
-    """log(u) x / (u - 1) with u = 1 + x as rounded, and x where u is 1 [Kahan]."""
+    """log(u) x / (u - 1) with u = 1 + x as rounded, and x where u is 1 [K87]."""
     (value,) = operands
     one = graph.scalar(1, value.dtype)
     rounded = graph.binary("Add", value, one)

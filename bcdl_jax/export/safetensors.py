@@ -54,7 +54,7 @@ def export_safetensors(
         if array.dtype.name not in _TYPES:
             raise ValueError(f"{name} has the type {array.dtype.name}; allowed are {', '.join(_TYPES)}.")
     data = save(arrays, dict(metadata or {}))
-    write_atomically(path, data)
+    write_atomically(path, lambda file: file.write(data))
     return len(data)
 
 

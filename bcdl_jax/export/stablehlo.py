@@ -31,7 +31,8 @@ def export_stablehlo(
       apply: The network, ``apply(params, *inputs)``, such as the small function from ``shrink``.
       params: The params of the network.
       example_inputs: A tuple of inputs, or a single array, for their shapes and dtypes. The first array begins with the batch axis. It and
-        each other leading axis of the same length get a variable size.
+        each other leading axis of the same length get a variable size. A network that samples takes a key of ``jax.random.key`` as an
+        input; a raw key of ``jax.random.PRNGKey`` looks like a batch of numbers if the batch size is its length.
       platforms: The platforms on which the file shall run, of "cpu", "cuda", "rocm" and "tpu".
 
     Returns:
@@ -51,7 +52,7 @@ def export_stablehlo(
     with batch_size_errors():
         exported = jax.export.export(function, platforms=tuple(platforms))(*inputs)
     data = bytes(exported.serialize())
-    write_atomically(path, data)
+    write_atomically(path, lambda file: file.write(data))
     return len(data)
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from bcdl_jax._tree import PyTree
+from bcdl_jax.graph.program import dtype_of
 
 
 def symbolic_inputs(example_inputs: Any) -> tuple[PyTree, ...]:
@@ -34,8 +35,7 @@ def symbolic_inputs(example_inputs: Any) -> tuple[PyTree, ...]:
 
     def struct(leaf: Any) -> jax.ShapeDtypeStruct:
         shape = np.shape(leaf)
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
-        return jax.ShapeDtypeStruct((batch, *shape[1:]) if shape and shape[0] == size else shape, dtype)
+        return jax.ShapeDtypeStruct((batch, *shape[1:]) if shape and shape[0] == size else shape, dtype_of(leaf))
 
     return jax.tree.map(struct, inputs)
 
@@ -46,7 +46,11 @@ def batch_size_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"The network cannot be traced with a batch of unknown size, so it cannot be exported: {detail}"
+            f"The network cannot be traced with a batch of unknown size, so it cannot be exported: {first_line(error)}"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its type if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,13 +6,14 @@ another order of its columns. ``_OrderTracker`` follows the flattened values thr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from bcdl_jax._tree import PyTree, is_key
+from bcdl_jax._tree import PyTree, check_arrays, is_key
 from bcdl_jax.compression.layers import is_layer
 from bcdl_jax.export.safetensors import numpy_arrays
 from bcdl_jax.graph.products import PRODUCTS
@@ -38,7 +39,11 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     A kernel becomes a ``weight`` [out, in] or [out, in, *window]. The scale of a norm becomes a ``weight``, its averages become
     ``running_mean`` and ``running_var``. PyTorch has the channels first: if a dense layer reads flattened channels-last values, the columns
     of its weight are put into PyTorch's order. If it reads only some of these values, as a shrunk network may, the further array
-    ``<layer>.input_indices`` lists them: ``linear(torch.flatten(x, 1)[:, input_indices])``.
+    ``<layer>.input_indices`` lists them: ``linear(torch.flatten(x, 1)[:, input_indices])``. Arrays without elements are left out, such as
+    those of a layer of which ``shrink`` left nothing.
+
+    The params alone become arrays, not the constants that ``shrink`` put in place of removed channels. Where these are not 0, the PyTorch
+    network must add them.
 
     Args:
       apply: The network, ``apply(params, *inputs)``, such as the small function from ``shrink``. It is traced to find the use of each kernel.
@@ -51,7 +56,11 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     Raises:
       ValueError: ``params`` holds a posterior or a quantised layer, a kernel is not used by a dense layer or an ordinary convolution, the
         order of values between a flatten and a dense layer cannot be followed, or two arrays get the same name.
+
+    Warns:
+      UserWarning: A layer is left out.
     """
+    check_arrays(params)
     for node in jax.tree.leaves(params, is_leaf=is_layer):
         if is_layer(node):
             raise ValueError(f"params holds a {type(node).__name__}; it must hold arrays only, see mean_weights.")
@@ -64,7 +73,10 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     readers = _products_by_operand(program)
     order = _OrderTracker(program, values, len(jax.tree.leaves(params)))
     state: dict[str, np.ndarray] = {}
-    for number, (path, array) in zip(program.inputs, numpy_arrays(params, "/").items(), strict=False):
+    arrays = numpy_arrays(params, "/")
+    for number, (path, array) in zip(program.inputs, arrays.items(), strict=False):
+        if not array.size:
+            continue
         *parents, _ = path.split("/")
         if parents and parents[0] in _COLLECTIONS:
             del parents[0]
@@ -73,7 +85,17 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
             if name in state:
                 raise ValueError(f"{path} and another array would both be called {name}.")
             state[name] = np.array(value, order="C")
+    if empty := _names_of_empty(arrays):
+        warnings.warn(f"The state dict leaves out {', '.join(empty)}, of which no elements are left.", stacklevel=2)
     return state
+
+
+def _names_of_empty(arrays: dict[str, np.ndarray]) -> list[str]:
+    """The layers whose arrays have no elements, and such arrays of other layers."""
+    layers = {path: path.rpartition("/")[0] or path for path in arrays}
+    with_elements = {layers[path] for path, array in arrays.items() if array.size}
+    empty = [path for path, array in arrays.items() if not array.size]
+    return list(dict.fromkeys(path if layers[path] in with_elements else layers[path] for path in empty))
 
 
 def _products_by_operand(program: Program) -> dict[int, Step]:

@@ -4,8 +4,8 @@ The analysis passes over the steps twice. The forward pass propagates constants:
 constants alone, such as a channel behind a column of zeros. The backward pass propagates liveness: an element is *live* if an unknown
 result depends on it. The small program of ``shrink`` leaves out elements that are known or not live.
 
-The facts are numpy arrays of the traced shapes. The rule of a primitive maps elements of its outputs to the elements they depend on in its
-inputs. A primitive without a rule reads every element, and all its results are unknown. All values are assumed to be finite: 0 times an
+The rule of a primitive maps elements of its outputs to the elements they depend on in its inputs. A primitive without a rule reads every
+element, and all its results are unknown. The bodies of loops are analysed like programs. All values are assumed to be finite: 0 times an
 unknown number is 0.
 """
 
@@ -17,147 +17,175 @@ from typing import Any
 
 import numpy as np
 
-from bcdl_jax.graph.facts import Analysis, Fact, Flags, Product, compact, known_fact, unknown_fact
+from bcdl_jax.graph.facts import Analysis, Fact, Flags, Product, any_along, as_data, known_fact, unknown_fact
+from bcdl_jax.graph.known_values import values_of, without_checks
+from bcdl_jax.graph.loops import loop_backward, loop_forward
+from bcdl_jax.graph.moving import Moving
 from bcdl_jax.graph.primitives import is_plain
-from bcdl_jax.graph.products import PRODUCTS, product_needs, product_rule, unknown_results
-from bcdl_jax.graph.program import Atom, Program, Step
-from bcdl_jax.graph.rules import STRUCTURAL, flow_rule
+from bcdl_jax.graph.products import known_results, product_needs, product_rule
+from bcdl_jax.graph.program import Program, Step
+from bcdl_jax.graph.rules import REDUCTIONS, Known, flow_rule, no_elements_known
+from bcdl_jax.graph.structural import STRUCTURAL
 
 
-def analyze(
-    program: Program,
-    values: Sequence[Any],
-    num_params: int,
-    moving_axes: Sequence[frozenset[int]],
-    moving_constants: frozenset[Atom],
-) -> Analysis:
+def analyze(program: Program, params: Sequence[Any], moving: Moving) -> Analysis:
     """Finds the constant elements and the live elements of all values.
 
     Args:
       program: A program, traced at the shapes of params and of example inputs.
-      values: All values of the program for params and example inputs, from ``Program.evaluate``.
-      num_params: The number of the program's inputs that are params. They come first.
-      moving_axes: The axes of each value whose size depends on the batch size. An element is known only if it is known, and equal, at all
-        indices along them.
-      moving_constants: Numbers of the constants that depend on the batch size. They count as unknown.
+      params: The flattened params, the first arguments of the program.
+      moving: The parts of the program that depend on the batch size. An element is known only if it is known, and equal, at all indices
+        along axes that depend on it.
 
     Returns:
       Facts about values and products.
     """
-    facts = _constants(program, values, num_params, moving_axes, moving_constants)
-    for number in program.outputs:
-        facts[number].live |= facts[number].unknown | facts[number].fixed
-    products: dict[int, Product] = {}
-    opaque: set[int] = set()
-    for index, step in reversed(list(enumerate(program.steps))):
-        if not any(facts[number].live.any() for number in step.outputs):
-            continue
-        inputs, outputs = [facts[number] for number in step.inputs], [facts[number] for number in step.outputs]
-        if (product := product_rule(step, program)) is not None:
-            needs, products[index] = product_needs(product, inputs, outputs[0])
-        elif (rule := flow_rule(step, program)) is not None:
-            needs = rule.backward(inputs, [fact.live for fact in outputs])
-        else:
-            opaque.add(index)
-            needs = [np.ones(fact.live.shape, bool) for fact in inputs]
-        for fact, need in zip(inputs, needs, strict=True):
-            fact.live |= need & (fact.unknown | fact.fixed)
-    return Analysis([compact(fact) for fact in facts], products, frozenset(opaque))
+    arguments = [_unknown(program, number) for number in program.inputs]
+    for place, value in enumerate(params):
+        dtype = program.shapes[program.inputs[place]].dtype
+        if is_plain(dtype):
+            arguments[place] = _fixed(value, dtype)
+    with without_checks():
+        found = forward(program, arguments, moving)
+        lives = [found.facts[number].unknown | found.facts[number].fixed for number in program.outputs]
+        return backward(program, found, lives)
 
 
-def wholly_unknown(program: Program, num_params: int) -> frozenset[Atom]:
-    """Numbers of values that are unknown in every element, whatever the params. ``analyze`` does not need their values.
+# The forward pass.
 
-    There may be more such values. These include most of the values that are computed from keys and inputs before the first params.
+
+def forward(program: Program, arguments: Sequence[Fact], moving: Moving) -> Analysis:
+    """The known elements of all values. Nothing is live yet.
+
+    Args:
+      program: A program.
+      arguments: Facts about its arguments.
+      moving: The parts of the program that depend on the batch size.
     """
-    unknown = set(program.inputs[num_params:])
-    nonzero = {
-        number
-        for number, value in program.constants.items()
-        if is_plain(program.shapes[number].dtype) and np.all(np.asarray(value) != 0)
-    }
-    for step in program.steps:
-        known = [number not in unknown for number in step.inputs]
-        if known and not any(known):
-            found = step.elementwise or step.name in STRUCTURAL or _has_no_rule(step, program)
-        elif all(known):
-            if step.name in ("broadcast_in_dim", "reshape") and step.inputs[0] in nonzero:
-                nonzero.update(step.outputs)
-            continue
-        elif step.name == "mul":
-            found = nonzero.issuperset(set(step.inputs) - unknown)
-        elif step.name == "div":
-            found = not known[0] or step.inputs[0] in nonzero
-        else:
-            found = (step.elementwise and step.name != "select_n") or _has_no_rule(step, program)
-        if found:
-            unknown.update(step.outputs)
-    return frozenset(unknown)
+    facts = {number: _unknown(program, number) for number in program.constants}
+    for number, value in program.constants.items():
+        if is_plain(program.shapes[number].dtype) and number not in moving.constants:
+            facts[number] = _fixed(value, program.shapes[number].dtype)
+    facts |= dict(zip(program.inputs, arguments, strict=True))
+    bodies: dict[int, tuple[Analysis, ...]] = {}
+    for index, step in enumerate(program.steps):
+        inputs = [facts[number] for number in step.inputs]
+        fixed = all(fact.fixed for fact in inputs)
+        outputs: Sequence[Known] | None = None
+        if all(is_plain(program.shapes[number].dtype) for number in (*step.inputs, *step.outputs)):
+            outputs = _known_elements(step, inputs, program, moving)
+        if outputs is None and not fixed and index in moving.bodies:
+            outputs, bodies[index] = loop_forward(step, inputs, moving.bodies[index], forward)
+        for place, number in enumerate(step.outputs):
+            fact = _unknown(program, number)
+            if outputs is not None and is_plain(program.shapes[number].dtype):
+                unknown, value = outputs[place]
+                dtype = program.shapes[number].dtype
+                if fixed or not unknown.all():
+                    fact = known_fact(unknown, value.astype(dtype, copy=False), fixed)
+                fact = _same_for_all_examples(fact, moving.axes[number])
+            facts[number] = fact
+    return Analysis(tuple(facts[number] for number in range(len(program.shapes))), {}, frozenset(), bodies)
 
 
-def _has_no_rule(step: Step, program: Program) -> bool:
-    return step.name not in PRODUCTS and flow_rule(step, program) is None
+def _unknown(program: Program, number: int) -> Fact:
+    return unknown_fact(len(program.shapes[number].shape))
 
 
-def _constants(
-    program: Program,
-    values: Sequence[Any],
-    num_params: int,
-    moving_axes: Sequence[frozenset[int]],
-    moving_constants: frozenset[Atom],
-) -> list[Fact]:
-    """The forward pass. Returns facts in which nothing is live yet."""
-    facts = [unknown_fact(shape.shape) for shape in program.shapes]
-    for number in [*program.inputs[:num_params], *program.constants]:
-        if is_plain(program.shapes[number].dtype) and number not in moving_constants:
-            facts[number] = known_fact(np.zeros(program.shapes[number].shape, bool), values[number], True)
-    for step in program.steps:
-        fixed = all(facts[number].fixed for number in step.inputs)
-        for number, unknown in zip(step.outputs, _forward(step, facts, program, moving_axes), strict=True):
-            if unknown is not None:
-                facts[number] = _same_for_all_examples(known_fact(unknown, values[number], fixed), moving_axes[number])
-    return facts
+def _fixed(value: Any, dtype: Any) -> Fact:
+    """The fact about a param or constant."""
+    array = np.asarray(value)
+    return known_fact(np.zeros((1,) * array.ndim, bool), array.astype(dtype, copy=False), True)
 
 
-def _forward(
-    step: Step, facts: Sequence[Fact], program: Program, moving_axes: Sequence[frozenset[int]]
-) -> Sequence[Flags | None]:
-    """For each output, flags of the unknown elements, or None if all are unknown."""
-    inputs = [facts[number] for number in step.inputs]
-    all_unknown = [None] * len(step.outputs)
-    if any(not is_plain(program.shapes[number].dtype) for number in (*step.inputs, *step.outputs)):
-        return all_unknown
-    if all(fact.fixed for fact in inputs):
-        if _depends_on_batch_size(step, moving_axes):
-            return all_unknown
-        return [np.zeros(program.shapes[number].shape, bool) for number in step.outputs]
+def _known_elements(step: Step, inputs: Sequence[Fact], program: Program, moving: Moving) -> Sequence[Known] | None:
+    """The known elements of each output of a step, or None if all are unknown."""
+    elements_move_only = step.elementwise or step.name in STRUCTURAL
+    is_fixed = all(fact.fixed for fact in inputs)
+    if is_fixed and _depends_on_batch_size(step, moving, elements_move_only):
+        return None
+    rule, product = flow_rule(step, program), product_rule(step, program)
+    if is_fixed and not elements_move_only and step.inputs and not any(fact.unknown.any() for fact in inputs):
+        shapes = [program.shapes[number].shape for number in step.inputs]
+        full = [np.broadcast_to(fact.value, shape) for fact, shape in zip(inputs, shapes, strict=True)]
+        return [(np.zeros((1,) * value.ndim, bool), value) for value in values_of(step, full)]
     if step.name == "concatenate":
-        # Params that are concatenated with data, such as a class token, stay params. They must not become a folded constant.
-        inputs = [
-            dataclasses.replace(fact, unknown=fact.nonzero, value=np.zeros_like(fact.value)) if fact.fixed else fact
-            for fact in inputs
-        ]
-    if (rule := flow_rule(step, program)) is not None:
-        return rule.forward(inputs)
-    if (product := product_rule(step, program)) is not None:
-        return [unknown_results(product, *inputs)]
-    return all_unknown
+        # Params that are concatenated with data, such as a class token, stay params.
+        inputs = inputs if is_fixed else [as_data(fact) for fact in inputs]
+    if rule is not None:
+        outputs = rule.forward(inputs)
+    elif product is not None:
+        outputs = [known_results(product, step, *inputs)]
+    elif is_fixed and step.inputs:
+        return [no_elements_known(len(program.shapes[number].shape)) for number in step.outputs]
+    else:
+        return None
+    if _sums_over_batch(step, moving):
+        outputs = [(unknown | (value != 0), value) for unknown, value in outputs]
+    return outputs
 
 
-def _depends_on_batch_size(step: Step, moving_axes: Sequence[frozenset[int]]) -> bool:
+def _depends_on_batch_size(step: Step, moving: Moving, elements_move_only: bool) -> bool:
     """Whether a step whose inputs are fixed computes other elements at other batch sizes, such as positions in the batch."""
     if step.name == "iota":
-        return step.params["dimension"] in moving_axes[step.outputs[0]]
-    moves_elements_only = step.elementwise or step.name in STRUCTURAL
-    return not moves_elements_only and any(moving_axes[number] for number in (*step.inputs, *step.outputs))
+        return step.params["dimension"] in moving.axes[step.outputs[0]]
+    return not elements_move_only and any(moving.axes[number] for number in (*step.inputs, *step.outputs))
+
+
+def _sums_over_batch(step: Step, moving: Moving) -> bool:
+    """Whether the results of a step depend on the number of examples, since it sums over them."""
+    axes: Sequence[int] = ()
+    if step.name in REDUCTIONS:
+        axes = step.params["axes"]
+    elif step.name == "dot_general":
+        axes = step.params["dimension_numbers"][0][0]
+    return not moving.axes[step.inputs[0]].isdisjoint(axes) if step.inputs else False
 
 
 def _same_for_all_examples(fact: Fact, axes: frozenset[int]) -> Fact:
     """The fact in which an element is known only if it is known, and equal, at all indices along the given axes."""
-    if fact.fixed:
+    if fact.fixed or not axes:
         return fact
-    unknown = fact.unknown
+    first = fact.value
     for axis in axes:
-        differs = fact.value != np.take(fact.value, [0], axis)
-        unknown = unknown | (unknown | differs).any(axis, keepdims=True)
-    return dataclasses.replace(fact, unknown=unknown, value=np.where(unknown, 0, fact.value))
+        first = np.take(first, [0], axis)
+    unknown = any_along(fact.unknown | (fact.value != first), tuple(axes))
+    return known_fact(unknown, first, False)
+
+
+# The backward pass.
+
+
+def backward(program: Program, found: Analysis, lives: Sequence[Flags]) -> Analysis:
+    """The live elements of all values.
+
+    Args:
+      program: A program.
+      found: The result of the forward pass.
+      lives: Flags of the live elements of each result of the program.
+    """
+    live = [np.zeros((1,) * len(shape.shape), bool) for shape in program.shapes]
+    allowed = [fact.unknown | fact.fixed for fact in found.facts]
+    for number, flags in zip(program.outputs, lives, strict=True):
+        live[number] = live[number] | (flags & allowed[number])
+    products: dict[int, Product] = {}
+    bodies: dict[int, tuple[Analysis, ...]] = {}
+    opaque: set[int] = set()
+    for index, step in reversed(list(enumerate(program.steps))):
+        if not any(live[number].any() for number in step.outputs):
+            continue
+        inputs = [found.facts[number] for number in step.inputs]
+        outputs = [dataclasses.replace(found.facts[number], live=live[number]) for number in step.outputs]
+        if (product := product_rule(step, program)) is not None:
+            needs, products[index] = product_needs(product, inputs, outputs[0])
+        elif (rule := flow_rule(step, program)) is not None:
+            needs = rule.backward(inputs, [fact.live for fact in outputs])
+        elif index in found.bodies:
+            needs, bodies[index] = loop_backward(step, found.bodies[index], [fact.live for fact in outputs], backward)
+        else:
+            opaque.add(index)
+            needs = [np.ones((1,) * fact.unknown.ndim, bool) for fact in inputs]
+        for number, need in zip(step.inputs, needs, strict=True):
+            live[number] = live[number] | (need & allowed[number])
+    facts = tuple(dataclasses.replace(fact, live=flags) for fact, flags in zip(found.facts, live, strict=True))
+    return Analysis(facts, products, frozenset(opaque), bodies)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax.graph.primitives import is_plain
@@ -21,11 +22,13 @@ class _Outline:
     Attributes:
       steps: The primitive, the operands, and the shapes and dtypes of the results, for each step.
       results: The results of the program.
+      loops: The loops and branches among the steps.
       constants: The numbers of the constants, in the order in which the steps read them.
     """
 
     steps: list[Any]
     results: list[int]
+    loops: list[Step]
     constants: list[Atom]
 
 
@@ -43,16 +46,28 @@ def match_constants(first: Program, second: Program) -> dict[Atom, Atom] | None:
     one, two = _outline(first), _outline(second)
     if (one.steps, one.results, len(one.constants)) != (two.steps, two.results, len(two.constants)):
         return None
+    loops = zip(one.loops, two.loops, strict=True)
+    if not all(_are_same(*bodies) for loop in loops for bodies in zip(*(step.bodies for step in loop), strict=True)):
+        return None
     return dict(zip(one.constants, two.constants, strict=True))
 
 
+def _are_same(first: Program, second: Program) -> bool:
+    """Whether two programs match and have equal constants."""
+    matched = match_constants(first, second)
+    return matched is not None and all(
+        same_constant(first.constants[one], second.constants[two]) for one, two in matched.items()
+    )
+
+
 def same_constant(first: Any, second: Any) -> bool:
-    """Whether two constants are equal. Arrays of keys are equal only if they are the same object."""
+    """Whether two constants are equal. NaN equals NaN. Arrays of keys are equal only if they are the same object."""
     if first is second:
         return True
     if not all(is_plain(dtype_of(value)) for value in (first, second)):
         return False
-    return np.shape(first) == np.shape(second) and np.array_equal(first, second, equal_nan=False)
+    inexact = all(jnp.issubdtype(dtype_of(value), jnp.inexact) for value in (first, second))
+    return np.shape(first) == np.shape(second) and np.array_equal(first, second, equal_nan=inexact)
 
 
 def _outline(program: Program) -> _Outline:
@@ -60,6 +75,7 @@ def _outline(program: Program) -> _Outline:
     same: dict[Atom, Atom] = {}
     constants: list[Atom] = []
     steps: list[Any] = []
+    loops: list[Step] = []
 
     def place(number: Atom) -> int:
         number = same.get(number, number)
@@ -75,8 +91,10 @@ def _outline(program: Program) -> _Outline:
         operands = [place(number) for number in step.inputs]
         results = [(program.shapes[number].shape, program.shapes[number].dtype) for number in step.outputs]
         steps.append((step.name, operands, results))
+        if step.bodies:
+            loops.append(step)
         places |= {number: len(places) + index for index, number in enumerate(step.outputs)}
-    return _Outline(steps, [place(number) for number in program.outputs], constants)
+    return _Outline(steps, [place(number) for number in program.outputs], loops, constants)
 
 
 def _changes_nothing(step: Step, program: Program) -> bool:

@@ -78,6 +78,16 @@ def inner_jaxpr(equation: Any) -> tuple[Any, Sequence[Any]] | None:
     return (inside.jaxpr, inside.consts) if isinstance(inside, core.ClosedJaxpr) else (inside, ())
 
 
+def bodies(equation: Any) -> tuple[core.ClosedJaxpr, ...]:
+    """The jaxprs of a loop or branch: the body of a scan, condition and body of a while, the branches of a cond. Else none."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return (params["jaxpr"],)
+    if name == "while":
+        return params["cond_jaxpr"], params["body_jaxpr"]
+    return tuple(params["branches"]) if name == "cond" else ()
+
+
 def is_elementwise_call(equation: Any) -> bool:
     """Whether the function that a call runs is elementwise."""
     shapes = {variable.aval.shape for variable in [*equation.invars, *equation.outvars]} - {()}

@@ -1,20 +1,22 @@
 """The flow of elements through matrix products and convolutions.
 
 The rules compute with counts: the product of two arrays of 0 and 1 gives the number of terms in each sum. Where a sum has no term, the
-result is 0.
+result is 0. All arrays are compact, see ``facts``. Counts are exact up to a positive factor: only their signs matter.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bcdl_jax.graph.facts import Fact, Flags, Product
+from bcdl_jax.graph.facts import Fact, Flags, Product, Shape, along, any_along, compact, in_full
+from bcdl_jax.graph.known_values import values_of
 from bcdl_jax.graph.program import Program, Step
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -24,42 +26,55 @@ Axes = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class ProductRule(abc.ABC):
-    """A product of two arrays, on arrays of counts.
+    """A product of two arrays, on compact arrays of counts.
 
     Attributes:
+      shapes: The shapes of the operands.
       contracted: The axes of each operand that the product sums over.
       foldable_sides: The operands whose known elements can become a constant that is added to the result.
     """
 
+    shapes: tuple[Shape, Shape]
     contracted: tuple[Axes, Axes]
     foldable_sides: tuple[int, ...]
 
     @abc.abstractmethod
-    def forward(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The product."""
+    def forward(self, x: Flags, w: Flags) -> Flags:
+        """Flags of the results that have a term."""
 
     @abc.abstractmethod
-    def to_first(self, out: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The transpose with respect to the first operand."""
+    def to_first(self, out: Flags, w: Flags) -> Flags:
+        """Flags of the elements of the first operand that meet flagged elements of the second in a flagged result."""
 
     @abc.abstractmethod
-    def to_second(self, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """The transpose with respect to the second operand."""
+    def to_second(self, x: Flags, out: Flags) -> Flags:
+        """Flags of the elements of the second operand that meet flagged elements of the first in a flagged result."""
+
+    @abc.abstractmethod
+    def operands(self, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values of both operands, extended so that the primitive takes them."""
 
 
 def product_rule(step: Step, program: Program) -> ProductRule | None:
     """The rule of a product; None for other steps, and for convolutions with groups along the batch."""
     if step.name not in PRODUCTS:
         return None
-    shapes = [program.shapes[number].shape for number in step.inputs]
+    x, w = (program.shapes[number].shape for number in step.inputs)
     if step.name == "dot_general":
-        return _dot(step.params["dimension_numbers"], shapes)
-    return _convolution(step.params, shapes) if step.params["batch_group_count"] == 1 else None
+        return _dot(step.params["dimension_numbers"], (x, w))
+    return _convolution(step.params, (x, w)) if step.params["batch_group_count"] == 1 else None
 
 
-def unknown_results(rule: ProductRule, x: Fact, w: Fact) -> Flags:
-    """Flags of the unknown elements of a product."""
-    return (rule.forward(x.unknown, w.nonzero) + rule.forward(x.nonzero, w.unknown)) > 0
+def known_results(rule: ProductRule, step: Step, x: Fact, w: Fact) -> tuple[Flags, np.ndarray]:
+    """Flags of the unknown elements of a product, and its values at all other elements."""
+    unknown = rule.forward(x.unknown, w.nonzero)
+    if w.unknown.any():
+        unknown = unknown | rule.forward(x.nonzero, w.unknown)
+    zeros = np.zeros((1,) * unknown.ndim, np.float32)
+    if unknown.all() or x.unknown.all() or not (rule.forward(x.nonzero, w.nonzero) & ~unknown).any():
+        return compact(unknown), zeros
+    # Terms with unknown elements are 0 in all known results, so that the 0 in place of these elements is right.
+    return compact(unknown), compact(values_of(step, rule.operands(x.value, w.value))[0])
 
 
 def product_needs(rule: ProductRule, inputs: Sequence[Fact], output: Fact) -> tuple[list[Flags], Product]:
@@ -72,32 +87,37 @@ def product_needs(rule: ProductRule, inputs: Sequence[Fact], output: Fact) -> tu
     folded, folded_side = None, None
     if not output.fixed:
         for side in rule.foldable_sides:
-            if not inputs[side].fixed and inputs[1 - side].fixed:
-                folded, folded_side = _constant_slices(inputs[side], rule.contracted[side]), side
-                others = tuple(axis for axis in range(counts[side].ndim) if axis not in rule.contracted[side])
-                order = np.argsort(rule.contracted[side])
-                counts[side] = counts[side] & ~np.expand_dims(np.transpose(folded, order), others)
-                if not folded.any():
-                    folded, folded_side = None, None
+            other = inputs[1 - side]
+            if not inputs[side].fixed and other.fixed and not other.unknown.any():
+                flags = _constant_slices(inputs[side], rule.contracted[side])
+                if flags.any():
+                    folded, folded_side = _in_full_order(flags, rule, side), side
+                    counts[side] = counts[side] & ~flags
                 break
     needs = [
-        (rule.to_first(output.live, counts[1]) > 0) & counts[0],
-        (rule.to_second(counts[0], output.live) > 0) & counts[1],
+        rule.to_first(output.live, counts[1]) & counts[0],
+        rule.to_second(counts[0], output.live) & counts[1],
     ]
-    needed = []
-    for axis in rule.contracted[0]:
-        needed.append(needs[0].any(tuple(other for other in range(needs[0].ndim) if other != axis)))
+    needed = [along(needs[0], axis, rule.shapes[0][axis]) for axis in rule.contracted[0]]
     return needs, Product(tuple(needed), folded, folded_side)
 
 
 def _constant_slices(fact: Fact, contracted: Axes) -> Flags:
-    """Flags over the contracted axes, in their order: known, not 0, and equal along all other axes."""
-    others = tuple(axis for axis in range(fact.unknown.ndim) if axis not in contracted)
+    """Flags of the known elements that are not 0, and equal along all axes but the contracted ones. The latter have size 1."""
+    others = [axis for axis in range(fact.unknown.ndim) if axis not in contracted]
     first = fact.value
     for axis in others:
         first = np.take(first, [0], axis)
-    flags = ~(fact.unknown | (fact.value != first)).any(others) & (first != 0).any(others)
-    return np.transpose(flags, np.argsort(np.argsort(contracted)))
+    flags = ~any_along(fact.unknown, others) & (first != 0)
+    return flags if first.shape == fact.value.shape else flags & ~any_along(fact.value != first, others)
+
+
+def _in_full_order(flags: Flags, rule: ProductRule, side: int) -> Flags:
+    """Flags over the contracted axes of one operand, in their order and in full size."""
+    axes = rule.contracted[side]
+    whole = in_full(flags, rule.shapes[side], axes)
+    rest = tuple(axis for axis in range(flags.ndim) if axis not in axes)
+    return np.transpose(np.squeeze(whole, rest), np.argsort(np.argsort(axes)))
 
 
 # Matrix products.
@@ -111,24 +131,50 @@ class _Dot(ProductRule):
     w_axes: list[int]
     out_axes: list[int]
 
-    def forward(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    def forward(self, x: Flags, w: Flags) -> Flags:
         return _einsum(x, self.x_axes, w, self.w_axes, self.out_axes)
 
-    def to_first(self, out: np.ndarray, w: np.ndarray) -> np.ndarray:
+    def to_first(self, out: Flags, w: Flags) -> Flags:
         return _einsum(out, self.out_axes, w, self.w_axes, self.x_axes)
 
-    def to_second(self, x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    def to_second(self, x: Flags, out: Flags) -> Flags:
         return _einsum(x, self.x_axes, out, self.out_axes, self.w_axes)
+
+    def operands(self, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x, w = (
+            in_full(array, shape, axes) for array, shape, axes in zip((x, w), self.shapes, self.contracted, strict=True)
+        )
+        shared = [
+            (x_axis, self.w_axes.index(number)) for x_axis, number in enumerate(self.x_axes) if number in self.w_axes
+        ]
+        differ = [(one, two) for one, two in shared if x.shape[one] != w.shape[two]]
+        return (
+            in_full(x, self.shapes[0], [one for one, _ in differ]),
+            in_full(w, self.shapes[1], [two for _, two in differ]),
+        )
 
 
 def _einsum(
-    first: np.ndarray, first_axes: list[int], second: np.ndarray, second_axes: list[int], result_axes: list[int]
-) -> np.ndarray:
-    operands: list[Any] = [first.astype(np.float32), first_axes, second.astype(np.float32), second_axes]
-    return np.einsum(*operands, result_axes, optimize=True)
+    first: Flags, first_axes: list[int], second: Flags, second_axes: list[int], result_axes: list[int]
+) -> Flags:
+    """Flags of the results that have a term. An axis of size 1 does not appear in the sum."""
+    operands: list[Any] = []
+    present: set[int] = set()
+    for flags, axes in ((first, first_axes), (second, second_axes)):
+        # An axis that only this operand has, and that is summed over, is no part of the product.
+        other = second_axes if axes is first_axes else first_axes
+        flags = any_along(flags, [place for place, axis in enumerate(axes) if axis not in (*other, *result_axes)])
+        kept = [place for place, size in enumerate(flags.shape) if size != 1]
+        labels = [axes[place] for place in kept]
+        present.update(labels)
+        operands += [flags.reshape([flags.shape[place] for place in kept]).astype(np.float32), labels]
+    out = [axis for axis in result_axes if axis in present]
+    result = np.asarray(np.einsum(*operands, out, optimize=True)) > 0
+    sizes = iter(result.shape)
+    return result.reshape([next(sizes) if axis in present else 1 for axis in result_axes])
 
 
-def _dot(numbers: Any, shapes: Sequence[tuple[int, ...]]) -> _Dot:
+def _dot(numbers: Any, shapes: tuple[Shape, Shape]) -> _Dot:
     (contract_x, contract_w), (batch_x, batch_w) = numbers
     free_numbers = iter(range(len(shapes[0]) + len(shapes[1])))
     x_axes = [next(free_numbers) for _ in shapes[0]]
@@ -140,6 +186,7 @@ def _dot(numbers: Any, shapes: Sequence[tuple[int, ...]]) -> _Dot:
     out_axes += [axis for place, axis in enumerate(x_axes) if place not in (*contract_x, *batch_x)]
     out_axes += [axis for place, axis in enumerate(w_axes) if place not in (*contract_w, *batch_w)]
     return _Dot(
+        shapes=shapes,
         contracted=(contract_x, contract_w),
         foldable_sides=() if batch_x else (0, 1),
         x_axes=x_axes,
@@ -159,96 +206,178 @@ class _Convolution(ProductRule):
       x_order: The permutation of the input's axes to [batch, *positions, channels].
       w_order: The permutation of the kernel's axes to [*window, in, out].
       out_order: The permutation of the output's axes to [batch, *positions, channels].
-      x_shape: The shape of the input in that order.
-      w_shape: The shape of the kernel in that order.
-      out_positions: The sizes of the output's position axes.
+      positions_read: The input position that each output position reads at each window position, along each position axis, [output positions,
+        window positions]. -1 is the padding.
       groups: The number of feature groups.
-      reads: The input position that each output position reads at each window position, [output positions, window positions]. Positions
-        are flattened. One position beyond the last is the padding.
     """
 
     x_order: tuple[int, ...]
     w_order: tuple[int, ...]
     out_order: tuple[int, ...]
-    x_shape: tuple[int, ...]
-    w_shape: tuple[int, ...]
-    out_positions: tuple[int, ...]
+    positions_read: tuple[np.ndarray, ...]
     groups: int
-    reads: np.ndarray
 
-    @property
-    def _taps(self) -> int:
-        return self.reads.shape[1]
-
-    def forward(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        out = np.moveaxis(self._patches(x) @ self._kernels(w), 0, 1)
-        out = out.reshape(self.x_shape[0], *self.out_positions, self.w_shape[-1])
+    def forward(self, x: Flags, w: Flags) -> Flags:
+        x, w = np.transpose(x, self.x_order), np.transpose(w, self.w_order)
+        if math.prod(x.shape[1:-1]) == 1 and self._every_result_reads():
+            # All positions are alike.
+            out = self._per_position(x, self._kernels_of_any_tap(w))
+        else:
+            x = np.broadcast_to(x, (x.shape[0], *self._positions, x.shape[-1]))
+            out = np.moveaxis(self._patches(x) @ self._kernels(w, self._taps), 0, 1)
+            out = out.reshape(x.shape[0], *self._out_positions, self.groups * self._features_out) > 0
         return np.transpose(out, np.argsort(self.out_order))
 
-    def to_first(self, out: np.ndarray, w: np.ndarray) -> np.ndarray:
-        batch, features_in, padding = self.x_shape[0], self.w_shape[-2], math.prod(self.x_shape[1:-1])
-        flat = self._results(out) @ np.swapaxes(self._kernels(w), 1, 2)
-        flat = np.moveaxis(flat.reshape(self.groups, batch, len(self.reads), self._taps, features_in), 0, 3)
-        x = np.zeros((batch, padding + 1, self.groups, features_in), np.float32)
+    def to_first(self, out: Flags, w: Flags) -> Flags:
+        out, w = np.transpose(out, self.out_order), np.transpose(w, self.w_order)
+        if math.prod(out.shape[1:-1]) == 1:
+            x = self._per_position(out, np.swapaxes(self._kernels_of_any_tap(w), 1, 2))
+            for axis, read in enumerate(self.positions_read):
+                x = _restricted(x, axis + 1, np.isin(np.arange(self._positions[axis]), read))
+        else:
+            x = self._to_each_position(out, w)
+        return np.transpose(x, np.argsort(self.x_order))
+
+    def to_second(self, x: Flags, out: Flags) -> Flags:
+        x, out = np.transpose(x, self.x_order), np.transpose(out, self.out_order)
+        if math.prod((*x.shape[1:-1], *out.shape[1:-1])) == 1:
+            ins, outs = (np.asarray(flags.any(tuple(range(flags.ndim - 1)))) for flags in (x, out))
+            pairs = self._split(ins, self._features_in)[:, :, None] * self._split(outs, self._features_out)[:, None]
+            shape = (*(1 for _ in self._window), self._features_in, self.groups * self._features_out)
+            w = np.moveaxis(pairs, 0, 1).reshape(shape) > 0
+            for axis, read in enumerate(self.positions_read):
+                w = _restricted(w, axis, np.asarray((read >= 0).any(0)))
+        else:
+            batch = max(x.shape[0], out.shape[0])
+            x = np.broadcast_to(x, (batch, *self._positions, x.shape[-1]))
+            flat = np.swapaxes(self._patches(x), 1, 2) @ self._results(out, batch)
+            w = np.moveaxis(flat, 0, 1).reshape(*self._taps, self._features_in, self.groups * self._features_out) > 0
+        return np.transpose(w, np.argsort(self.w_order))
+
+    def operands(self, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return in_full(x, self.shapes[0], [axis for axis in self.x_order if axis != self.x_order[0]]), in_full(
+            w, self.shapes[1]
+        )
+
+    @property
+    def _window(self) -> tuple[int, ...]:
+        """The window axes of a kernel [*window, in, out]."""
+        return tuple(range(len(self.positions_read)))
+
+    @property
+    def _positions(self) -> Shape:
+        return tuple(self.shapes[0][axis] for axis in self.x_order[1:-1])
+
+    @property
+    def _out_positions(self) -> Shape:
+        return tuple(len(read) for read in self.positions_read)
+
+    @property
+    def _taps(self) -> Shape:
+        return tuple(read.shape[1] for read in self.positions_read)
+
+    @property
+    def _features_in(self) -> int:
+        return self.shapes[1][self.w_order[-2]]
+
+    @property
+    def _features_out(self) -> int:
+        return self.shapes[1][self.w_order[-1]] // self.groups
+
+    def _every_result_reads(self) -> bool:
+        """Whether each output position reads some input position."""
+        return all((read >= 0).any(1).all() for read in self.positions_read)
+
+    @functools.cached_property
+    def _reads(self) -> np.ndarray:
+        """``positions_read`` for flattened positions. One position beyond the last is the padding."""
+        reads = np.zeros((1, 1), int)
+        for size, place in zip(self._positions, self.positions_read, strict=True):
+            mixed = reads[:, None, :, None] * size + place[None, :, None, :]
+            mixed = np.where((reads[:, None, :, None] < 0) | (place[None, :, None, :] < 0), -1, mixed)
+            reads = mixed.reshape(reads.shape[0] * place.shape[0], reads.shape[1] * place.shape[1])
+        return np.where(reads < 0, math.prod(self._positions), reads)
+
+    def _split(self, flags: Flags, features: int) -> np.ndarray:
+        """Counts of the channels by group, [groups, ..., channels], from [..., all channels]."""
+        flags = np.broadcast_to(flags, (*flags.shape[:-1], self.groups * features))
+        return np.moveaxis(flags.reshape(*flags.shape[:-1], self.groups, features), -2, 0).astype(np.float32)
+
+    def _per_position(self, flags: Flags, kernels: np.ndarray) -> Flags:
+        """The product of the channels of one position, [batch, 1, ..., channels], and kernels without a window, [groups, channels, other channels]."""
+        batch = flags.shape[0]
+        product = self._split(flags, kernels.shape[1]).reshape(self.groups, batch, -1) @ kernels
+        shape = (batch, *(1 for _ in self._window), self.groups * kernels.shape[2])
+        return np.moveaxis(product, 0, 1).reshape(shape) > 0
+
+    def _to_each_position(self, out: Flags, w: Flags) -> Flags:
+        """``to_first`` where positions differ, [batch, *positions, channels]."""
+        batch, num_taps = out.shape[0], math.prod(self._taps)
+        flat = self._results(out, batch) @ np.swapaxes(self._kernels(w, self._taps), 1, 2)
+        flat = np.moveaxis(flat.reshape(self.groups, batch, len(self._reads), num_taps, self._features_in), 0, 3)
+        x = np.zeros((batch, math.prod(self._positions) + 1, self.groups, self._features_in), np.float32)
         # At one window position, no input position but the padding is read twice. So the sum below drops no term.
-        for tap in range(self._taps):
-            x[:, self.reads[:, tap]] += flat[:, :, tap]
-        return np.transpose(x[:, :-1].reshape(self.x_shape), np.argsort(self.x_order))
+        for tap in range(num_taps):
+            x[:, self._reads[:, tap]] += flat[:, :, tap]
+        return x[:, :-1].reshape(batch, *self._positions, self.groups * self._features_in) > 0
 
-    def to_second(self, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-        flat = np.swapaxes(self._patches(x), 1, 2) @ self._results(out)
-        return np.transpose(np.moveaxis(flat, 0, 1).reshape(self.w_shape), np.argsort(self.w_order))
-
-    def _patches(self, x: np.ndarray) -> np.ndarray:
+    def _patches(self, x: Flags) -> np.ndarray:
         """[groups, batch * output positions, window positions * in]."""
-        batch, features_in = self.x_shape[0], self.w_shape[-2]
-        flat = np.transpose(x, self.x_order).astype(np.float32)
-        flat = flat.reshape(batch, math.prod(self.x_shape[1:-1]), self.groups * features_in)
-        flat = np.concatenate([flat, np.zeros((batch, 1, flat.shape[-1]), np.float32)], 1)[:, self.reads]
-        flat = flat.reshape(batch, len(self.reads), self._taps, self.groups, features_in)
-        return np.moveaxis(flat, 3, 0).reshape(self.groups, -1, self._taps * features_in)
+        batch, features_in = x.shape[0], self._features_in
+        flat = np.broadcast_to(x, (*x.shape[:-1], self.groups * features_in)).astype(np.float32)
+        flat = flat.reshape(batch, math.prod(self._positions), self.groups * features_in)
+        flat = np.concatenate([flat, np.zeros((batch, 1, flat.shape[-1]), np.float32)], 1)[:, self._reads]
+        flat = flat.reshape(batch, *self._reads.shape, self.groups, features_in)
+        return np.moveaxis(flat, 3, 0).reshape(self.groups, -1, math.prod(self._taps) * features_in)
 
-    def _kernels(self, w: np.ndarray) -> np.ndarray:
-        """[groups, window positions * in, out / groups]."""
-        flat = np.transpose(w, self.w_order).astype(np.float32)
-        flat = flat.reshape(self._taps * self.w_shape[-2], self.groups, self.w_shape[-1] // self.groups)
-        return np.moveaxis(flat, 1, 0)
+    def _kernels(self, w: Flags, taps: Shape) -> np.ndarray:
+        """[groups, window positions * in, out / groups], for a window of the given size."""
+        flat = np.broadcast_to(w, (*taps, self._features_in, self._features_out * self.groups)).astype(np.float32)
+        size = math.prod(taps) * self._features_in
+        return np.moveaxis(flat.reshape(size, self.groups, self._features_out), 1, 0)
 
-    def _results(self, out: np.ndarray) -> np.ndarray:
+    def _kernels_of_any_tap(self, w: Flags) -> np.ndarray:
+        """[groups, in, out / groups]: whether any window position is flagged."""
+        return self._kernels(np.asarray(w.any(self._window, keepdims=True)), (1,) * len(self._window))
+
+    def _results(self, out: Flags, batch: int) -> np.ndarray:
         """[groups, batch * output positions, out / groups]."""
-        flat = np.transpose(out, self.out_order).astype(np.float32)
-        return np.moveaxis(flat.reshape(-1, self.groups, self.w_shape[-1] // self.groups), 1, 0)
+        out = np.broadcast_to(out, (batch, *self._out_positions, out.shape[-1]))
+        return self._split(out, self._features_out).reshape(self.groups, -1, self._features_out)
 
 
-def _convolution(params: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]) -> _Convolution:
+def _restricted(flags: Flags, axis: int, allowed: Flags) -> Flags:
+    """Flags at the allowed indices of one axis alone."""
+    if allowed.all():
+        return flags
+    return flags & allowed.reshape([-1 if place == axis else 1 for place in range(flags.ndim)])
+
+
+def _convolution(params: Mapping[str, Any], shapes: tuple[Shape, Shape]) -> _Convolution:
     numbers = params["dimension_numbers"]
     x_order = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     w_order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
-    x_shape, w_shape = (
-        tuple(shape[axis] for axis in order) for shape, order in zip(shapes, (x_order, w_order), strict=True)
-    )
-    reads, out_positions = _positions_read(params, x_shape[1:-1], w_shape[:-2])
     padded = any(low or high for low, high in params["padding"]) or any(spread > 1 for spread in params["lhs_dilation"])
     return _Convolution(
+        shapes=shapes,
         contracted=((numbers.lhs_spec[1],), (numbers.rhs_spec[1],)),
         # A constant channel is not constant at the border if the padding adds zeros to it.
         foldable_sides=() if padded else (0,),
         x_order=x_order,
         w_order=w_order,
         out_order=(numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]),
-        x_shape=x_shape,
-        w_shape=w_shape,
-        out_positions=out_positions,
+        positions_read=_positions_read(
+            params, [shapes[0][axis] for axis in x_order[1:-1]], [shapes[1][axis] for axis in w_order[:-2]]
+        ),
         groups=params["feature_group_count"],
-        reads=reads,
     )
 
 
 def _positions_read(
-    params: Mapping[str, Any], positions: tuple[int, ...], window: tuple[int, ...]
-) -> tuple[np.ndarray, tuple[int, ...]]:
-    """``reads`` and ``out_positions`` of ``_Convolution``."""
-    reads, out_positions = np.zeros((1, 1), int), []
+    params: Mapping[str, Any], positions: Sequence[int], window: Sequence[int]
+) -> tuple[np.ndarray, ...]:
+    """``positions_read`` of ``_Convolution``."""
+    reads = []
     for size, taps, stride, (low, high), spread, dilation in zip(
         positions,
         window,
@@ -262,9 +391,5 @@ def _positions_read(
         count = max(0, (length - ((taps - 1) * dilation + 1)) // stride + 1)
         place = np.arange(count)[:, None] * stride + np.arange(taps) * dilation - low
         valid = (place >= 0) & (place <= (size - 1) * spread) & (place % spread == 0)
-        place = np.where(valid, place // spread, -1)
-        mixed = reads[:, None, :, None] * size + place[None, :, None, :]
-        mixed = np.where((reads[:, None, :, None] < 0) | (place[None, :, None, :] < 0), -1, mixed)
-        reads = mixed.reshape(reads.shape[0] * count, reads.shape[1] * taps)
-        out_positions.append(count)
-    return np.where(reads < 0, math.prod(positions), reads), tuple(out_positions)
+        reads.append(np.where(valid, place // spread, -1))
+    return tuple(reads)

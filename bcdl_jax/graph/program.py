@@ -8,11 +8,11 @@ keeps that derivative.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -21,6 +21,7 @@ from bcdl_jax.graph.primitives import (
     CUSTOM,
     ELEMENTWISE,
     bind,
+    bodies,
     evaluate_elementwise,
     inner_jaxpr,
     is_elementwise_call,
@@ -41,6 +42,7 @@ class Step:
       outputs: Numbers of the values that the step computes.
       elementwise: True if each output element depends on the same element of the inputs alone.
       scope: The place of the step in the model, such as "Network/Dense_0": the named scopes around it, joined by "/".
+      own_bodies: The value of ``bodies``, or None to read it from the equation.
     """
 
     equation: Any
@@ -48,6 +50,7 @@ class Step:
     outputs: tuple[Atom, ...]
     elementwise: bool
     scope: str = ""
+    own_bodies: tuple[Program, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -58,6 +61,13 @@ class Step:
     def params(self) -> dict[str, Any]:
         """The parameters of the primitive."""
         return self.equation.params
+
+    @functools.cached_property
+    def bodies(self) -> tuple[Program, ...]:
+        """The programs within a loop or branch: the body of a scan, condition and body of a while, the branches of a cond. Else none."""
+        if self.own_bodies is not None:
+            return self.own_bodies
+        return tuple(program_of(closed, self.scope) for closed in bodies(self.equation))
 
     def bind(self, *values: Any) -> list[Any]:
         """The outputs for operands of the traced shapes. Most primitives take operands of other shapes, too."""
@@ -92,25 +102,6 @@ class Program:
     outputs: tuple[Atom, ...]
     result_tree: Any
 
-    def evaluate(self, *arguments: Any, without: frozenset[Atom] = frozenset()) -> list[Any]:
-        """Computes all values of the program.
-
-        Args:
-          *arguments: The flattened arguments.
-          without: Numbers of values that are not computed. Values that depend on them have no meaning.
-
-        Returns:
-          The values by number. A value that is not computed is a zero, broadcast to its shape, or None if it is an array of keys.
-        """
-        wanted = [number for number in range(len(self.shapes)) if number not in without]
-
-        def run(arguments: Sequence[Any]) -> list[Any]:
-            values = self._run(arguments, {}, without)
-            return [values[number] for number in wanted]
-
-        found = dict(zip(wanted, compile_quickly(run, arguments)(arguments), strict=True))
-        return [found[number] if number in found else _zeros(shape) for number, shape in enumerate(self.shapes)]
-
     def run(self, arguments: Sequence[Any], rules: Mapping[str, Rule]) -> PyTree:
         """Runs the program.
 
@@ -122,28 +113,27 @@ class Program:
         Returns:
           The results, in the tree structure of the traced function.
         """
-        values = self._run(arguments, rules)
-        return jax.tree.unflatten(self.result_tree, [values[number] for number in self.outputs])
-
-    def _run(
-        self, arguments: Sequence[Any], rules: Mapping[str, Rule], without: frozenset[Atom] = frozenset()
-    ) -> dict[Atom, Any]:
         values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constants
-        zeros = {number: _zeros(self.shapes[number]) for number in without if number not in values}
-        values |= {number: jnp.asarray(value) for number, value in zeros.items() if value is not None}
         for step in self.steps:
-            if without.issuperset(step.outputs):
-                continue
             operands = [values[number] for number in step.inputs]
             rule = rules.get(step.name)
             result = None if rule is None else rule(step, *operands)
             results = step.bind_at_any_size(*operands) if result is None else [result]
             values |= dict(zip(step.outputs, results, strict=True))
-        return values
+        return jax.tree.unflatten(self.result_tree, [values[number] for number in self.outputs])
 
-    def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:
+    def evaluate(self, *arguments: Any) -> list[Any]:
+        """Computes all values of the program for flattened arguments. Returns them by number."""
+        numbers = range(len(self.shapes))
+        everything = dataclasses.replace(self, outputs=tuple(numbers), result_tree=jax.tree.structure([*numbers]))
+        run = compile_quickly(lambda arguments: everything.run(arguments, {}), arguments)
+        return run(arguments)
+
+    def signature(self) -> list[Any]:
         """Primitives and values of all steps, without shapes. Two traces of one function at different batch sizes should have the same."""
-        return [(step.name, step.inputs, step.outputs) for step in self.steps]
+        return [
+            (step.name, step.inputs, step.outputs, [body.signature() for body in step.bodies]) for step in self.steps
+        ]
 
 
 def trace_fixed_sizes(function: Callable[..., Any], *arguments: PyTree) -> Program:
@@ -151,16 +141,27 @@ def trace_fixed_sizes(function: Callable[..., Any], *arguments: PyTree) -> Progr
     # A weakly typed array would lead to other steps than the small array that replaces it, so only shape and dtype count.
     structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)), arguments)
     closed, result = jax.make_jaxpr(function, return_shape=True)(*structs)
+    return dataclasses.replace(program_of(closed), result_tree=jax.tree.structure(result))
+
+
+def program_of(closed: core.ClosedJaxpr, scope: str = "") -> Program:
+    """The program of a jaxpr. Its results are a list.
+
+    Args:
+      closed: The jaxpr.
+      scope: The place of the jaxpr in the model.
+    """
     steps = _StepList([], {}, [])
     inputs = [steps.new_value(variable.aval.shape, variable.aval.dtype) for variable in closed.jaxpr.invars]
-    outputs = steps.append(closed.jaxpr, [steps.new_constant(value) for value in closed.consts], inputs)
+    constants = [steps.new_constant(value) for value in closed.consts]
+    outputs = steps.append(closed.jaxpr, constants, inputs, scope)
     return Program(
         tuple(steps.shapes),
         tuple(inputs),
         steps.constants,
         tuple(steps.steps),
         tuple(outputs),
-        jax.tree.structure(result),
+        jax.tree.structure(outputs),
     )
 
 
@@ -234,8 +235,3 @@ def dtype_of(leaf: Any) -> Any:
     """The dtype that JAX gives to an array. Without x64, JAX turns int64 into int32."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     return dtype if not is_plain(dtype) else jax.dtypes.canonicalize_dtype(dtype)
-
-
-def _zeros(struct: jax.ShapeDtypeStruct) -> np.ndarray | None:
-    """Zeros that take no memory, or None for an array of keys."""
-    return np.broadcast_to(np.zeros((), struct.dtype), struct.shape) if is_plain(struct.dtype) else None

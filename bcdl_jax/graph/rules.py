@@ -1,19 +1,20 @@
-"""How the elements of a primitive's outputs depend on the elements of its inputs. Products have rules of their own, see ``products``."""
+"""How the elements of a primitive's outputs depend on the elements of its inputs. Products have rules of their own, see ``products``.
+
+All arrays are compact, see ``facts``. The rules keep them compact: they extend an array along an axis only if elements differ along it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bcdl_jax.graph.facts import Fact, Flags
+from bcdl_jax.graph.facts import Fact, Flags, Shape, any_along, compact, in_full
+from bcdl_jax.graph.known_values import elementwise_values, values_of
 from bcdl_jax.graph.program import Program, Step
-
-Shape = tuple[int, ...]
+from bcdl_jax.graph.structural import STRUCTURAL, move_backward, move_forward
 
 REDUCTIONS = (
     "reduce_sum",
@@ -38,76 +39,108 @@ MIXING = {
     "top_k": "axis",
 }
 
+Known = tuple[Flags, np.ndarray]  # Flags of the unknown elements of an output, and its values at all other elements.
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowRule:
     """The rule of one step.
 
     Attributes:
-      forward: A function of the inputs' facts. It returns flags of the unknown elements of each output.
+      forward: A function of the inputs' facts. It returns the known elements of each output.
       backward: A function of the inputs' facts and of each output's live flags. It returns flags of the elements that are read from each
         input.
     """
 
-    forward: Callable[[Sequence[Fact]], list[Flags]]
+    forward: Callable[[Sequence[Fact]], list[Known]]
     backward: Callable[[Sequence[Fact], Sequence[Flags]], list[Flags]]
 
 
 def flow_rule(step: Step, program: Program) -> FlowRule | None:
     """The rule of a step; None if its primitive has no rule here."""
     in_shapes = [program.shapes[number].shape for number in step.inputs]
-    out_shapes = [program.shapes[number].shape for number in step.outputs]
+    outputs = [program.shapes[number] for number in step.outputs]
     if step.elementwise:
-        return _elementwise(step.name, in_shapes, out_shapes)
+        return _elementwise(step, in_shapes, outputs)
     if step.name in STRUCTURAL:
-        return _structural(STRUCTURAL[step.name](step.params, in_shapes), in_shapes)
+        return _structural(step, in_shapes, [output.shape for output in outputs])
     if step.name == "iota":
-        return FlowRule(lambda _: [np.zeros(out_shapes[0], bool)], lambda *_: [])
+        return _iota(step.params)
     if step.name in REDUCTIONS:
-        return _reduction(step.params["axes"], in_shapes[0])
+        return _reduction(step, in_shapes[0])
     if step.name in WINDOWS:
-        return _window(step.params, in_shapes[0])
+        return _window(step, in_shapes[0])
     if step.name in MIXING:
         axis = step.params[MIXING[step.name]]
-        return _mixing(len(in_shapes[0]) + axis if axis < 0 else axis, in_shapes, out_shapes)
+        return _mixing(step, axis % len(in_shapes[0]), in_shapes, len(outputs))
     if step.name in ("gather", "dynamic_slice"):
         axes = unindexed_axes(step, program)
-        return _indexing(axes, in_shapes, out_shapes[0]) if axes else None
+        return _indexing(axes, in_shapes, outputs[0].shape) if axes else None
     return None
+
+
+def no_elements_known(rank: int) -> Known:
+    """The known elements of an output that is unknown as a whole."""
+    ones = (1,) * rank
+    return np.ones(ones, bool), np.zeros(ones, np.float32)
+
+
+def _known(unknown: Flags, value: Callable[[], np.ndarray]) -> Known:
+    """The known elements of an output. The value is not computed if there are none."""
+    if unknown.all():
+        return no_elements_known(unknown.ndim)
+    return unknown, value()
 
 
 # Elementwise primitives.
 
 
-def _elementwise(name: str, in_shapes: Sequence[Shape], out_shapes: Sequence[Shape]) -> FlowRule:
-    shape = out_shapes[0]
+def _elementwise(step: Step, in_shapes: Sequence[Shape], outputs: Sequence[Any]) -> FlowRule:
+    shape, dtypes = outputs[0].shape, [output.dtype for output in outputs]
 
-    def forward(inputs: Sequence[Fact]) -> list[Flags]:
-        flags = _elementwise_unknown(name, inputs, shape)
-        return [np.array(np.broadcast_to(flags, out)) for out in out_shapes]
+    def forward(inputs: Sequence[Fact]) -> list[Known]:
+        unknown = compact(np.asarray(_elementwise_unknown(step.name, inputs)))
+        if unknown.ndim < len(shape):
+            unknown = unknown.reshape((1,) * len(shape))
+        if unknown.all():
+            return [no_elements_known(len(shape)) for _ in outputs]
+        values = elementwise_values(step, [fact.filled for fact in inputs], dtypes)
+        return [(unknown, value.reshape((1,) * (len(shape) - value.ndim) + value.shape)) for value in values]
 
     def backward(inputs: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:
-        needs = _elementwise_needs(name, inputs, np.logical_or.reduce(list(lives)))
-        return [_shrink_to(np.broadcast_to(need, shape), size) for need, size in zip(needs, in_shapes, strict=True)]
+        live = lives[0]
+        for other in lives[1:]:
+            live = live | other
+        needs = _elementwise_needs(step.name, inputs, live)
+        return [_shrink_to(np.asarray(need), size, shape) for need, size in zip(needs, in_shapes, strict=True)]
 
     return FlowRule(forward, backward)
 
 
-def _elementwise_unknown(name: str, inputs: Sequence[Fact], shape: Shape) -> Flags:
-    unknown = [fact.unknown for fact in inputs]
+def _elementwise_unknown(name: str, inputs: Sequence[Fact]) -> Flags:
     if name == "mul":
         (first, second) = inputs
         return (first.unknown & second.nonzero) | (second.unknown & first.nonzero)
     if name == "div":
-        return (unknown[0] | unknown[1]) & inputs[0].nonzero
+        return (inputs[0].unknown | inputs[1].unknown) & inputs[0].nonzero
     if name == "select_n":
         which, *cases = inputs
-        flags = np.zeros(shape, bool)
+        flags = which.unknown & ~_are_equal(cases)
         for number, case in enumerate(cases):
             flags = flags | (case.unknown & (which.unknown | (which.value.astype(int) == number)))
-        same = [~case.unknown & (case.value == cases[0].value) for case in cases]
-        return flags | (which.unknown & ~np.logical_and.reduce(np.broadcast_arrays(*same)))
-    return np.logical_or.reduce(np.broadcast_arrays(*unknown))
+        return flags
+    flags = inputs[0].unknown
+    for fact in inputs[1:]:
+        flags = flags | fact.unknown
+    return flags
+
+
+def _are_equal(cases: Sequence[Fact]) -> Flags:
+    """Flags of the elements that are known and the same in all cases."""
+    flags = ~cases[0].unknown
+    for case in cases[1:]:
+        flags = flags & ~case.unknown & (case.value == cases[0].value)
+    return flags
 
 
 def _elementwise_needs(name: str, inputs: Sequence[Fact], live: Flags) -> list[Flags]:
@@ -124,115 +157,77 @@ def _elementwise_needs(name: str, inputs: Sequence[Fact], live: Flags) -> list[F
     return [live] * len(inputs)
 
 
-def _shrink_to(flags: Flags, shape: Shape) -> Flags:
-    """The reverse of broadcasting: any flag along an axis of size 1."""
-    if shape == flags.shape:
-        return flags
+def _shrink_to(flags: Flags, shape: Shape, full: Shape) -> Flags:
+    """The reverse of broadcasting from ``shape`` to ``full``: any flag along an axis of size 1."""
     if not shape:
         return np.asarray(flags.any())
-    axes = tuple(axis for axis, size in enumerate(shape) if size == 1 != flags.shape[axis])
-    return np.asarray(flags.any(axes, keepdims=True))
+    return any_along(flags, [axis for axis, size in enumerate(shape) if size == 1 != full[axis]])
 
 
-# Structural primitives, which only move elements. The *sources* of an output give, for each of its elements, the place of the same element
-# in the flattened and concatenated inputs.
+# Primitives that only move elements.
 
 
-def _structural(sources: list[np.ndarray], in_shapes: Sequence[Shape]) -> FlowRule:
-    sizes = [math.prod(shape) for shape in in_shapes]
-    ends = list(itertools.accumulate(sizes))
-
-    def forward(inputs: Sequence[Fact]) -> list[Flags]:
-        flat = np.concatenate([fact.unknown.ravel() for fact in inputs])
-        return [flat[source] for source in sources]
+def _structural(step: Step, in_shapes: Sequence[Shape], out_shapes: Sequence[Shape]) -> FlowRule:
+    def forward(inputs: Sequence[Fact]) -> list[Known]:
+        flags = move_forward(step, in_shapes, out_shapes, [fact.unknown for fact in inputs])
+        if all(each.all() for each in flags):
+            return [no_elements_known(each.ndim) for each in flags]
+        values = move_forward(step, in_shapes, out_shapes, [fact.value for fact in inputs])
+        return [(compact(unknown), value) for unknown, value in zip(flags, values, strict=True)]
 
     def backward(_: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:
-        flat = np.zeros(sum(sizes), bool)
-        for source, live in zip(sources, lives, strict=True):
-            flat[source[live]] = True
-        return [part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), in_shapes, strict=True)]
+        return move_backward(step, in_shapes, out_shapes, lives)
 
     return FlowRule(forward, backward)
 
 
-def _places(shapes: Sequence[Shape]) -> list[np.ndarray]:
-    """The place of each element of the inputs."""
-    starts = [0, *itertools.accumulate(math.prod(shape) for shape in shapes)]
-    return [start + np.arange(math.prod(shape)).reshape(shape) for start, shape in zip(starts, shapes, strict=False)]
+def _iota(params: Mapping[str, Any]) -> FlowRule:
+    def forward(_: Sequence[Fact]) -> list[Known]:
+        shape, dimension = params["shape"], params["dimension"]
+        sizes = [size if axis == dimension else 1 for axis, size in enumerate(shape)]
+        return [(np.zeros((1,) * len(shape), bool), np.arange(shape[dimension], dtype=params["dtype"]).reshape(sizes))]
 
-
-def _broadcast_source(params: Mapping[str, Any], shapes: Sequence[Shape]) -> list[np.ndarray]:
-    (places,) = _places(shapes[:1])
-    sizes = [1] * len(params["shape"])
-    for axis, size in zip(params["broadcast_dimensions"], shapes[0], strict=True):
-        sizes[axis] = size
-    return [np.broadcast_to(places.reshape(sizes), params["shape"])]
-
-
-def _pad_source(params: Mapping[str, Any], shapes: Sequence[Shape]) -> list[np.ndarray]:
-    places, padding = _places(shapes)
-    for axis, (low, high, interior) in enumerate(params["padding_config"]):
-        size = places.shape[axis]
-        spread = np.arange(size) * (interior + 1) + low
-        length = low + high + size + max(size - 1, 0) * interior
-        inside = (spread >= 0) & (spread < length)
-        out = np.full((*places.shape[:axis], length, *places.shape[axis + 1 :]), padding)
-        np.moveaxis(out, axis, 0)[spread[inside]] = np.moveaxis(places, axis, 0)[inside]
-        places = out
-    return [places]
-
-
-def _slice_source(params: Mapping[str, Any], shapes: Sequence[Shape]) -> list[np.ndarray]:
-    strides = params["strides"] or (1,) * len(shapes[0])
-    cuts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    return [_places(shapes)[0][tuple(slice(*cut) for cut in cuts)]]
-
-
-def _split_source(params: Mapping[str, Any], shapes: Sequence[Shape]) -> list[np.ndarray]:
-    ends = list(itertools.accumulate(params["sizes"]))
-    return np.split(_places(shapes)[0], ends[:-1], params["axis"])
-
-
-STRUCTURAL: dict[str, Callable[[Mapping[str, Any], Sequence[Shape]], list[np.ndarray]]] = {
-    "reshape": lambda params, shapes: [_places(shapes)[0].reshape(params["new_sizes"])],
-    "squeeze": lambda params, shapes: [np.squeeze(_places(shapes)[0], params["dimensions"])],
-    "expand_dims": lambda params, shapes: [np.expand_dims(_places(shapes)[0], params["dimensions"])],
-    "transpose": lambda params, shapes: [np.transpose(_places(shapes)[0], params["permutation"])],
-    "broadcast_in_dim": _broadcast_source,
-    "slice": _slice_source,
-    "rev": lambda params, shapes: [np.flip(_places(shapes)[0], params["dimensions"])],
-    "concatenate": lambda params, shapes: [np.concatenate(_places(shapes), params["dimension"])],
-    "pad": _pad_source,
-    "tile": lambda params, shapes: [np.tile(_places(shapes)[0], params["reps"])],
-    "split": _split_source,
-}
+    return FlowRule(forward, lambda *_: [])
 
 
 # Primitives that combine elements along axes.
 
 
-def _reduction(axes: Sequence[int], shape: Shape) -> FlowRule:
-    return FlowRule(
-        lambda inputs: [np.asarray(inputs[0].unknown.any(tuple(axes)))],
-        lambda _, lives: [np.array(np.broadcast_to(np.expand_dims(lives[0], tuple(axes)), shape))],
-    )
+def _reduction(step: Step, shape: Shape) -> FlowRule:
+    axes = tuple(step.params["axes"])
+
+    def forward(inputs: Sequence[Fact]) -> list[Known]:
+        unknown = np.asarray(any_along(inputs[0].unknown, axes).any(axes))
+        return [_known(unknown, lambda: values_of(step, [in_full(inputs[0].filled, shape, axes)])[0])]
+
+    return FlowRule(forward, lambda _, lives: [np.expand_dims(lives[0], axes)])
 
 
-def _mixing(axis: int, in_shapes: Sequence[Shape], out_shapes: Sequence[Shape]) -> FlowRule:
-    def forward(inputs: Sequence[Fact]) -> list[Flags]:
-        mixed = np.logical_or.reduce([fact.unknown.any(axis, keepdims=True) for fact in inputs])
-        return [np.array(np.broadcast_to(mixed, shape)) for shape in out_shapes]
+def _mixing(step: Step, axis: int, in_shapes: Sequence[Shape], num_outputs: int) -> FlowRule:
+    def mixed(all_flags: Sequence[Flags]) -> Flags:
+        result = any_along(all_flags[0], [axis])
+        for flags in all_flags[1:]:
+            result = result | any_along(flags, [axis])
+        return result
+
+    def forward(inputs: Sequence[Fact]) -> list[Known]:
+        unknown = mixed([fact.unknown for fact in inputs])
+        if unknown.all():
+            return [no_elements_known(unknown.ndim)] * num_outputs
+        sizes = np.broadcast_shapes(*(fact.value.shape for fact in inputs), unknown.shape)
+        sizes = tuple(in_shapes[0][axis] if place == axis else size for place, size in enumerate(sizes))
+        values = values_of(step, [np.broadcast_to(fact.filled, sizes) for fact in inputs])
+        return [(unknown, value) for value in values]
 
     def backward(_: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:
-        mixed = np.logical_or.reduce([live.any(axis, keepdims=True) for live in lives])
-        return [np.array(np.broadcast_to(mixed, shape)) for shape in in_shapes]
+        return [mixed(lives)] * len(in_shapes)
 
     return FlowRule(forward, backward)
 
 
-def _window(params: Mapping[str, Any], shape: Shape) -> FlowRule:
+def _window(step: Step, shape: Shape) -> FlowRule:
     """The rule of pooling. In the code, ``cover[axis][o, i]`` marks that the window of output o covers input i."""
-    cover = []
+    params, cover = step.params, []
     for size, window, stride, (low, high), base, dilation in zip(
         shape,
         params["window_dimensions"],
@@ -246,18 +241,32 @@ def _window(params: Mapping[str, Any], shape: Shape) -> FlowRule:
         count = max(0, (low + spread + high - ((window - 1) * dilation + 1)) // stride + 1)
         place = (np.arange(count)[:, None] * stride + np.arange(window) * dilation - low)[..., None]
         cover.append((place == np.arange(size) * base).any(1))
-    return FlowRule(
-        lambda inputs: [_spread_over(inputs[0].unknown, cover)],
-        lambda _, lives: [_spread_over(lives[0], [matrix.T for matrix in cover])],
-    )
+    pooled = [axis for axis, matrix in enumerate(cover) if not _is_identity(matrix)]
+
+    def forward(inputs: Sequence[Fact]) -> list[Known]:
+        unknown = _spread_over(inputs[0].unknown, shape, pooled, cover)
+        return [_known(unknown, lambda: compact(values_of(step, [in_full(inputs[0].filled, shape, pooled)])[0]))]
+
+    def backward(_: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:
+        transposed = [matrix.T for matrix in cover]
+        return [_spread_over(lives[0], [len(matrix) for matrix in cover], pooled, transposed)]
+
+    return FlowRule(forward, backward)
 
 
-def _spread_over(flags: Flags, matrices: Sequence[Flags]) -> Flags:
-    """Flags of the elements that, along each axis, a matrix connects to a flagged element."""
-    for axis, matrix in enumerate(matrices):
-        if matrix.shape[0] != matrix.shape[1] or not np.array_equal(matrix, np.eye(len(matrix), dtype=bool)):
-            moved = np.tensordot(matrix.astype(np.float32), flags.astype(np.float32), (1, axis))
-            flags = np.moveaxis(moved, 0, axis) > 0
+def _is_identity(matrix: Flags) -> bool:
+    return matrix.shape[0] == matrix.shape[1] and bool((matrix == np.eye(len(matrix), dtype=bool)).all())
+
+
+def _spread_over(flags: Flags, shape: Shape | list[int], axes: Sequence[int], matrices: Sequence[Flags]) -> Flags:
+    """Flags of the elements that, along each of the given axes, a matrix connects to a flagged element."""
+    for axis in axes:
+        if flags.shape[axis] == 1 and matrices[axis].any(1).all():
+            continue
+        moved = np.tensordot(
+            matrices[axis].astype(np.float32), in_full(flags, shape, [axis]).astype(np.float32), (1, axis)
+        )
+        flags = np.moveaxis(moved, 0, axis) > 0
     return flags
 
 
@@ -285,25 +294,26 @@ def _indexing(unindexed: dict[int, int], in_shapes: Sequence[Shape], out_shape: 
     """The rule of a gather or dynamic slice. Along its indexed axes, the output may come from any place of the operand."""
     indexed = tuple(axis for axis in range(len(in_shapes[0])) if axis not in unindexed)
     out_indexed = tuple(axis for axis in range(len(out_shape)) if axis not in unindexed.values())
-    order = sorted(unindexed, key=lambda axis: unindexed[axis])
+    by_operand = sorted(unindexed)
+    by_output = sorted(unindexed, key=lambda axis: unindexed[axis])
 
-    def to_output(flags: Flags) -> Flags:
-        rest = [axis for axis in range(len(in_shapes[0])) if axis in unindexed]
-        flags = np.transpose(flags, [rest.index(axis) for axis in order])
-        return np.array(np.broadcast_to(np.expand_dims(flags, out_indexed), out_shape))
+    def to_output(array: np.ndarray) -> np.ndarray:
+        """The array with the indexed axes, of size 1, in place of those of the output."""
+        array = np.squeeze(array, indexed)
+        return np.expand_dims(np.transpose(array, [by_operand.index(axis) for axis in by_output]), out_indexed)
 
-    def forward(inputs: Sequence[Fact]) -> list[Flags]:
-        operand = inputs[0]
-        first = operand.value
+    def forward(inputs: Sequence[Fact]) -> list[Known]:
+        first, unknown = inputs[0].value, any_along(inputs[0].unknown, indexed)
         for axis in indexed:
             first = np.take(first, [0], axis)
-        return [to_output((operand.unknown | (operand.value != first)).any(indexed))]
+        if inputs[0].value.shape != first.shape:
+            unknown = unknown | any_along(inputs[0].value != first, indexed)
+        return [(compact(to_output(unknown)), to_output(first))]
 
-    def backward(inputs: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:
-        read = lives[0].any(out_indexed)
-        read = np.transpose(read, [order.index(axis) for axis in sorted(unindexed)])
-        operand = np.broadcast_to(np.expand_dims(read, indexed), in_shapes[0])
-        indices = [np.full(shape, bool(lives[0].any())) for shape in in_shapes[1:]]
-        return [np.array(operand), *indices]
+    def backward(_: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:
+        read = np.squeeze(any_along(lives[0], out_indexed), out_indexed)
+        read = np.transpose(read, [by_output.index(axis) for axis in by_operand])
+        indices = [np.full((1,) * len(shape), bool(lives[0].any())) for shape in in_shapes[1:]]
+        return [np.expand_dims(read, indexed), *indices]
 
     return FlowRule(forward, backward)

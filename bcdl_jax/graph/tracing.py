@@ -12,13 +12,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
 from bcdl_jax._tree import PyTree
+from bcdl_jax.graph.matching import same_constant
 from bcdl_jax.graph.primitives import CUSTOM
-from bcdl_jax.graph.program import Atom, Program, Rule, Step, trace_fixed_sizes
+from bcdl_jax.graph.program import Atom, Program, Rule, Step, program_of, trace_fixed_sizes
 
 # Sizes at which a function with a symbolic size is traced. The last reveals a size that the function caps.
 _SIZES = (2, 3, 7, 2**16 + 1)
@@ -101,7 +101,7 @@ def extend(
         raise ValueError
     for number, value in first.constants.items():
         for other in () if number in other_constants else others:
-            if other.constants[number] is not value and not _equal(other.constants[number], value):
+            if not same_constant(other.constants[number], value):
                 raise ValueError
     shapes = zip(*(program.shapes for program in programs), strict=True)
     steps = zip(*(program.steps for program in programs), strict=True)
@@ -123,7 +123,9 @@ def _combined_step(steps: Sequence[Step], sizes: Sequence[int], size: Any) -> St
         _combined([each.params["call_jaxpr"] for each in steps], sizes, size)
         return first
     params = {name: _combined([each.params[name] for each in steps], sizes, size) for name in first.params}
-    return dataclasses.replace(first, equation=first.equation.replace(params=params))
+    # The steps of a body keep their numbers. The jaxpr of the new equation may have others.
+    bodies = tuple(extend(each, sizes, size) for each in zip(*(step.bodies for step in steps), strict=True))
+    return dataclasses.replace(first, equation=first.equation.replace(params=params), own_bodies=bodies)
 
 
 def _combined(values: Sequence[Any], sizes: Sequence[int], size: Any) -> Any:
@@ -137,8 +139,7 @@ def _combined(values: Sequence[Any], sizes: Sequence[int], size: Any) -> Any:
         parts = [_combined(entries, sizes, size) for entries in zip(*values, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if isinstance(first, core.ClosedJaxpr):
-        traced = [trace_fixed_sizes(core.jaxpr_as_fun(each), *each.in_avals) for each in values]
-        return _as_jaxpr(extend(traced, sizes, size))
+        return _as_jaxpr(extend([program_of(each) for each in values], sizes, size))
     if all(other is first or np.all(np.asarray(other == first)) for other in others):
         return first
     if not isinstance(first, int) or isinstance(first, bool):
@@ -150,12 +151,6 @@ def _combined(values: Sequence[Any], sizes: Sequence[int], size: Any) -> Any:
     if any(value != slope * each + constant for each, value in zip(sizes, values, strict=True)):
         raise ValueError
     return slope * size + constant
-
-
-def _equal(first: Any, second: Any) -> bool:
-    """Whether two constants are equal. NaN equals NaN."""
-    inexact = all(jnp.issubdtype(jnp.result_type(value), jnp.inexact) for value in (first, second))
-    return np.array_equal(first, second, equal_nan=inexact)
 
 
 def _as_jaxpr(program: Program) -> core.ClosedJaxpr:

@@ -30,6 +30,21 @@ _PAD_MODES: dict[str, Literal["wrap", "reflect"]] = {"CIRCULAR": "wrap", "REFLEC
 class _VariationalLayer(nn.Module):
     """The common part of dense layers and convolutions: the posterior in the params tree, and the choice between mean and sample."""
 
+    def _uses_means(self: Any, deterministic: bool | None) -> bool:
+        """The flag of the call or of the attribute, True if neither is given."""
+        if deterministic is not None and self.deterministic is not None:
+            raise ValueError(
+                f"{self._label()} has deterministic={self.deterministic} as an attribute and was called with "
+                f"deterministic={deterministic}; give it once."
+            )
+        given = self.deterministic if deterministic is None else deterministic
+        if isinstance(given, jax.core.Tracer):
+            raise ValueError(
+                f"{self._label()} was given a traced value as deterministic; it must be True or False. Under nn.remat, pass the flag by "
+                "position with static_argnums=(2,), or to the layer as an attribute, deterministic=False."
+            )
+        return True if given is None else bool(given)
+
     def _posterior(
         self: Any, kernel_shape: tuple[int, ...], group_axis: GroupAxis, feature_group_count: int = 1
     ) -> WeightsNode:
@@ -56,9 +71,10 @@ class _VariationalLayer(nn.Module):
         return node
 
     def _apply(
-        self, node: WeightsNode, inputs: jax.Array, dtype: Any, deterministic: bool, linear_map: LinearMap
+        self: Any, node: WeightsNode, inputs: jax.Array, deterministic: bool | None, linear_map: LinearMap
     ) -> jax.Array:
-        inputs = inputs.astype(dtype if dtype is not None else jnp.promote_types(inputs.dtype, node.dtype))
+        deterministic = self._uses_means(deterministic)
+        inputs = inputs.astype(self.dtype if self.dtype is not None else jnp.promote_types(inputs.dtype, node.dtype))
         if deterministic:
             return apply_mean(node, inputs, linear_map)
         if not isinstance(node, Posterior):
@@ -67,7 +83,9 @@ class _VariationalLayer(nn.Module):
             )
         if not self.has_rng("noise"):
             raise ValueError(
-                f'{self._label()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True.'
+                f'{self._label()} samples its weights and needs a key: pass rngs={{"noise": key}}, or deterministic=True. A passed '
+                'key does not reach the loop of nn.RNN, nn.scan or nn.vmap unless split_rngs holds "noise": True, such as '
+                'nn.RNN(cell, split_rngs={"params": False, "noise": True}).'
             )
         return apply_sampled(node, inputs, self.make_rng("noise"), linear_map)
 
@@ -91,6 +109,7 @@ class Dense(_VariationalLayer):
       precision: The precision of the matrix product, see ``jax.lax.Precision``.
       kernel_init: The initialiser of the means of the weights, called with (key, (in, out), param_dtype).
       bias_init: The initialiser of the means of the biases, called with (key, (out,), param_dtype).
+      deterministic: The flag of the call, as an attribute. None to leave it to the call.
     """
 
     features: int
@@ -101,28 +120,34 @@ class Dense(_VariationalLayer):
     precision: Any = None
     kernel_init: Initializer = _KERNEL_INIT
     bias_init: Initializer = _BIAS_INIT
+    deterministic: bool | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
-          inputs: The inputs, [examples, ..., in]. The axes between the first and the last share the example's scales.
-          deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``.
+          inputs: The inputs, [examples, ..., in], or [in] for a single example. The axes between the first and the last share the
+            example's scales.
+          deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``. None for the attribute
+            ``deterministic``, or True if that is None too.
 
         Returns:
-          The outputs, [examples, ..., features].
+          The outputs, [examples, ..., features], or [features] for a single example, whose noise is that of the first example of a batch.
 
         Raises:
-          ValueError: The inputs have fewer than two axes, ``features`` is not a positive int, the posterior has another kernel shape, or
-            there is no posterior or no noise key to sample with.
+          ValueError: The inputs are a scalar, ``features`` is not a positive int, the posterior has another kernel shape, there is no
+            posterior or no noise key to sample with, or ``deterministic`` is given twice or traced.
         """
         inputs = jnp.asarray(inputs)
-        if inputs.ndim < 2:
-            raise ValueError(f"{self._label()} was given inputs of shape {inputs.shape}; it needs [examples, ..., in].")
+        if not inputs.ndim:
+            raise ValueError(f"{self._label()} was given a scalar as inputs; it needs [examples, ..., in] or [in].")
         self._check_features(self.features)
         node = self._posterior((inputs.shape[-1], self.features), "input")
-        return self._apply(node, inputs, self.dtype, deterministic, DenseMap(self.precision))
+        if inputs.ndim == 1:
+            outputs = self._apply(node, jnp.expand_dims(inputs, 0), deterministic, DenseMap(self.precision))
+            return jnp.squeeze(outputs, 0)
+        return self._apply(node, inputs, deterministic, DenseMap(self.precision))
 
 
 class Conv(_VariationalLayer):
@@ -136,8 +161,8 @@ class Conv(_VariationalLayer):
       input_dilation: The dilation of the inputs, an int for all axes or one per axis. None for 1.
       kernel_dilation: The dilation of the kernel, an int for all axes or one per axis. None for 1.
       feature_group_count: The number of groups that the channels are split into. Both channel counts must be multiples of it.
-      family, use_bias, dtype, param_dtype, precision, kernel_init, bias_init: The same settings as for ``Dense``. The kernel has shape
-        [*kernel_size, in / feature_group_count, features].
+      family, use_bias, dtype, param_dtype, precision, kernel_init, bias_init, deterministic: The same settings as for ``Dense``. The kernel
+        has shape [*kernel_size, in / feature_group_count, features].
     """
 
     features: int
@@ -154,29 +179,31 @@ class Conv(_VariationalLayer):
     precision: Any = None
     kernel_init: Initializer = _KERNEL_INIT
     bias_init: Initializer = _BIAS_INIT
+    deterministic: bool | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
-          inputs: The inputs, [examples, ..., *spatial, in]. The axes between the first and the spatial ones share the example's scales.
-          deterministic: True for the posterior means, False to sample with the key of ``rngs={"noise": key}``.
+          inputs: The inputs, [examples, ..., *spatial, in], or [*spatial, in] for a single example. The axes between the first and the
+            spatial ones share the example's scales.
+          deterministic: The same flag as for ``Dense``.
 
         Returns:
-          The outputs, [examples, ..., *spatial out, features].
+          The outputs, [examples, ..., *spatial out, features], or [*spatial out, features] for a single example.
 
         Raises:
           ValueError: The inputs have too few axes, a setting has a wrong value or number of entries, the posterior has another kernel shape,
-            or there is no posterior or no noise key to sample with.
+            there is no posterior or no noise key to sample with, or ``deterministic`` is given twice or traced.
         """
         inputs = jnp.asarray(inputs)
         window = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         rank = len(window)
-        if inputs.ndim < rank + 2:
+        if inputs.ndim < rank + 1:
             raise ValueError(
                 f"{self._label()} was given inputs of shape {inputs.shape}; with kernel_size {window} it needs "
-                f"[examples, ..., {rank} spatial axes, channels]."
+                f"[examples, ..., {rank} spatial axes, channels], or one example without the axis of examples."
             )
         self._check_features(self.features)
         for name, count in (("input", inputs.shape[-1]), ("output", self.features)):
@@ -190,7 +217,20 @@ class Conv(_VariationalLayer):
         kernel_shape = (*window, inputs.shape[-1] // self.feature_group_count, self.features)
         node = self._posterior(kernel_shape, "output", self.feature_group_count)
 
-        padding = self._padding(rank)
+        linear_map = self._linear_map(window, strides, input_dilation, kernel_dilation)
+        if inputs.ndim == rank + 1:
+            return jnp.squeeze(self._apply(node, jnp.expand_dims(inputs, 0), deterministic, linear_map), 0)
+        return self._apply(node, inputs, deterministic, linear_map)
+
+    def _linear_map(
+        self,
+        window: tuple[int, ...],
+        strides: tuple[int, ...],
+        input_dilation: tuple[int, ...],
+        kernel_dilation: tuple[int, ...],
+    ) -> ConvolutionMap:
+        """The convolution of the layer. Raises ValueError if the padding does not fit."""
+        padding = self._padding(len(window))
         reach = [(size - 1) * dilation for size, dilation in zip(window, kernel_dilation, strict=True)]
         pad_mode = None
         if isinstance(padding, str) and padding == "CAUSAL":
@@ -201,7 +241,7 @@ class Conv(_VariationalLayer):
             raise ValueError(
                 f"{self._label()} has padding 'SAME' with input_dilation {input_dilation}; give (low, high) pairs instead."
             )
-        linear_map = ConvolutionMap(
+        return ConvolutionMap(
             strides,
             padding,
             input_dilation,
@@ -210,7 +250,6 @@ class Conv(_VariationalLayer):
             self.precision,
             pad_mode,
         )
-        return self._apply(node, inputs, self.dtype, deterministic, linear_map)
 
     def _per_axis(self, name: str, rank: int) -> tuple[int, ...]:
         value = getattr(self, name)

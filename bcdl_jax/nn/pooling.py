@@ -20,17 +20,19 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     its maximum, they share the gradient evenly. Flax assigns it to the first of them.
 
     Args:
-      inputs: The inputs, [n, *spatial, channels].
+      inputs: The inputs, [n, *spatial, channels], or [*spatial, channels] for a single example.
       window_shape: The shape of the window, one number per spatial axis.
 
     Returns:
-      The maxima, [n, *spatial // window_shape, channels].
+      The maxima, [n, *spatial // window_shape, channels], or without n for a single example.
 
     Raises:
       ValueError: ``window_shape`` has another number of entries than there are spatial axes, or an entry is not between 1 and the length of its
         axis.
     """
     window = tuple(int(size) for size in np.atleast_1d(window_shape))
+    if inputs.ndim == len(window) + 1 and all(1 <= size <= length for size, length in zip(window, inputs.shape)):
+        return jnp.squeeze(max_pool(jnp.expand_dims(inputs, 0), window), 0)
     spatial = inputs.shape[1:-1]
     if len(window) != len(spatial) or any(not 1 <= size <= length for size, length in zip(window, spatial)):
         raise ValueError(

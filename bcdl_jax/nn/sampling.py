@@ -61,6 +61,7 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     """
     dtype = inputs.dtype
     scale_key, noise_key = jax.random.split(key)
+    posterior = posterior.in_float32()
     scale = posterior.sample_scale(scale_key, inputs.shape[0]).astype(dtype)
     scale = scale.reshape(inputs.shape[0], *(1,) * (inputs.ndim - 2), scale.shape[-1])
     if posterior.group_axis == "input":

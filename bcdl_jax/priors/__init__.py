@@ -2,6 +2,7 @@
 
 from bcdl_jax.priors.balancing import balance_scales
 from bcdl_jax.priors.family import Family
+from bcdl_jax.priors.formulas import START_LOG_VARIANCE, log_alpha, log_uniform_kl, near
 from bcdl_jax.priors.horseshoe import GroupHorseshoe, GroupHorseshoePosterior
 from bcdl_jax.priors.kl import clip_variances, kl_divergence, kl_divergence_per_layer
 from bcdl_jax.priors.noise import example_normal
@@ -10,6 +11,7 @@ from bcdl_jax.priors.posterior import Posterior, array_kinds, variational_layers
 from bcdl_jax.priors.sparse_variational_dropout import SparseVariationalDropout, SparseVariationalDropoutPosterior
 
 __all__ = [
+    "START_LOG_VARIANCE",
     "Family",
     "GroupHorseshoe",
     "GroupHorseshoePosterior",
@@ -24,5 +26,8 @@ __all__ = [
     "example_normal",
     "kl_divergence",
     "kl_divergence_per_layer",
+    "log_alpha",
+    "log_uniform_kl",
+    "near",
     "variational_layers",
 ]

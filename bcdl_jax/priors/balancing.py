@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax._tree import PyTree, map_layers
+from bcdl_jax._tree import PyTree, map_layers, takes_arrays
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
 
+@takes_arrays
 @jax.jit
 def balance_scales(params: PyTree) -> PyTree:
     """Moves the magnitude of each group's weights into the group's scale. The weights in use keep their distribution.
@@ -36,7 +37,11 @@ def balance_scales(params: PyTree) -> PyTree:
       ValueError: The tree holds no variational layer.
     """
     variational_layers(params)
-    return map_layers(_balanced, params, Posterior)
+
+    def balanced(layer: Posterior) -> Posterior:
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), _balanced(layer.in_float32()), layer)
+
+    return map_layers(balanced, params, Posterior)
 
 
 def _balanced(layer: Posterior) -> Posterior:

@@ -11,10 +11,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax.priors.formulas import START_LOG_VARIANCE, near
 from bcdl_jax.priors.posterior import GroupAxis, Posterior
-
-START_LOG_VARIANCE = -9.0
-_START_SPREAD = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +113,3 @@ class Family(abc.ABC):
                 f"{self.posterior_type.__name__} adds to Posterior: {', '.join(field.name for field in own) or 'none'}."
             )
         return fields
-
-
-def near(center: float, key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Start values around ``center``, with a standard deviation of 0.01."""
-    return center + _START_SPREAD * jax.random.normal(key, shape, dtype)

@@ -21,7 +21,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.priors.family import START_LOG_VARIANCE, Family, near
+from bcdl_jax._arrays import in_float32
+from bcdl_jax.priors.family import Family
+from bcdl_jax.priors.formulas import START_LOG_VARIANCE, near
 from bcdl_jax.priors.noise import example_normal
 from bcdl_jax.priors.posterior import Posterior
 
@@ -70,7 +72,7 @@ class GroupHorseshoePosterior(Posterior):
 
     def log_dropout_rate(self) -> jax.Array:
         """The variance minus the mean of log z, [groups]. It is minus the logarithm of the mode of z [L17 section 3.2]."""
-        mean, layer_variance, group_variance = self._log_scale()
+        mean, layer_variance, group_variance = self.in_float32()._log_scale()
         return layer_variance + group_variance - mean
 
     def scale_moments(self) -> tuple[jax.Array, jax.Array]:
@@ -163,6 +165,7 @@ def log_normal_kl_from_gamma(log_mean: jax.Array, log_variance: jax.Array, scale
       log_variance: The natural logarithm of the variance v of that logarithm.
       scale: The scale of the gamma distribution.
     """
+    log_mean, log_variance = in_float32(log_mean), in_float32(log_variance)
     log_scale = math.log(scale)
     ratio = jnp.exp(log_mean + jnp.exp(log_variance) / 2 - log_scale)
     return log_scale / 2 + ratio - (log_mean + log_variance + 1 + math.log(2)) / 2

@@ -20,6 +20,9 @@ FLOAT_BITS = 32
 class LayerNode(abc.ABC):
     """The masks of a layer, and the bits that its arrays take.
 
+    Each array field of a node runs along known axes of the layer: the shape of the kernel, or one entry for each group. A field of another
+    kind declares ``metadata={"axis": axis}``: "input" or "output" for one entry for each input or output, None for other axes.
+
     Attributes:
       input_mask: Mask of the inputs, [in]. An input whose entry is not positive is pruned.
       output_mask: Mask of the outputs, [out], in the same form.
@@ -78,7 +81,7 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
       An array of bool that broadcasts against the kernel: [1, ..., in / feature groups, out], the same for all positions of the window.
     """
     inputs, features = kernel_shape[-2:]
-    feature_groups = input_mask.shape[-1] // inputs
+    feature_groups = input_mask.shape[-1] // inputs if inputs else 1  # A shrunk layer may have no inputs.
     kept_inputs = is_kept(input_mask).reshape(feature_groups, inputs)
     mask = jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & of_rank(is_kept(output_mask), 2)
     return of_rank(mask, len(kernel_shape))

@@ -1,7 +1,7 @@
 """Standard normal noise. Each number depends on the key, the index of the example and the position within the example alone.
 
-The generator is Threefry-2x32 with 20 rounds [Salmon et al. 2011], the counter-based generator of ``jax.random``. Its two counters are the
-index of the example and the position within the example. The transform of [Box and Muller 1958] turns its two words into one normal number.
+The generator is Threefry-2x32 with 20 rounds [S11], the counter-based generator of ``jax.random``. Its two counters are the
+index of the example and the position within the example. The Box-Muller transform [BM58] turns its two words into one normal number.
 
 Both are written out here, since they are faster on a CPU in this form. ``jax.random`` runs the rounds as a loop of small kernels. XLA's
 cosine is slow. XLA also computes a value again for each of its uses, unless the last operation is expensive. The division at the end is such

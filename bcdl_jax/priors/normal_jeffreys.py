@@ -10,12 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax.priors.family import START_LOG_VARIANCE, Family, near
+from bcdl_jax.priors.family import Family
+from bcdl_jax.priors.formulas import START_LOG_VARIANCE, log_alpha, log_uniform_kl, near
 from bcdl_jax.priors.noise import example_normal
-from bcdl_jax.priors.posterior import Posterior, log_alpha
-
-# Constants of the fit to KL(N(1, alpha) || log-uniform) [M17 eq. 14], whose error is at most 0.009 nats.
-_K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
+from bcdl_jax.priors.posterior import Posterior
 
 
 class GroupNormalJeffreysPosterior(Posterior):
@@ -77,11 +75,3 @@ class GroupNormalJeffreys(Family):
             "scale_mean": near(1.0, keys[0], (groups,), kernel.dtype),
             "scale_log_variance": near(START_LOG_VARIANCE, keys[1], (groups,), kernel.dtype),
         }
-
-
-def log_uniform_kl(log_alpha: jax.Array) -> jax.Array:
-    """KL(N(m, alpha m^2) || p(z) prop. to 1/|z|) in nats, elementwise, from the fit of [M17 eq. 14].
-
-    The KL has no finite constant, since the prior is improper. The fit chooses the constant such that the value tends to 0 for large alpha.
-    """
-    return _K1 - _K1 * jax.nn.sigmoid(_K2 + _K3 * log_alpha) + 0.5 * jax.nn.softplus(-log_alpha)

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax._arrays import of_rank
+from bcdl_jax._arrays import in_float32, of_rank
 from bcdl_jax._tree import PyTree, find_single_layers
 from bcdl_jax.priors.layer_node import FLOAT_BITS, GroupAxis, LayerNode
 
@@ -69,10 +69,10 @@ class Posterior(LayerNode, flax.struct.PyTreeNode):
 
     kernel_mean: jax.Array = flax.struct.field(metadata={"kind": "mean"})
     kernel_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
-    bias_mean: jax.Array | None = flax.struct.field(metadata={"kind": "mean"})
-    bias_log_variance: jax.Array | None = flax.struct.field(metadata={"kind": "log_variance"})
-    input_mask: jax.Array = flax.struct.field(metadata={"kind": "mask"})
-    output_mask: jax.Array = flax.struct.field(metadata={"kind": "mask"})
+    bias_mean: jax.Array | None = flax.struct.field(metadata={"kind": "mean", "axis": "output"})
+    bias_log_variance: jax.Array | None = flax.struct.field(metadata={"kind": "log_variance", "axis": "output"})
+    input_mask: jax.Array = flax.struct.field(metadata={"kind": "mask", "axis": "input"})
+    output_mask: jax.Array = flax.struct.field(metadata={"kind": "mask", "axis": "output"})
     group_axis: GroupAxis = flax.struct.field(pytree_node=False)
     clip_var: float | None = flax.struct.field(pytree_node=False)
 
@@ -126,9 +126,8 @@ class Posterior(LayerNode, flax.struct.PyTreeNode):
         A unit without signal has the score 1e9. Unlike a log dropout rate, this score counts the noise of both w~ and z, and it does not
         depend on the division of the magnitude between the two.
         """
-        # In float32 at least: rounding to float16 would make scores equal, and units with equal scores are pruned together.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        mean, variance = jax.tree.map(lambda leaf: leaf.astype(wide), self).kernel_moments()
+        # Rounding to float16 would make scores equal, and units with equal scores are pruned together.
+        mean, variance = self.in_float32().kernel_moments()
         own = mean.ndim - (2 if self.group_axis == "input" else 1)
         others = tuple(axis for axis in range(mean.ndim) if axis != own)
         return log_ratio(jnp.sum(variance, others), jnp.sum(mean**2, others))
@@ -181,10 +180,15 @@ class Posterior(LayerNode, flax.struct.PyTreeNode):
     def step_bits(self) -> int:
         return 0
 
+    def in_float32(self) -> Self:
+        """The posterior with arrays of float32 at least, for its KL divergence, scores and variances: half precision rounds them to zero."""
+        return jax.tree.map(in_float32, self)
+
     def mean_weights(self) -> tuple[jax.Array, jax.Array | None]:
         """Posterior means of the kernel and the bias in use, exactly zero where pruned. The bias is None for a layer without one."""
-        bias = self.bias_moments()
-        return self.kernel_moments()[0], None if bias is None else bias[0]
+        wide = self.in_float32()
+        bias = wide.bias_moments()
+        return wide.kernel_moments()[0].astype(self.dtype), None if bias is None else bias[0].astype(self.dtype)
 
     def spread_over_kernel(self, per_group: jax.Array) -> jax.Array:
         """Reshapes an array [groups] such that it broadcasts against the kernel."""
@@ -273,13 +277,6 @@ def array_kinds(node: Posterior) -> dict[str, Kind]:
     return {field.name: field.metadata["kind"] for field in dataclasses.fields(node) if "kind" in field.metadata}
 
 
-def log_alpha(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """log alpha = log(variance / mean^2), elementwise. A mean of 0 gives a large finite number."""
-    # In float32 at least: 1e-8 is zero in float16.
-    wide = jnp.promote_types(mean.dtype, jnp.float32)
-    return log_variance.astype(wide) - jnp.log(mean.astype(wide) ** 2 + 1e-8)
-
-
 def log_ratio(noise: jax.Array, signal: jax.Array) -> jax.Array:
     """log(noise / signal). It is 1e9 where the signal is 0, so that a finite threshold prunes such a unit, and prunes it first."""
     return jnp.where(signal > 0, jnp.log(noise) - jnp.log(jnp.where(signal > 0, signal, 1)), 1e9)
@@ -294,7 +291,6 @@ def _product_moments(
 
 
 def _sum_standard_normal_kl(mean: jax.Array, log_variance: jax.Array, mask: jax.Array) -> jax.Array:
-    # In float32 at least: the sum over a layer exceeds the largest float16.
-    wide = jnp.promote_types(mean.dtype, jnp.float32)
-    mean, log_variance = mean.astype(wide), log_variance.astype(wide)
+    # The sum over a layer exceeds the largest float16.
+    mean, log_variance = in_float32(mean), in_float32(log_variance)
     return 0.5 * jnp.sum(jnp.where(mask, jnp.exp(log_variance) + mean**2 - 1 - log_variance, 0))

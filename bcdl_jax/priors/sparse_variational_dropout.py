@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from bcdl_jax._arrays import of_rank
 from bcdl_jax.priors.family import Family
-from bcdl_jax.priors.normal_jeffreys import log_uniform_kl
-from bcdl_jax.priors.posterior import Posterior, log_alpha
+from bcdl_jax.priors.formulas import log_alpha, log_uniform_kl
+from bcdl_jax.priors.posterior import Posterior
 
 
 class SparseVariationalDropoutPosterior(Posterior):
@@ -58,8 +58,8 @@ class SparseVariationalDropoutPosterior(Posterior):
         """The lowest log dropout rate within each group, [groups]."""
         rates = jnp.min(self.log_dropout_rate(), axis=tuple(range(self.kernel_mean.ndim - 2)))
         if self.group_axis == "output":
-            return jnp.min(rates, axis=0)
-        return jnp.min(self._by_feature_group(rates), axis=-1).T.ravel()
+            return jnp.min(rates, axis=0, initial=jnp.inf)
+        return jnp.min(self._by_feature_group(rates), axis=-1, initial=jnp.inf).T.ravel()
 
     def sampled_moments(self) -> tuple[jax.Array, jax.Array]:
         kept = self.weight_mask > 0
@@ -91,8 +91,9 @@ class SparseVariationalDropoutPosterior(Posterior):
 
     def _by_feature_group(self, connections: jax.Array) -> jax.Array:
         """Reshapes [in / feature groups, out] to [in / feature groups, feature groups, out / feature groups]."""
-        inputs = self.kernel_shape[-2]
-        return connections.reshape(inputs, self.input_mask.shape[-1] // inputs, -1)
+        inputs, features = self.kernel_shape[-2:]
+        feature_groups = self.input_mask.shape[-1] // inputs if inputs else 1
+        return connections.reshape(inputs, feature_groups, features // feature_groups)
 
 
 @dataclasses.dataclass(frozen=True)

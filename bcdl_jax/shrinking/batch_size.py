@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.graph.matching import match_constants, same_constant
+from bcdl_jax.graph.moving import Moving, differences
 from bcdl_jax.graph.primitives import is_plain
 from bcdl_jax.graph.program import Atom, Program, compile_quickly, dtype_of
 from bcdl_jax.graph.tracing import extend, trace
@@ -25,16 +26,14 @@ class TracedNetwork:
 
     Attributes:
       program: The program.
-      moving_axes: The axes of each value whose size depends on the batch size.
-      moving_constants: Numbers of the constants that depend on the batch size.
+      moving: The parts of the program that depend on the batch size.
       larger: The program at a larger batch size, or None if the network is traced for one batch size alone.
-      checked: True if the program was seen to compute the same as the network for a batch of one, where the trace has other steps.
-      remark: A sentence about batch sizes that the network takes and its small function refuses, or None.
+      checked: True if the outputs for a batch of one agreed with those of the network, although the two traces differ.
+      remark: A sentence on the batch sizes that the network supports and the small function does not, or None.
     """
 
     program: Program
-    moving_axes: Sequence[frozenset[int]]
-    moving_constants: frozenset[Atom]
+    moving: Moving
     larger: Program | None = None
     checked: bool = False
     remark: str | None = None
@@ -50,7 +49,7 @@ class TracedNetwork:
             return program if self.checked and self._batch_size(traced) == 1 else None
         if not self._same_constants({number: traced.constants[matched[number]] for number in matched}):
             return None
-        moving = {number: traced.constants[matched[number]] for number in self.moving_constants if number in matched}
+        moving = {number: traced.constants[matched[number]] for number in self.moving.constants if number in matched}
         return dataclasses.replace(program, constants=program.constants | moving)
 
     def extended(self, size: int | None) -> Program | None:
@@ -58,10 +57,10 @@ class TracedNetwork:
         if self.larger is None or size is None:
             return None
         try:
-            program = extend([self.program, self.larger], _SIZES, size, self.moving_constants)
+            program = extend([self.program, self.larger], _SIZES, size, self.moving.constants)
         except ValueError:
             return None
-        constants = {number: self._constant_at(size, number) for number in self.moving_constants}
+        constants = {number: self._constant_at(size, number) for number in self.moving.constants}
         return dataclasses.replace(program, constants=program.constants | constants)
 
     def _constant_at(self, size: int, number: Atom) -> Any:
@@ -76,28 +75,26 @@ class TracedNetwork:
         """Whether another trace has the same steps."""
         return (
             traced.signature() == self.program.signature()
-            and all(map(is_like, traced.shapes, self.program.shapes, self.moving_axes))
+            and _are_like(traced, self.program, self.moving)
             and self._same_constants(traced.constants)
         )
 
     def _same_constants(self, constants: Mapping[Atom, Any]) -> bool:
         own = self.program.constants
         return all(
-            number in self.moving_constants or same_constant(value, own[number]) for number, value in constants.items()
+            number in self.moving.constants or same_constant(value, own[number]) for number, value in constants.items()
         )
 
     def _batch_size(self, traced: Program) -> int | None:
         """The batch size of a trace; None if it is symbolic or there is none."""
         for number, other in zip(self.program.inputs, traced.inputs, strict=True):
-            for axis in self.moving_axes[number]:
+            for axis in self.moving.axes[number]:
                 size = traced.shapes[other].shape[axis]
                 return size if isinstance(size, int) else None
         return None
 
 
-def trace_for_any_batch(
-    apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]
-) -> tuple[TracedNetwork, PyTree]:
+def trace_for_any_batch(apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]) -> TracedNetwork:
     """Traces a network with two examples, or with all given examples if the network depends on the batch size.
 
     Args:
@@ -106,7 +103,7 @@ def trace_for_any_batch(
       inputs: Example inputs. The leading axis of the first array that has one is the batch.
 
     Returns:
-      The traced network, and inputs of the traced shapes.
+      The traced network.
     """
     sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
     given = trace(apply, params, *inputs)
@@ -119,13 +116,12 @@ def trace_for_any_batch(
         else:
             if two.signature() == three.signature():
                 network = _checked_for_one(
-                    TracedNetwork(two, *_differences(two, three), three), apply, params, _resized(inputs, sizes[0], 1)
+                    TracedNetwork(two, differences(two, three), three), apply, params, _resized(inputs, sizes[0], 1)
                 )
                 if network.program_at(given) is not None:
-                    return network, _resized(inputs, sizes[0], _SIZES[0])
+                    return network
             remark = f"The small function takes batches of {sizes[0]} alone: at other batch sizes, the network runs other operations."
-    alone = TracedNetwork(given, [frozenset()] * len(given.shapes), frozenset(), remark=remark)
-    return alone, inputs
+    return TracedNetwork(given, differences(given, given), remark=remark)
 
 
 def _checked_for_one(
@@ -185,16 +181,19 @@ def _resized(inputs: PyTree, batch: int, size: int) -> PyTree:
     return jax.tree.map(resized, inputs)
 
 
-def _differences(two: Program, three: Program) -> tuple[list[frozenset[int]], frozenset[Atom]]:
-    """``moving_axes`` and ``moving_constants`` of a network, from traces at two batch sizes."""
-    axes = [
-        frozenset(axis for axis, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if len({*sizes}) > 1)
-        for one, other in zip(two.shapes, three.shapes, strict=True)
-    ]
-    constants = frozenset(
-        number for number, value in two.constants.items() if not same_constant(value, three.constants[number])
-    )
-    return axes, constants
+def _are_like(new: Program, old: Program, moving: Moving) -> bool:
+    """Whether two programs with the same signature have values of the same shapes, but for the moving axes, and the same inner constants."""
+    if not all(map(is_like, new.shapes, old.shapes, moving.axes)):
+        return False
+    for index, bodies in moving.bodies.items():
+        for one, other, inner in zip(new.steps[index].bodies, old.steps[index].bodies, bodies, strict=True):
+            constants_differ = any(
+                number not in inner.constants and not same_constant(value, other.constants[number])
+                for number, value in one.constants.items()
+            )
+            if constants_differ or not _are_like(one, other, inner):
+                return False
+    return True
 
 
 def is_like(new: jax.ShapeDtypeStruct, old: jax.ShapeDtypeStruct, moving: frozenset[int]) -> bool:

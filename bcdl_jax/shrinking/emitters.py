@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bcdl_jax.graph.facts import along
 from bcdl_jax.graph.primitives import CUSTOM, evaluate_elementwise, is_elementwise
 from bcdl_jax.graph.program import Atom, Step
+from bcdl_jax.graph.reshapes import AxisGroups
 from bcdl_jax.graph.rules import MIXING, REDUCTIONS, WINDOWS, unindexed_axes
-from bcdl_jax.shrinking.layouts import Axis, AxisGroups, Layout, as_axis, flattened, indices, small_sizes
+from bcdl_jax.shrinking.layouts import Axis, Layout, as_axis, flattened, indices, small_sizes
 from bcdl_jax.shrinking.machine import Machine, take_axis
 from bcdl_jax.shrinking.product_emitters import emit_convolution, emit_dot
 
@@ -116,7 +118,7 @@ def emit_reshape(machine: Machine, index: int, step: Step) -> None:
 
 def _layout_before_reshape(machine: Machine, number: Atom, output: Atom, groups: AxisGroups) -> Layout:
     """The layout in which a reshape needs its operand. Runs of several axes keep their current layout."""
-    layout, moving = machine.layout(output), (machine.moving_axes[number], machine.moving_axes[output])
+    layout, moving = machine.layout(output), (machine.plan.moving_axes[number], machine.plan.moving_axes[output])
     wanted = list(machine.current_layout(number))
     for ins, outs in groups:
         if moving[0] & set(ins) or moving[1] & set(outs) or not ins or not outs:
@@ -235,10 +237,9 @@ def emit_reduction(machine: Machine, _: int, step: Step) -> None:
     for axis in range(len(machine.shape(number))):
         if axis not in axes:
             wanted.append(next(layout))
-        elif step.name == "reduce_sum" and axis not in machine.moving_axes[number]:
+        elif step.name == "reduce_sum" and axis not in machine.plan.moving_axes[number]:
             # A sum needs no zeros.
-            fact = machine.facts[number]
-            nonzero = fact.nonzero.any(tuple(other for other in range(fact.live.ndim) if other != axis))
+            nonzero = along(machine.plan.facts[number].nonzero, axis, machine.shape(number)[axis])
             wanted.append(as_axis(np.flatnonzero(nonzero), nonzero.size))
         else:
             wanted.append(None)

@@ -54,27 +54,7 @@ def kept_indices(layout: Layout | None, shape: Sequence[int]) -> tuple[np.ndarra
     return tuple(indices(axis, size) for axis, size in zip(layout, shape, strict=True))
 
 
-AxisGroups = list[tuple[tuple[int, ...], tuple[int, ...]]]  # [(input axes, output axes), ...]
-
-
-def reshape_groups(before: Sequence[int], after: Sequence[int]) -> AxisGroups:
-    """Splits a reshape into the smallest runs of input and output axes with equal numbers of elements."""
-    if 0 in before or 0 in after:
-        return [(tuple(range(len(before))), tuple(range(len(after))))]
-    groups, i, o = [], 0, 0
-    while i < len(before) or o < len(after):
-        ins, outs = [], []
-        left, right = 1, 1
-        while True:
-            if i < len(before) and (left <= right or o >= len(after)):
-                ins.append(i)
-                left *= before[i]
-                i += 1
-            elif o < len(after):
-                outs.append(o)
-                right *= after[o]
-                o += 1
-            if left == right and ((ins and outs) or (i >= len(before) and o >= len(after)) or left == 1):
-                break
-        groups.append((tuple(ins), tuple(outs)))
-    return groups
+def union(axes: Sequence[Axis]) -> Axis:
+    """The layout of an axis that holds all indices of several layouts."""
+    kept = [axis for axis in axes if axis is not None]
+    return np.unique(np.concatenate(kept)) if len(kept) == len(axes) else None

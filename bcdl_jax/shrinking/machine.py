@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bcdl_jax.graph.facts import Fact
+from bcdl_jax.graph.facts import compact
 from bcdl_jax.graph.primitives import is_plain
 from bcdl_jax.graph.program import Atom, Program
-from bcdl_jax.shrinking.layouts import Axis, Layout, indices, same_axis, small_sizes
+from bcdl_jax.shrinking.layouts import Axis, Layout, indices, same_axis, small_sizes, union
 from bcdl_jax.shrinking.plan import Plan
 
 
@@ -24,15 +24,11 @@ class Machine:
     Attributes:
       program: The program of the whole network, traced at the batch size of the run.
       plan: The plan.
-      facts: The facts about each value.
-      moving_axes: The axes of each value whose size depends on the batch size.
       values: The values computed so far with their layouts, by number.
     """
 
     program: Program
     plan: Plan
-    facts: Sequence[Fact]
-    moving_axes: Sequence[frozenset[int]]
     values: dict[Atom, tuple[Any, Layout]] = dataclasses.field(default_factory=dict)
 
     def shape(self, number: Atom) -> tuple[int, ...]:
@@ -50,7 +46,7 @@ class Machine:
     def shared_layout(self, numbers: Sequence[Atom]) -> Layout:
         """One layout for several values of the same shape. It holds every index that one of them needs."""
         needed = [layout for number in numbers if (layout := self.plan.layouts[number]) is not None]
-        return tuple(_union(axis) for axis in zip(*needed, strict=True))
+        return tuple(union(axis) for axis in zip(*needed, strict=True))
 
     def current_layout(self, number: Atom) -> Layout:
         """The layout that a value has now, or its planned layout if it is not computed yet."""
@@ -80,20 +76,19 @@ class Machine:
 
         No result depends on the unknown elements. They are not 0, since the logarithm and the inverse of 0 are not finite.
         """
-        fact, dtype = self.facts[number], self.program.shapes[number].dtype
+        fact, dtype = self.plan.facts[number], self.program.shapes[number].dtype
         sizes = small_sizes(layout, self.shape(number))
         if not is_plain(dtype):
             return jnp.zeros(sizes, dtype)
-        value = np.where(fact.unknown, np.ones((), fact.value.dtype), fact.value)
+        value = fact.filled
         for axis, kept in enumerate(layout):
-            if axis in self.moving_axes[number]:
-                value = np.take(value, [0], axis)
-            elif kept is not None:
-                value = np.take(value, kept, axis)
+            if value.shape[axis] > 1:
+                if axis in self.plan.moving_axes[number]:
+                    value = np.take(value, [0], axis)
+                elif kept is not None:
+                    value = np.take(value, kept, axis)
         # The traced function contains this array. It is kept small where it does not change along an axis.
-        for axis in range(value.ndim):
-            if value.shape[axis] > 1 and (value == np.take(value, [0], axis)).all():
-                value = np.take(value, [0], axis)
+        value = compact(value)
         return jnp.broadcast_to(jnp.asarray(value, dtype), sizes)
 
     def _fill_in(self, number: Atom, value: Any, layout: Layout, found: Sequence[np.ndarray | None]) -> Any:
@@ -128,11 +123,6 @@ def take_axis(value: Any, axis: int, old: Axis, new: Axis, size: int) -> tuple[A
     places = np.minimum(np.searchsorted(have, want), len(have) - 1)
     present = have[places] == want
     return _take(value, places, axis), None if present.all() else present
-
-
-def _union(axes: Sequence[Axis]) -> Axis:
-    kept = [axis for axis in axes if axis is not None]
-    return np.unique(np.concatenate(kept)) if len(kept) == len(axes) else None
 
 
 def _take(value: Any, places: np.ndarray, axis: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +13,15 @@ import numpy as np
 
 from bcdl_jax._tree import PyTree, named_arrays
 from bcdl_jax.graph.counting import multiply_adds
-from bcdl_jax.graph.data_flow import analyze, wholly_unknown
-from bcdl_jax.graph.facts import Analysis
+from bcdl_jax.graph.data_flow import analyze
 from bcdl_jax.graph.program import compile_quickly
 from bcdl_jax.graph.tracing import trace
-from bcdl_jax.shrinking.batch_size import TracedNetwork, trace_for_any_batch
+from bcdl_jax.shrinking.batch_size import trace_for_any_batch
 from bcdl_jax.shrinking.cutting import cut_leaf
+from bcdl_jax.shrinking.layer_layouts import layer_layouts
 from bcdl_jax.shrinking.layouts import kept_indices
 from bcdl_jax.shrinking.plan import make_plan
+from bcdl_jax.shrinking.quantized_params import takes_quantized_layers
 from bcdl_jax.shrinking.report import LeafReport, ShrinkReport, reasons_for_zeros, warn_of_empty_layers
 from bcdl_jax.shrinking.small_function import small_function
 
@@ -42,7 +44,8 @@ def shrink(
 
     Args:
       apply: The network: any JAX function ``apply(params, *inputs)``. For Linen: ``lambda params, x: model.apply({"params": params}, x)``.
-      params: A tree of arrays with zeros, such as pruned params or posteriors with masks. All values must be finite.
+      params: A tree of arrays with zeros, such as pruned params or posteriors with masks. All values must be finite. A variational or
+        quantised layer is cut as a whole: arrays that ``apply`` does not read, such as variances, keep the same inputs and outputs.
       example_inputs: The inputs: a tuple, or a single array. Their leading axis is the batch. Shapes and dtypes matter; the values serve for
         the final check. The small function takes any batch size if ``apply`` does.
       multiple_of: The divisor of kept widths. Each width is rounded up to a multiple of it.
@@ -51,7 +54,8 @@ def shrink(
 
     Returns:
       The small function ``small_apply(small_params, *inputs)``, the small params in a tree of the same structure, and a report. The small
-      function works under ``jit``, ``vmap`` and ``grad``. The constants of removed channels do not change if the small network is trained.
+      function works under ``jit``, ``vmap`` and ``grad``. It also takes small params whose posteriors ``reduce_precision`` made quantised
+      layers. The constants of removed channels do not change if the small network is trained.
 
     Raises:
       ValueError: ``multiple_of`` or ``tolerance`` is out of range, or the outputs differ by more than the tolerance. The small function
@@ -59,7 +63,7 @@ def shrink(
         at its batch size.
 
     Warns:
-      UserWarning: Nothing is left of a layer, or ``apply`` takes batch sizes that the small function refuses.
+      UserWarning: Nothing is left of a layer, or ``apply`` supports batch sizes that the small function does not support.
     """
     small_apply, small_params, report = shrink_at_any_batch_size(
         apply, params, example_inputs, multiple_of=multiple_of, tolerance=tolerance
@@ -86,14 +90,18 @@ def shrink_at_any_batch_size(
     leaves, structure = jax.tree.flatten(params)
     paths = [name for name, _ in named_arrays(params)]
 
-    network, examples = trace_for_any_batch(apply, params, inputs)
+    network = trace_for_any_batch(apply, params, inputs)
     numbers = network.program.inputs[: len(leaves)]
-    analysis = _analysis(network, leaves, jax.tree.leaves(examples))
-    plan = make_plan(network.program, analysis, network.moving_axes, multiple_of)
+    analysis = analyze(network.program, leaves, network.moving)
+    plan = make_plan(network.program, analysis, network.moving, multiple_of)
+    layouts = list(plan.layouts)
+    for number, layout in zip(numbers, layer_layouts(params, [layouts[number] for number in numbers]), strict=True):
+        layouts[number] = layout
+    plan = dataclasses.replace(plan, layouts=tuple(layouts))
     kept = [kept_indices(plan.layouts[number], np.shape(leaf)) for number, leaf in zip(numbers, leaves, strict=True)]
     small_leaves = [cut_leaf(leaf, each) for leaf, each in zip(leaves, kept, strict=True)]
     small_params = jax.tree.unflatten(structure, small_leaves)
-    small_apply = small_function(apply, params, network, plan, analysis.facts, paths)
+    small_apply = takes_quantized_layers(small_function(apply, params, network, plan, paths), small_params)
 
     before, after = (
         compile_quickly(function, tree, *inputs)(tree, *inputs)
@@ -113,14 +121,9 @@ def shrink_at_any_batch_size(
         structure=structure,
         remark=network.remark,
     )
-    warn_of_empty_layers(report, [0 not in shape for shape in shapes])
+    # A scalar is kept in any case, so it does not make its layer one of which something is left.
+    warn_of_empty_layers(report, [shape != () and 0 not in shape for shape in shapes])
     return small_apply, small_params, report
-
-
-def _analysis(network: TracedNetwork, leaves: list[Any], examples: list[Any]) -> Analysis:
-    without = wholly_unknown(network.program, len(leaves))
-    values = network.program.evaluate(*leaves, *examples, without=without)
-    return analyze(network.program, values, len(leaves), network.moving_axes, network.moving_constants)
 
 
 def _largest_difference(before: PyTree, after: PyTree, tolerance: float | None) -> float:

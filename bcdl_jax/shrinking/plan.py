@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from bcdl_jax.graph.facts import Analysis
+from bcdl_jax.graph.facts import Analysis, Fact, along, in_full
+from bcdl_jax.graph.known_values import values_of
+from bcdl_jax.graph.moving import Moving
 from bcdl_jax.graph.program import Program, Step
+from bcdl_jax.graph.reshapes import AxisGroups, reshape_groups
 from bcdl_jax.graph.rules import MIXING, REDUCTIONS, WINDOWS, unindexed_axes
-from bcdl_jax.shrinking.layouts import Axis, AxisGroups, Layout, indices, reshape_groups
+from bcdl_jax.shrinking.layouts import Axis, Layout, indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,31 +27,37 @@ class Plan:
       reshapes: The runs of axes of a reshape, by the index of its step, see ``reshape_groups``.
       constants: The constant to add to the output of a product with folded elements, by the index of its step. An axis along which
         the constant does not change has size 1.
+      facts: The facts about each value.
+      moving_axes: The axes of each value whose size depends on the batch size.
+      bodies: The plans of the programs within a loop or branch, by the index of its step.
     """
 
     layouts: tuple[Layout | None, ...]
     contracted: dict[int, Layout]
     reshapes: dict[int, AxisGroups]
     constants: dict[int, np.ndarray]
+    facts: tuple[Fact, ...]
+    moving_axes: Sequence[frozenset[int]]
+    bodies: dict[int, tuple[Plan, ...]]
 
 
-def make_plan(program: Program, analysis: Analysis, moving_axes: Sequence[frozenset[int]], multiple_of: int) -> Plan:
+def make_plan(program: Program, analysis: Analysis, moving: Moving, multiple_of: int) -> Plan:
     """Plans to keep the live indices of each value.
 
     Args:
       program: The program of the whole network.
       analysis: Its analysis.
-      moving_axes: The axes of each value whose size depends on the batch size. They stay whole.
+      moving: The parts of the program that depend on the batch size. Axes whose size depends on it stay whole.
       multiple_of: The divisor of kept widths. Each width is rounded up to a multiple of it.
     """
     layouts: list[Layout | None] = []
-    for fact, moving in zip(analysis.facts, moving_axes, strict=True):
-        layouts.append(_layout(fact.live, moving, multiple_of) if fact.live.any() else None)
-    for step in program.steps:
+    for fact, shape, axes in zip(analysis.facts, program.shapes, moving.axes, strict=True):
+        layouts.append(_layout(fact.live, shape.shape, axes, multiple_of) if fact.live.any() else None)
+    for index, step in enumerate(program.steps):
+        whole = set() if index in analysis.bodies else _whole_axes(step, program, moving.axes)
         for number in step.outputs:
             layout = layouts[number]
             if layout is not None:
-                whole = _whole_axes(step, program, moving_axes)
                 layouts[number] = tuple(None if axis in whole else kept for axis, kept in enumerate(layout))
     reshapes = {
         index: reshape_groups(program.shapes[step.inputs[0]].shape, program.shapes[step.outputs[0]].shape)
@@ -63,16 +71,31 @@ def make_plan(program: Program, analysis: Analysis, moving_axes: Sequence[frozen
             constant = _folded_constant(index, program, analysis, contracted[index])
             if constant is not None:
                 constants[index] = constant
-    return Plan(tuple(layouts), contracted, reshapes, constants)
+    bodies = {
+        index: tuple(
+            make_plan(*each, multiple_of)
+            for each in zip(program.steps[index].bodies, analyses, moving.bodies[index], strict=True)
+        )
+        for index, analyses in analysis.bodies.items()
+    }
+    facts = tuple(map(_light, analysis.facts, layouts))
+    return Plan(tuple(layouts), contracted, reshapes, constants, facts, moving.axes, bodies)
 
 
-def _layout(live: np.ndarray, moving: frozenset[int], multiple_of: int) -> Layout:
-    axes = range(live.ndim)
+def _light(fact: Fact, layout: Layout | None) -> Fact:
+    """The fact without what the small function does not need, since that keeps it forever.
+
+    The small function computes a fixed value. It reads the fact only for indices that the layout leaves out.
+    """
+    ones = (1,) * fact.unknown.ndim
+    is_whole = layout is not None and all(axis is None for axis in layout)
+    value = np.ones(ones, fact.value.dtype) if fact.fixed and is_whole else fact.value
+    return dataclasses.replace(fact, value=value, live=np.zeros(ones, bool))
+
+
+def _layout(live: np.ndarray, shape: Sequence[int], moving: frozenset[int], multiple_of: int) -> Layout:
     return tuple(
-        None
-        if axis in moving
-        else _rounded(np.asarray(live.any(tuple(other for other in axes if other != axis))), multiple_of)
-        for axis in axes
+        None if axis in moving else _rounded(along(live, axis, size), multiple_of) for axis, size in enumerate(shape)
     )
 
 
@@ -146,16 +169,18 @@ def _folded_constant(index: int, program: Program, analysis: Analysis, contracte
         return None
     contracted_axes, free, free_outputs = product_axes(step, program, side)
     facts = [analysis.facts[number] for number in step.inputs]
+    shapes = [program.shapes[number] for number in step.inputs]
     value = facts[side].value
     for axis in free:
         value = np.take(value, [0], axis)
-    flags = np.transpose(left_out, np.argsort(contracted_axes))
+    flags = np.expand_dims(np.transpose(left_out, np.argsort(contracted_axes)), tuple(sorted(free)))
     values = [facts[0].value, facts[1].value]
-    values[side] = np.broadcast_to(np.where(np.expand_dims(flags, tuple(free)), value, 0), facts[side].value.shape)
-    arrays = [
-        jnp.asarray(array, program.shapes[number].dtype) for array, number in zip(values, step.inputs, strict=True)
-    ]
-    constant = np.asarray(step.bind(*arrays)[0])
+    values[side] = np.where(flags, value, 0)
+    # A convolution needs all positions, and any product needs all indices that it sums over.
+    needed = (*contracted_axes, *free[1:]) if step.name == "conv_general_dilated" else contracted_axes
+    values[side] = in_full(values[side], shapes[side].shape, needed)
+    values[1 - side] = in_full(values[1 - side], shapes[1 - side].shape)
+    constant = values_of(step, [value.astype(each.dtype) for value, each in zip(values, shapes, strict=True)])[0]
     for axis in free_outputs:
         constant = np.take(constant, [0], axis)
     return constant

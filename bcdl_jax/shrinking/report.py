@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bcdl_jax._tree import module_name
-from bcdl_jax.graph.facts import Analysis, Fact
+from bcdl_jax.graph.facts import Analysis, Fact, along
 from bcdl_jax.graph.program import Atom, Program
 from bcdl_jax.shrinking.layouts import Layout
 from bcdl_jax.shrinking.plan import Plan
@@ -45,7 +45,7 @@ class ShrinkReport:
       multiply_adds: The number of multiply-adds of all matrix products and convolutions on the example inputs.
       difference: The largest absolute difference between the outputs before and after on the example inputs.
       structure: The tree structure of the params.
-      remark: A sentence about batch sizes that the network takes and the small function refuses, or None.
+      remark: A sentence on the batch sizes that the network supports and the small function does not, or None.
     """
 
     leaves: tuple[LeafReport, ...]
@@ -78,7 +78,7 @@ def reasons_for_zeros(program: Program, analysis: Analysis, plan: Plan, numbers:
     reasons: list[str | None] = []
     for number in numbers:
         layout, reason = plan.layouts[number], None
-        if layout is not None and _keeps_zeros(analysis.facts[number], layout):
+        if layout is not None and _keeps_zeros(analysis.facts[number], layout, program.shapes[number].shape):
             names = ", ".join(sorted(readers.get(number, set())))
             reason = f"zeros kept: read whole by {names}" if names else "zeros kept: other parts need them"
         reasons.append(reason)
@@ -97,13 +97,13 @@ def _opaque_readers(program: Program, analysis: Analysis) -> dict[Atom, set[str]
     return readers
 
 
-def _keeps_zeros(fact: Fact, layout: Layout) -> bool:
+def _keeps_zeros(fact: Fact, layout: Layout, shape: tuple[int, ...]) -> bool:
     """Whether a kept and needed slice of a fixed array, across one of several axes, holds zeros alone."""
     if not fact.fixed or fact.value.ndim < 2:
         return False
     for axis, kept in enumerate(layout):
-        others = tuple(other for other in range(fact.value.ndim) if other != axis)
-        zeros = ~(fact.value != 0).any(others) & fact.live.any(others)
+        nonzero, live = (along(flags, axis, shape[axis]) for flags in (fact.nonzero, fact.live))
+        zeros = live & ~nonzero
         if (zeros if kept is None else zeros[kept]).any():
             return True
     return False

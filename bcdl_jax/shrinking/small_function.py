@@ -10,12 +10,11 @@ import jax
 import numpy as np
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.graph.facts import Fact
 from bcdl_jax.graph.program import Program, dtype_of
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.shrinking.batch_size import TracedNetwork, is_like
 from bcdl_jax.shrinking.execute import run_small_program
-from bcdl_jax.shrinking.layouts import kept_indices
+from bcdl_jax.shrinking.layouts import Layout, kept_indices
 from bcdl_jax.shrinking.plan import Plan
 
 
@@ -24,7 +23,6 @@ def small_function(
     params: PyTree,
     network: TracedNetwork,
     plan: Plan,
-    facts: Sequence[Fact],
     paths: Sequence[str],
 ) -> Callable[..., PyTree]:
     """The function of the shrunk network, ``small_apply(small_params, *inputs)``.
@@ -34,7 +32,6 @@ def small_function(
       params: Its params.
       network: The trace of the whole network.
       plan: The plan of the small program.
-      facts: The facts about each value.
       paths: The names of the params, for errors.
     """
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)), params)
@@ -52,14 +49,16 @@ def small_function(
             if np.shape(leaf) != shape:
                 raise ValueError(f"small_params has {path} of shape {np.shape(leaf)}; it must be {shape}.")
         program = traces.at_shapes_of(inputs)
-        results = run_small_program(
-            program,
-            plan,
-            facts,
-            network.moving_axes,
-            small_params=dict(zip(program.inputs[:count], leaves, strict=True)),
-            inputs=dict(zip(program.inputs[count:], jax.tree.leaves(inputs), strict=True)),
-        )
+
+        def whole_layout(number: int) -> Layout:
+            return (None,) * len(program.shapes[number].shape)
+
+        small = {}
+        for number, leaf in zip(program.inputs, [*leaves, *jax.tree.leaves(inputs)], strict=True):
+            small[number] = (leaf, whole_layout(number))
+        for number in program.inputs[:count]:
+            small[number] = (small[number][0], plan.layouts[number] or whole_layout(number))
+        results = run_small_program(program, plan, small, [whole_layout(number) for number in program.outputs])
         return jax.tree.unflatten(program.result_tree, results)
 
     return small_apply
@@ -102,7 +101,7 @@ class _Traces:
 
     def _examples(self) -> list[tuple[jax.ShapeDtypeStruct, frozenset[int]]]:
         """Shapes and moving axes of the example inputs."""
-        program, axes = self.network.program, self.network.moving_axes
+        program, axes = self.network.program, self.network.moving.axes
         count = len(jax.tree.leaves(self.params))
         return [(program.shapes[number], axes[number]) for number in program.inputs[count:]]
 

@@ -1,5 +1,7 @@
 """Training: the objective, a pure step, epochs, many seeds, many devices, and networks that shrink while they are trained."""
 
+from bcdl_jax._backend import on_cpu
+from bcdl_jax._tree import is_key
 from bcdl_jax.train.averaging import ParamsEmaState, averaged_params, params_ema
 from bcdl_jax.train.batches import epoch_rows, take_batch
 from bcdl_jax.train.ensemble import compile_ensemble, train_ensemble
@@ -29,6 +31,7 @@ __all__ = [
     "each_seed",
     "epoch_rows",
     "fetch",
+    "is_key",
     "jit_step",
     "keep_masks",
     "kl_warmup",
@@ -40,6 +43,7 @@ __all__ = [
     "make_train_loop",
     "make_train_step",
     "negative_elbo",
+    "on_cpu",
     "parameter_fields",
     "params_ema",
     "place_data",

@@ -27,7 +27,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
     """Keeps an exponential moving average of the params in the optimiser's state. The updates themselves stay unchanged.
 
     Chain it last, so that it receives the final updates: ``optax.chain(optax.adam(1e-3), params_ema(0.999))``. With a constant learning
-    rate the params move around the optimum, and their average lies closer to it [Polyak and Juditsky 1992]. ``averaged_params`` reads the
+    rate the params move around the optimum, and their average lies closer to it [PJ92]. ``averaged_params`` reads the
     average.
 
     Args:

@@ -64,7 +64,8 @@ def train_ensemble(
     Yields:
       The stacked full-size states and the report of each epoch. A seed whose loss or update is not finite stays at its last good state while
       the others continue; the epochs end once all seeds are halted. The messages also warn, once each, of a layer that would lose all its
-      groups and of a run that prunes nothing. If ``stop`` ends an epoch early, the last item is the states and None. A later call
+      groups, of a run that prunes nothing, and after the last epoch of a layer that keeps all its groups and of a KL far above the
+      likelihood. If ``stop`` ends an epoch early, the last item is the states and None. A later call
       continues from any yielded states to the same result bit by bit.
 
     Raises:
@@ -148,13 +149,13 @@ def _epochs(
             if not trainer.advance(run, epoch + 1):
                 yield stacked_states(), None
                 return
-        news = []
+        shrink_messages = []
         # The last epoch needs no check: nothing is trained after it.
         if trainer.shrinking is not None and epoch + 1 < epochs:
             for seed, run in zip(seeds, runs, strict=True):
                 if sizes := trainer.check_pruning(run, epoch + 1):
-                    news.append(f"Seed {seed}, epoch {first_epoch + epoch}: {sizes}")
+                    shrink_messages.append(f"Seed {seed}, epoch {first_epoch + epoch}: {sizes}")
         states = stacked_states()
         each = [validation.measure(run, epoch + 1) for run in runs]
         measured = each[0] if trainer.stacked else stack_seeds(each)
-        yield states, reporter.report(states, measured, epoch, news)
+        yield states, reporter.report(states, measured, epoch, shrink_messages)

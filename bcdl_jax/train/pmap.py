@@ -1,4 +1,4 @@
-"""Training on the devices of one process with ``jax.pmap``, for programs that are built on it. ``mesh`` has the usual way."""
+"""Training on the devices of one process with ``jax.pmap``, for programs that are built on it. Other programs should use ``mesh``."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from bcdl_jax._tree import PyTree
 from bcdl_jax.compression.pruning import Thresholds
 from bcdl_jax.priors.posterior import variational_layers
 from bcdl_jax.train.loop import mean_metrics
-from bcdl_jax.train.messages import failure_sentence, pruning_warnings
+from bcdl_jax.train.messages import end_warnings, failure_sentence, pruning_warnings
 from bcdl_jax.train.parts import part_names
 from bcdl_jax.train.seeds import select_seed
 from bcdl_jax.train.state import TrainState
@@ -51,12 +51,12 @@ class EnsembleReport:
     Attributes:
       reports: One report per seed.
       messages: Failures and warnings, each of them once in a run.
-      news: Sentences about networks that have become smaller.
+      shrink_messages: Sentences about networks that have become smaller.
     """
 
     reports: tuple[EpochReport, ...]
     messages: tuple[str, ...]
-    news: tuple[str, ...] = ()
+    shrink_messages: tuple[str, ...] = ()
 
 
 class Reporter:
@@ -90,27 +90,30 @@ class Reporter:
         self._thresholds = thresholds
         self._already_reported: set[tuple[int, str]] = set()
 
-    def report(self, states: TrainState, measured: Any, epoch: int, news: Sequence[str]) -> EnsembleReport:
+    def report(self, states: TrainState, measured: Any, epoch: int, shrink_messages: Sequence[str]) -> EnsembleReport:
         """The report of one epoch.
 
         Args:
           states: The stacked states after the epoch.
           measured: The stacked validation errors and numbers of kept groups.
           epoch: The number of the epoch, from 0.
-          news: Sentences about networks that have become smaller.
+          shrink_messages: Sentences about networks that have become smaller.
         """
-        metrics, (errors, kept), halted, blamed, steps = jax.device_get(
-            (mean_metrics(states, self._steps), measured, states.halted, states.blamed, states.step)
+        metrics, (errors, kept), halted, failed_parts, steps = jax.device_get(
+            (mean_metrics(states, self._steps), measured, states.halted, states.failed_parts, states.step)
         )
         number = self._first_epoch + epoch
         reports: list[EpochReport] = []
         messages: list[str] = []
         for index, seed in enumerate(self._seeds):
             seed_kept = {name: int(counts[index]) for name, counts in kept.items()}
-            failure = self._failure(seed, int(steps[index]), blamed[index]) if halted[index] else None
+            failure = self._failure(seed, int(steps[index]), failed_parts[index]) if halted[index] else None
             if failure is None:
                 late = self._is_late(epoch)
                 found = pruning_warnings(seed, number, seed_kept, self._totals, self._units, late)
+                if late and epoch + 1 == self._epochs:
+                    nll, kl = (float(metrics[name][index]) for name in ("nll", "kl"))
+                    found |= end_warnings(seed, number, seed_kept, self._totals, self._units, nll, kl)
             else:
                 found = {"failure": failure}
             messages += self._new_messages(seed, found)
@@ -126,12 +129,12 @@ class Reporter:
                     failure=failure,
                 )
             )
-        return EnsembleReport(tuple(reports), tuple(messages), tuple(news))
+        return EnsembleReport(tuple(reports), tuple(messages), tuple(shrink_messages))
 
-    def _failure(self, seed: int, steps: int, blamed: Sequence[bool]) -> str:
-        blamed_names = [name for name, bad in zip(self._names, blamed, strict=True) if bad]
+    def _failure(self, seed: int, steps: int, failed_parts: Sequence[bool]) -> str:
+        failed_names = [name for name, bad in zip(self._names, failed_parts, strict=True) if bad]
         epoch = self._first_epoch + steps // self._steps
-        return failure_sentence(seed, epoch, steps + 1, blamed_names, self._names)
+        return failure_sentence(seed, epoch, steps + 1, failed_names, self._names)
 
     def _is_late(self, epoch: int) -> bool:
         """True if some pruning can be expected: in the second half of a run, from epoch 10 on; in the last epoch of a short run."""

@@ -31,7 +31,7 @@ class ShrinkingConfig:
       multiple_of: A number to whose multiples the kept widths are rounded up, see ``shrink``.
       score: The score of the groups, see ``prune``.
       regular_checks: True for a pruning check after every ``first_check`` epochs, for a network that loses groups throughout its training.
-      leave_out: True to leave out masked groups in ``train_ensemble``; False to mask them only and to train at full size. False suits a
+      remove_masked: True to remove masked groups in ``train_ensemble``; False to mask them only and to train at full size. False suits a
         device on which compiling a smaller step takes longer than the step saves, such as a GPU.
 
     Raises:
@@ -47,7 +47,7 @@ class ShrinkingConfig:
     multiple_of: int = 8
     score: Score = log_dropout_rate
     regular_checks: bool = False
-    leave_out: bool = True
+    remove_masked: bool = True
 
     def __post_init__(self):
         for name in ("first_check", "multiple_of"):

@@ -33,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
       optimizer_state: The state of the optax optimiser.
       key: The PRNG key from which all noise and the order of the examples are derived.
       halted: True once a loss or an update was not finite. A halted state stays at the values before that step.
-      blamed: The parts of the params whose update was not finite at that step, [parts] of bool, in the order of ``part_names``.
+      failed_parts: A mask of the parts of the params whose update was not finite at that step, [parts] of bool, in the order of ``part_names``.
       metric_sums: The sum of each metric over the steps of the current epoch, float32.
     """
 
@@ -42,7 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
     optimizer_state: optax.OptState
     key: jax.Array
     halted: jax.Array
-    blamed: jax.Array
+    failed_parts: jax.Array
     metric_sums: Metrics
 
 
@@ -69,7 +69,7 @@ def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, 
         optimizer_state=optimizer.init(params),
         key=key,
         halted=jnp.zeros((), bool),
-        blamed=jnp.zeros((len(part_names(params)),), bool),
+        failed_parts=jnp.zeros((len(part_names(params)),), bool),
         metric_sums={name: jnp.zeros((), jnp.float32) for name in ("loss", "nll", "kl")},
     )
 

@@ -64,8 +64,8 @@ def make_train_step(
             value_fn=lambda params: loss(params, batch, key, weight)[0],
         )
         params = clip_variances(keep_masks(optax.apply_updates(state.params, updates), state.params))
-        bad, blamed = _find_failure(value, per_layer, gradients, updates)
-        state = _update_unless_halted(state, params, optimizer_state, bad, blamed)
+        bad, failed_parts = _find_failure(value, per_layer, gradients, updates)
+        state = _update_unless_halted(state, params, optimizer_state, bad, failed_parts)
         return state, {"loss": value, "nll": nll, "kl": kl}
 
     return step
@@ -77,7 +77,7 @@ def _find_failure(
     """Checks that the loss and the updates are finite.
 
     Returns:
-      True if a value is not finite, a scalar, and the parts of the params that are to blame, [parts] of bool.
+      True if a value is not finite, a scalar, and a mask of the parts of the params that caused it, [parts] of bool.
     """
     bad_kl = jnp.stack(
         [
@@ -89,12 +89,12 @@ def _find_failure(
         [_not_finite(slope, move) for slope, move in zip(parts(gradients), parts(updates), strict=True)]
     )
     bad = ~jnp.isfinite(loss) | jnp.any(bad_update)
-    # A layer whose own KL overflows makes the gradients of all layers not finite. It alone is to blame.
+    # A layer whose own KL overflows makes the gradients of all layers not finite. It alone is the cause.
     return bad, jnp.where(jnp.any(bad_kl), bad_kl, bad_update)
 
 
 def _update_unless_halted(
-    state: TrainState, params: PyTree, optimizer_state: optax.OptState, bad: jax.Array, blamed: jax.Array
+    state: TrainState, params: PyTree, optimizer_state: optax.OptState, bad: jax.Array, failed_parts: jax.Array
 ) -> TrainState:
     """The state after a step: with the new values, or halted with the old ones if the step was bad or the state was halted before."""
     # The condition depends on all layers, and the update of every parameter depends on the condition. XLA would compute a cheap condition
@@ -102,7 +102,9 @@ def _update_unless_halted(
     # repeat a division.
     go_on = 1 / (1 + (bad | state.halted).astype(jnp.float32)) > 0.75
     new_state = state.replace(step=state.step + 1, params=params, optimizer_state=optimizer_state)
-    old_state = state.replace(halted=state.halted | bad, blamed=jnp.where(state.halted, state.blamed, blamed))
+    old_state = state.replace(
+        halted=state.halted | bad, failed_parts=jnp.where(state.halted, state.failed_parts, failed_parts)
+    )
     return jax.tree.map(lambda new, old: jnp.where(go_on, new, old), new_state, old_state)
 
 
@@ -111,7 +113,7 @@ def _not_finite(*gradient_and_update: PyTree) -> jax.Array:
 
     The arrays of the kernel are left out, which saves a pass over nearly all parameters. A value that is not finite and flows back into
     the layer reaches the gradients of its biases and scales too; a kernel that overflows makes the KL of its layer not finite. The masks
-    are left out too: they stay as they are, whatever an optimiser makes of their zero gradients.
+    are left out too, since ``keep_masks`` restores them after every update.
     """
     small = [_without_kernel_and_masks(part) if is_posterior(part) else part for part in gradient_and_update]
     # Zero times a value that is not finite is not a number. This compiles to a smaller program than a test of each value.

@@ -120,7 +120,7 @@ class Trainer:
         assert self.shrinking is not None
         if not self.shrinking.is_due(epochs) or bool(run.state.halted):
             return None
-        if not self.shrinking.leave_out:
+        if not self.shrinking.remove_masked:
             run.state = mask_further(self.shrinking, run.state)
             return None
         self._leave_out_start(run)
@@ -143,7 +143,7 @@ class Trainer:
 
     def _leave_out_start(self, run: Run) -> None:
         """Leaves out, once, the groups that were already masked when the run started."""
-        if self.shrinking is None or not self.shrinking.leave_out or run.start_checked:
+        if self.shrinking is None or not self.shrinking.remove_masked or run.start_checked:
             return
         run.start_checked = True
         shrunk = leave_out_pruned(self.shrinking, run.state, self._example_batch())

@@ -154,7 +154,7 @@ def prune_and_shrink(
         float(new.kept_weights()) / max(1.0, float(old.kept_weights()))
         for new, old in zip(_layers(masked), _layers(state), strict=True)
     ]
-    if min(shares) > 1 - shrinking.least_saving or not _may_save(shrinking, state, masked, batch):
+    if min(shares, default=1.0) > 1 - shrinking.least_saving or not _may_save(shrinking, state, masked, batch):
         return None
     small = leave_out_pruned(shrinking, masked, batch)
     if small is None:
@@ -176,12 +176,12 @@ def _may_save(shrinking: ShrinkingConfig, state: TrainState, masked: TrainState,
     """
     nodes = parts(state.params)
     owners = [
-        number if is_posterior(node) else None for number, node in enumerate(nodes) for _ in jax.tree.leaves(node)
+        number if _has_weights(node) else None for number, node in enumerate(nodes) for _ in jax.tree.leaves(node)
     ]
     program = trace(shrinking.negative_log_likelihood, state.params, batch, state.key)
     owners += [None] * (len(program.inputs) - len(owners))
     totals = multiply_adds_by_owner(program, owners)
-    numbers = [number for number, node in enumerate(nodes) if is_posterior(node)]
+    numbers = [number for number, node in enumerate(nodes) if _has_weights(node)]
 
     def estimate(layers: list[Posterior]) -> float:
         kept = [float(layer.kept_weights()) / math.prod(layer.kernel_shape) for layer in layers]
@@ -192,4 +192,9 @@ def _may_save(shrinking: ShrinkingConfig, state: TrainState, masked: TrainState,
 
 
 def _layers(state: TrainState) -> list[Posterior]:
-    return list(variational_layers(state.params).values())
+    """The variational layers, without those of which ``shrink`` left nothing before this training."""
+    return [layer for layer in variational_layers(state.params).values() if _has_weights(layer)]
+
+
+def _has_weights(node: Any) -> bool:
+    return is_posterior(node) and math.prod(node.kernel_shape) > 0

@@ -1,5 +1,6 @@
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -308,6 +309,36 @@ def test_a_template_that_does_not_fit_is_refused(net):
         match=r"the template has 6\. The template must be the params of the variational",
     ):
         bcdl_jax.codec.decode(data, bcdl_jax.mean_weights(reduced))
+    small = {"a": bcdl_jax.reduce_precision(make_posterior(jax.random.key(0), (3, 2), "input"), 0.25)}
+    whole = {"a": make_posterior(jax.random.key(0), (4, 2), "input")}
+    for stored, template, hint in (
+        (small, whole, " A file of shrunk params needs the small params from shrink"),
+        (whole, small, "$"),
+    ):
+        data = bcdl_jax.codec.encode(stored if stored is small else bcdl_jax.reduce_precision(stored, 0.25))
+        with pytest.raises(
+            bcdl_jax.codec.CompressedFileError, match=r"the template has a layer of shape \(., 2\)\." + hint
+        ):
+            bcdl_jax.codec.decode(data, template)
+
+
+def test_a_layer_without_inputs_and_outputs(tmp_path):
+    """What shrink leaves of a layer that is superfluous."""
+    dense, conv = (make_posterior(jax.random.key(0), shape, "output") for shape in ((0, 0), (3, 3, 0, 0)))
+    for by_round_off in (False, True):
+        tree = {"conv": conv, "dense": dense, "plain": jnp.zeros((3, 0))}
+        reduce = (
+            bcdl_jax.compression.reduce_precision_by_round_off
+            if by_round_off
+            else lambda t: bcdl_jax.reduce_precision(t, 1.0)
+        )
+        reduced = reduce(tree)
+        data = bcdl_jax.codec.encode(reduced, names=True)
+        assert_same(bcdl_jax.codec.decode(data), reduced)
+        assert_same(bcdl_jax.codec.decode(data, tree), reduced)
+        _, (entry, *_) = reference_decoder.decode(data)
+        assert entry["kernel"].shape == (3, 3, 0, 0)
+        assert bcdl_jax.codec.summarize(data)[0].kept == (3, 3, 0, 0)
 
 
 def test_names_in_the_file_are_compared_with_those_of_the_template(key):
@@ -439,6 +470,26 @@ def test_inspect_and_verify(net, tmp_path, capsys):
     assert "cannot be read: No such file" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["net.bcdl"]
     command = [sys.executable, "-m", "bcdl_jax", "inspect", str(path)]
+    bcdl_jax.save(
+        tmp_path / "mixed.bcdl",
+        reduced | {"table": np.ones((9, 5), np.float32), "x": np.ones(2, np.float32)},
+        names=True,
+    )
+    assert "not rounded" not in out
+    assert main(["inspect", str(tmp_path / "mixed.bcdl")]) == 0
+    assert re.search(
+        r"not rounded: 2 float32 arrays, 1\d\d bytes; the largest is table with 1\d\d bytes\n", capsys.readouterr().out
+    )
+    types = {
+        summary.name: summary.dtype for summary in bcdl_jax.codec.summarize((tmp_path / "mixed.bcdl").read_bytes())
+    }
+    assert types == {
+        "Dense_0/posterior": None,
+        "Dense_1/posterior": None,
+        "Dense_2/posterior": None,
+        "table": "float32",
+        "x": "float32",
+    }
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
     bcdl_jax.save(tmp_path / "letters.bcdl", {"größe": np.ones(3)}, names=True)
     command[-1] = str(tmp_path / "letters.bcdl")

@@ -39,11 +39,9 @@ def test_errors_name_arrays_that_do_not_fit(net):
     trained = bcdl_jax.mean_weights(params)
     with pytest.raises(ValueError, match=r"lacks Dense_1/bias, which must have shape \(4,\)"):
         bcdl_jax.from_trained(params, trained | {"Dense_1": {"kernel": trained["Dense_1"]["kernel"]}})
-    with pytest.raises(
-        ValueError, match=r"Dense_1/kernel of the trained net has shape \(4, 5\); it must have \(5, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"Dense_1/kernel of trained has shape \(4, 5\); it must have \(5, 4\)"):
         bcdl_jax.from_trained(params, trained | {"Dense_1": trained["Dense_1"] | {"kernel": jnp.ones((4, 5))}})
-    with pytest.raises(ValueError, match=r"holds Dense_9/kernel, which this network does not have"):
+    with pytest.raises(ValueError, match=r"holds Dense_9/kernel, which params does not have"):
         bcdl_jax.from_trained(params, trained | {"Dense_9": {"kernel": jnp.ones(1)}})
     with pytest.raises(ValueError, match=r'trained holds params/Dense_0/kernel, .* pass its entry "params"'):
         bcdl_jax.from_trained(params, {"params": trained})
@@ -51,6 +49,35 @@ def test_errors_name_arrays_that_do_not_fit(net):
         bcdl_jax.from_trained(params, params)
     with pytest.raises(ValueError, match="params holds no variational layers; it holds: Dense_0, Dense_1, Dense_2"):
         bcdl_jax.from_trained(trained, params)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
+def test_values_that_are_not_finite_are_named(net, bad):
+    """The largest float32 is 3e38."""
+    _, params, _ = net
+    trained = jax.tree.map(lambda leaf: np.array(leaf, np.float64), bcdl_jax.mean_weights(params))
+    trained["Dense_1"]["kernel"][2, 1] = bad
+    with pytest.raises(ValueError, match="Dense_1/kernel of trained holds 1 values that are not finite in float32"):
+        bcdl_jax.from_trained(params, trained)
+    with pytest.raises(ValueError, match="Dense_1/kernel"):
+        jax.jit(lambda params: bcdl_jax.from_trained(params, trained))(params)
+
+
+def test_traced_values_are_not_checked(net):
+    _, params, _ = net
+    trained = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bcdl_jax.mean_weights(params))
+    start = jax.jit(bcdl_jax.from_trained)(params, trained)
+    assert np.isnan(start["Dense_1"]["posterior"].kernel_mean).all()
+
+
+def test_half_precision_cannot_hold_every_weight(net):
+    _, params, _ = net
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+    trained = bcdl_jax.mean_weights(params)
+    assert bcdl_jax.from_trained(half, trained)["Dense_0"]["posterior"].kernel_mean.dtype == jnp.float16
+    trained["Dense_0"]["bias"] = trained["Dense_0"]["bias"].at[0].set(1e5)
+    with pytest.raises(ValueError, match="Dense_0/bias of trained holds 1 values that are not finite in float16"):
+        bcdl_jax.from_trained(half, trained)
 
 
 @pytest.mark.parametrize("reduced", [False, True])

@@ -7,7 +7,7 @@ import pytest
 
 import bcdl_jax
 from bcdl_jax.compression import prune_units
-from tests.conftest import CHAIN, CONV_CHAIN, assert_trees_close, run
+from tests.conftest import CHAIN, CONV_CHAIN, assert_trees_close, make_posterior, run
 
 
 def rated(params, rates):
@@ -119,6 +119,18 @@ def test_networks_without_kept_groups_and_with_all_groups(net, key):
     assert float(bcdl_jax.rate(whole)) == float(bcdl_jax.compression.rate_paper(whole)) == 1
 
 
+@pytest.mark.parametrize("shapes", [[(0, 0), (0, 5), (5, 2)], [(3, 0), (0, 0), (0, 2)], [(3, 4), (4, 0), (0, 0)]])
+def test_a_chain_with_a_layer_of_which_shrink_left_nothing(shapes):
+    layers = {str(number): make_posterior(jax.random.key(0), shape, "input") for number, shape in enumerate(shapes)}
+    thresholds = {name: math.inf for name, layer in layers.items() if layer.unit_mask.size}
+    pruned = bcdl_jax.prune(layers, thresholds, ["0", "1", "2"])
+    assert jax.tree.map(jnp.shape, pruned) == jax.tree.map(jnp.shape, layers)
+    assert not any(pruned[str(number)].kernel_mask.any() for number in range(3) if shapes[number] != (5, 2))
+    wrong = {"a": layers["0"].replace(output_mask=jnp.ones(0)), "b": make_posterior(jax.random.key(0), (3, 1), "input")}
+    with pytest.raises(ValueError, match="but b has 3 inputs, not a multiple of a's 0 outputs"):
+        bcdl_jax.prune(wrong, 0.0, ["a", "b"])
+
+
 def test_thresholds_must_be_numbers(net):
     _, params, _ = net
     nan = {**dict.fromkeys(CHAIN, 0.0), "Dense_1": jnp.float32("nan")}
@@ -147,6 +159,39 @@ def test_invalid_names_and_chains_raise(net):
         ValueError, match="Dense_0 before Dense_2, but Dense_2 has 4 inputs, not a multiple of Dense_0's 5 outputs"
     ):
         bcdl_jax.prune(params, 0.0, ["Dense_0", "Dense_2"])
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (["hidden", "out", "hidden"], "chain names layer hidden twice"),
+        (
+            [["conv", "hidden"], ["hidden", "out"]],
+            r"chain holds \['conv', 'hidden'\]; it must be one sequence of layer names",
+        ),
+        (("conv", ("hidden", "out")), r"chain holds \('hidden', 'out'\); it must be one sequence"),
+        # out has 4 outputs, and hidden has 12 inputs: three positions of a flatten would fit.
+        (
+            ["out", "hidden"],
+            "hidden has 12 inputs and out has 4 outputs; the widths are equal in the other order, hidden before out",
+        ),
+        (["conv", "wide"], "wide has 8 inputs and conv has 4 outputs; a convolution reads as many channels"),
+    ],
+)
+def test_a_chain_that_contradicts_the_shapes_is_refused(chain, message):
+    shapes = {"conv": (3, 3, 2, 4), "wide": (3, 3, 8, 4), "hidden": (12, 8), "out": (8, 4)}
+    layers = {
+        name: make_posterior(jax.random.key(0), shape, "input" if len(shape) == 2 else "output")
+        for name, shape in shapes.items()
+    }
+    functions = (
+        lambda: bcdl_jax.prune(layers, 0.0, chain),
+        lambda: prune_units(layers, {}, chain),
+        lambda: bcdl_jax.choose_thresholds(layers, lambda _: 0.0, max_increase=0, chain=chain),
+    )
+    for function in functions:
+        with pytest.raises(ValueError, match=message):
+            function()
 
 
 def test_invalid_masks_raise(net):

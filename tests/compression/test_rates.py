@@ -8,7 +8,7 @@ import scipy.stats
 
 import bcdl_jax
 from bcdl_jax.compression import prune_units
-from tests.conftest import CHAIN, CONV_CHAIN
+from tests.conftest import CHAIN, CONV_CHAIN, make_posterior
 
 MASKS = {
     "Dense_0": jnp.array([True, False, True, True, False, True]),
@@ -48,6 +48,23 @@ def test_rates_of_convolutions_by_hand(conv_net):
     total = 9 * 2 * 4 + 9 * 4 * 6 + 24 * 3
     kept = 9 * 2 * 3 + 9 * 3 * 6 + 24 * 3
     assert float(bcdl_jax.compression.rate_paper(pruned)) == pytest.approx(total / kept)
+
+
+def test_a_layer_without_weights_takes_no_bits(net):
+    """What shrink leaves of a layer that is superfluous: no weights and biases, so no steps either."""
+    pruned = prune_units(net[1], MASKS, CHAIN)
+    gone = {"gone": make_posterior(jax.random.key(0), (0, 0), "input")}
+    for tree, nothing in (
+        (pruned, gone),
+        (bcdl_jax.reduce_precision(pruned, 0.25), bcdl_jax.reduce_precision(gone, 0.25)),
+    ):
+        for rate in (bcdl_jax.rate, bcdl_jax.compression.rate_paper):
+            assert float(rate(tree | nothing)) == float(rate(tree))
+            assert float(rate(nothing)) == math.inf
+        assert "gone" in bcdl_jax.compression.layer_bits(tree | nothing)
+    assert float(bcdl_jax.compression.rate_paper_maximum(nothing)) == math.inf
+    levels = bcdl_jax.baselines.reduce_to_levels(gone, *bcdl_jax.baselines.share_weights(gone, 4))
+    assert levels["gone"].step_bits == 0
 
 
 def test_parameters_without_a_posterior_count_32_bits(net):

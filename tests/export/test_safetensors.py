@@ -238,7 +238,45 @@ def test_bad_input_is_refused(net, conv_net, key, tmp_path):
         )
     with pytest.raises(ValueError, match="key has the type key<"):
         bcdl_jax.export_safetensors(tmp_path / "a", {"key": key})
-    small = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), params, inputs)[1]
-    with pytest.raises(ValueError, match="variational layer that was shrunk; take mean_weights first"):
-        bcdl_jax.export_safetensors(tmp_path / "a", small)
     assert not list(tmp_path.iterdir())
+
+
+class Branch(nn.Module):
+    """A dense layer, and a branch of two further ones."""
+
+    @nn.compact
+    def __call__(self, x, dense=nn.Dense):
+        x = nn.relu(dense(5, name="first")(x))
+        return dense(3, name="last")(x + dense(5, name="up")(nn.relu(dense(4, name="down")(x))))
+
+
+def test_a_layer_of_which_nothing_is_left(key, tmp_path):
+    """Its arrays are left out of the state dict. In a file they have no elements."""
+    x = jax.random.normal(key, (2, 6))
+    params = Branch().init(key, x)["params"]
+    params["up"] = jax.tree.map(jnp.zeros_like, params["up"])
+    apply = lambda params, x: Branch().apply({"params": params}, x)  # noqa: E731
+    with pytest.warns(UserWarning, match="Nothing is left of layers down, up"):
+        small_apply, small, _ = bcdl_jax.shrink(apply, params, x)
+    with pytest.warns(UserWarning, match="The state dict leaves out down, up, of which no elements are left"):
+        state = bcdl_jax.export.torch_state_dict(small_apply, small, x)
+    assert sorted(state) == ["first.bias", "first.weight", "last.bias", "last.weight"]
+    hidden = np.maximum(x @ state["first.weight"].T + state["first.bias"], 0)
+    outputs = hidden @ state["last.weight"].T + state["last.bias"]
+    np.testing.assert_allclose(outputs, apply(params, x), rtol=1e-4, atol=1e-5)
+    bcdl_jax.export_safetensors(tmp_path / "a", small)
+    assert safetensors_numpy.load_file(tmp_path / "a")["up.kernel"].shape == (0, 0)
+    with pytest.warns(UserWarning, match=r"The state dict leaves out last/bias, of which"):
+        bcdl_jax.export.torch_state_dict(
+            lambda p, x: x @ p["last"]["kernel"], {"last": {"bias": jnp.ones(0), "kernel": jnp.ones((6, 2))}}, x
+        )
+
+
+def test_a_shrunk_variational_network_is_written_as_its_mean_weights(conv_net, tmp_path):
+    model, params, inputs = conv_net
+    pruned = bcdl_jax.compression.prune_units(params, {"Conv_0": jnp.arange(4) < 3}, ["Conv_0", "Conv_1", "Dense_0"])
+    small = bcdl_jax.shrink(lambda params, x: model.apply({"params": params}, x), pruned, inputs)[1]
+    bcdl_jax.export_safetensors(tmp_path / "a", small)
+    written = safetensors_numpy.load_file(tmp_path / "a")
+    kernel = bcdl_jax.mean_weights(pruned)["Conv_1"]["kernel"]
+    np.testing.assert_allclose(written["Conv_1.kernel"], kernel[..., :3, :], rtol=1e-6)

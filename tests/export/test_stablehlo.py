@@ -37,6 +37,28 @@ def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npy", "net.stablehlo", "out.npy"]
 
 
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
+def test_a_network_that_samples_takes_typed_keys(tmp_path, implementation):
+    layer = bcdl_jax.Dense(3, deterministic=False)
+    key, inputs = jax.random.key(0, impl=implementation), jnp.ones((3, 4))
+    params = layer.init({"params": key, "noise": key}, inputs)["params"]
+
+    def sample(params, x, key):
+        return layer.apply({"params": params}, x, rngs={"noise": key})
+
+    def sample_each(params, x, keys):
+        return jax.vmap(sample, in_axes=(None, 0, 0))(params, x, keys)
+
+    others = jnp.ones((5, 4))
+    for function, example, keys in (
+        (sample, key, jax.random.key(7, impl=implementation)),
+        (sample_each, jax.random.split(key, 3), jax.random.split(key, 5)),
+    ):
+        bcdl_jax.export_stablehlo(tmp_path / "net", function, params, (inputs, example), platforms=["cpu"])
+        outputs = bcdl_jax.load_stablehlo(tmp_path / "net")(others, keys)
+        np.testing.assert_allclose(outputs, function(params, others, keys), rtol=1e-5, atol=1e-6)
+
+
 def test_for_cpu_is_exported_for_any_batch_size(tmp_path, key):
     apply = lambda kernel, x: jax.nn.relu(jax.lax.conv(x, kernel, (1, 1), "SAME"))  # noqa: E731
     kernel, images = jax.random.normal(key, (4, 2, 3, 3)), jax.random.normal(key, (9, 2, 6, 5))

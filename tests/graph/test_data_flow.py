@@ -1,39 +1,88 @@
+"""The facts about values, compared with values for several inputs."""
+
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import bcdl_jax
 from bcdl_jax.graph import analyze, trace
-from bcdl_jax.graph.data_flow import wholly_unknown
+from bcdl_jax.graph.moving import differences
+from bcdl_jax.graph.primitives import is_plain
 from tests.conftest import CHAIN, CONV_CHAIN
 from tests.shrinking.random_networks import random_network
 
 
+def facts_and_values(apply, params, *inputs):
+    """The analysis of a network, and all its values for each of the inputs."""
+    program = trace(apply, params, *inputs[0])
+    analysis = analyze(program, jax.tree.leaves(params), differences(program, program))
+    numbers = [number for number, shape in enumerate(program.shapes) if is_plain(shape.dtype)]
+    everything = dataclasses.replace(program, outputs=tuple(numbers), result_tree=jax.tree.structure(numbers))
+    run = jax.jit(lambda *arguments: everything.run(arguments, {}))
+    values = [list(map(np.asarray, run(*jax.tree.leaves((params, *each))))) for each in inputs]
+    return [analysis.facts[number] for number in numbers], values
+
+
+def assert_known_elements_hold(apply, params, *inputs):
+    known = 0
+    facts, values = facts_and_values(apply, params, *inputs)
+    for each in values:
+        for fact, value in zip(facts, each, strict=True):
+            unknown, expected = np.broadcast_to(fact.unknown, value.shape), np.broadcast_to(fact.value, value.shape)
+            assert fact.value.dtype == value.dtype or fact.unknown.all()
+            np.testing.assert_allclose(value[~unknown], expected[~unknown], rtol=1e-5, atol=1e-6)
+            known += 0 if fact.fixed else int((~unknown).sum())
+    return known
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_known_elements_do_not_depend_on_the_inputs(seed):
+    apply, params, x = random_network(1000 + seed, extended=True)
+    inputs = [(x,), (np.random.default_rng(seed).normal(size=x.shape).astype(np.float32),)]
+    assert_known_elements_hold(apply, params, *inputs)
+
+
 @pytest.mark.slow
-def test_values_that_are_not_evaluated_are_wholly_unknown(net, conv_net, key):
-    """Compares with an analysis for which all values are evaluated."""
-    cases = [random_network(seed) for seed in range(1000, 1006)]
+def test_known_elements_of_sampled_networks(net, conv_net, key):
     for (model, params, inputs), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
         rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
         pruned = bcdl_jax.prune(params, float(np.median(rates)), chain)
         sampled = lambda params, x, key, model=model: model.apply(  # noqa: E731
             {"params": params}, x, deterministic=False, rngs={"noise": key}
         )
-        cases.append((sampled, pruned, (inputs, key)))
-    left_out = 0
-    for apply, params, inputs in cases:
-        program = trace(apply, params, *(inputs if isinstance(inputs, tuple) else (inputs,)))
-        leaves = jax.tree.leaves((params, inputs))
-        count = len(jax.tree.leaves(params))
-        axes = [frozenset()] * len(program.shapes)
-        facts = {}
-        for without in (frozenset(), wholly_unknown(program, count)):
-            values = program.evaluate(*leaves, without=without)
-            facts[bool(without)] = analyze(program, values, count, axes, frozenset()).facts
-        for number in without:
-            assert facts[False][number].unknown.all()
-        left_out += len(without)
-        for whole, partial in zip(facts[False], facts[True], strict=True):
-            for name in ("unknown", "value", "live"):
-                np.testing.assert_array_equal(getattr(whole, name), getattr(partial, name))
-    assert left_out > 1000
+        keys = jax.random.split(key, 2)
+        assert assert_known_elements_hold(sampled, pruned, (inputs, keys[0]), (inputs + 1, keys[1])) > 100
+
+
+def scanned(length):
+    def apply(params, x):
+        def layer(state, weights):
+            counter, x = state
+            hidden = jnp.tanh(x @ weights["up"])
+            return (counter + 1, x + hidden @ weights["down"]), hidden
+
+        (_, x), hidden = lax.scan(layer, (0, x), params, length=length)
+        return x, hidden
+
+    return apply
+
+
+def test_facts_about_a_scan_hold_in_all_iterations():
+    rng = np.random.default_rng(0)
+    params = {
+        "up": rng.normal(size=(3, 4, 6)).astype(np.float32),
+        "down": rng.normal(size=(3, 6, 4)).astype(np.float32),
+    }
+    params["up"][..., [1, 4]] = 0  # Dead in all layers.
+    params["up"][0, :, 2] = 0  # Dead in one layer.
+    inputs = [(rng.normal(size=(5, 4)).astype(np.float32),) for _ in range(2)]
+    assert assert_known_elements_hold(scanned(3), params, *inputs) > 0
+    facts, _ = facts_and_values(scanned(3), params, *inputs)
+    hidden = next(fact for fact in facts[len(params) :] if fact.unknown.ndim == 3)
+    unknown = np.broadcast_to(hidden.unknown, (3, 5, 6))
+    np.testing.assert_array_equal(unknown[0, 0], [True, False, True, True, False, True])
+    np.testing.assert_array_equal(unknown, np.broadcast_to(unknown[:1, :1], unknown.shape))

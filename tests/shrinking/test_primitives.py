@@ -73,7 +73,6 @@ def test_channels_go_through(name):
 @pytest.mark.parametrize(
     ("name", "middle"),
     [
-        ("scan", lambda x: jax.lax.scan(lambda carry, row: (carry + row, carry * row), x[0], x)[1]),
         ("cond", lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x)),
         ("while_loop", lambda x: jax.lax.while_loop(lambda s: s.sum() < 10, lambda s: s + 1, x)),
         ("fft", lambda x: jnp.fft.fft(x).real),

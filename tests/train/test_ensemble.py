@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 
 import bcdl_jax
 from bcdl_jax.train import trainer
+from bcdl_jax.train.messages import end_warnings
 from tests.conftest import assert_trees_close
 from tests.train.helpers import BATCH, EXAMPLES, copy, nll, setup, validation_error
 
@@ -136,6 +138,41 @@ def test_warnings_of_everything_pruned_and_of_nothing_pruned_come_once(data):
     assert len(messages) == 2
     assert messages[0].startswith("Seed 1, epoch 1: everything would be pruned in layer Dense_1 (none of its 5 groups")
     assert messages[1].startswith("Seed 0, epoch 10: nothing is pruned yet (all 15 groups are kept)")
+
+
+def test_the_last_epoch_warns_of_whole_layers_and_of_a_high_kl(data):
+    """The KL of a fresh network is about 3 nats for each of its 62 weights; the likelihood is about 1 nat."""
+    step, _, states = setup(optax.sgd(0.0), seeds=(0,), likelihood=lambda *args: 0.001 * nll(*args))
+    first = states.params["Dense_0"]["posterior"]
+    lost = first.replace(scale_log_variance=first.scale_log_variance.at[0, 1].set(5.0))
+    states = states.replace(params=states.params | {"Dense_0": {"posterior": lost}})
+    required = {"validation_error": validation_error, "validation_data": data, "seeds": (0,)}
+
+    def messages(**options):
+        runs = bcdl_jax.train.train_ensemble(copy(states), data, step=step, batch_size=BATCH, **required, **options)
+        return [report.messages for _, report in runs]
+
+    before, (whole, high) = messages(epochs=2)
+    assert before == ()
+    assert whole.startswith(
+        "Seed 0, epoch 2: training ends and nothing is pruned in layers Dense_1 (all 5), Dense_2 (all 4), while other layers lose groups"
+    )
+    assert re.match(
+        r"Seed 0, epoch 2: training ends with a KL of \d\.\d+ nats per example beside a negative log-likelihood of 0\.001",
+        high,
+    )
+    # Fine-tuning has no thresholds: what is pruned is known.
+    assert messages(epochs=1, thresholds=float("inf")) == [()]
+
+
+@pytest.mark.parametrize(
+    ("nll", "kl", "warns"),
+    [(0.5, 49.0, False), (0.5, 51.0, True), (-3.0, 250.0, False), (0.0, 0.9, False), (0.0, 1.1, True)],
+)
+def test_a_high_kl_is_a_hundred_times_the_likelihood(nll, kl, warns):
+    found = end_warnings(0, 9, {"a": 3}, {"a": 3}, "groups", nll, kl)
+    assert ("KL" in found) == warns
+    assert "whole layers" not in found  # A network that prunes nothing has a warning of its own.
 
 
 def test_bad_arguments(data):

@@ -42,25 +42,27 @@ def test_each_epoch_shows_each_example_once_in_a_new_order(data):
     numbers = (data[0][:23], jnp.arange(23))
 
     def note(state, batch):
-        seen = state.blamed.at[batch[1]].add(1)
+        seen = state.failed_parts.at[batch[1]].add(1)
         wrong = jnp.any(batch[0] != data[0][batch[1]])
-        return state.replace(step=state.step + 1, blamed=seen, optimizer_state=batch[1]), {"wrong": wrong}
+        return state.replace(step=state.step + 1, failed_parts=seen, optimizer_state=batch[1]), {"wrong": wrong}
 
     epoch = jax.jit(bcdl_jax.train.make_train_epoch(note, batch_size=5))
     start = bcdl_jax.train.select_seed(states, 0).replace(
-        blamed=jnp.zeros(23, jnp.int32), optimizer_state=jnp.zeros(5, jnp.int32), metric_sums={"wrong": jnp.zeros(())}
+        failed_parts=jnp.zeros(23, jnp.int32),
+        optimizer_state=jnp.zeros(5, jnp.int32),
+        metric_sums={"wrong": jnp.zeros(())},
     )
     state, last_batches = start, set()
     for number in range(1, 4):
-        before = state.blamed
+        before = state.failed_parts
         state, metrics = epoch(state, numbers)
         assert not metrics["wrong"]
-        counts = np.asarray(state.blamed - before)
+        counts = np.asarray(state.failed_parts - before)
         assert (counts.max(), counts.sum()) == (1, 20)
         assert int(state.step) == 4 * number
         last_batches.add(tuple(np.asarray(state.optimizer_state)))
     assert len(last_batches) == 3
-    np.testing.assert_array_equal(epoch(start, numbers)[0].blamed, epoch(start, numbers)[0].blamed)
+    np.testing.assert_array_equal(epoch(start, numbers)[0].failed_parts, epoch(start, numbers)[0].failed_parts)
 
 
 def test_batch_size_must_fit(data):

@@ -60,7 +60,7 @@ def test_the_layer_that_overflows_is_named(data):
     assert not np.isfinite(metrics["loss"])
     assert after.halted
     assert int(after.step) == 0
-    assert after.blamed.tolist() == [False, True, False]
+    assert after.failed_parts.tolist() == [False, True, False]
     assert_trees_close(after.params, params, rtol=0)
 
 

@@ -14,7 +14,7 @@ from bcdl_jax.priors.posterior import Posterior
 from bcdl_jax.train import trainer, validation, while_shrinking
 from bcdl_jax.train.validation import shrink_measure
 from bcdl_jax.train.while_shrinking import mask_further
-from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, assert_trees_close
+from tests.conftest import CHAIN, CONV_CHAIN, SmallConvNet, SmallNet, assert_trees_close, make_posterior
 from tests.train.helpers import BATCH, EXAMPLES, copy, setup
 from tests.train.helpers import nll as dense_nll
 from tests.train.test_ensemble import train
@@ -194,6 +194,24 @@ def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
     assert tried
 
 
+def test_a_network_with_a_layer_of_which_shrink_left_nothing_shrinks_further(data):
+    """The layer is not in the way of the others."""
+    params = jax.jit(SmallNet().init)(jax.random.key(0), jnp.ones((1, 6)))["params"]
+    params = with_dead_groups(params, {"Dense_0": [0, 3], "Dense_1": [1, 2]})
+    params["gone"] = {"posterior": make_posterior(jax.random.key(0), (0, 0), "input")}
+    state = bcdl_jax.train.create_train_state(params, OPTIMIZER, jax.random.key(2))
+    shrinking = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0, CHAIN, multiple_of=1)
+    batch = jax.tree.map(lambda array: array[:BATCH], data)
+    small = bcdl_jax.train.prune_and_shrink(shrinking, state, batch)
+    assert str(small).startswith("training continues with Dense_0 4 x 3, Dense_1 3 x 4, Dense_2 4 x 3")
+    small_state, metrics = jax.jit(small.step)(small.state, batch)
+    assert jnp.isfinite(metrics["loss"])
+    assert small.expand(small_state).params["gone"]["posterior"].kernel_shape == (0, 0)
+    nothing = bcdl_jax.train.create_train_state({"gone": params["gone"]}, OPTIMIZER, jax.random.key(2))
+    shrinking = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0)
+    assert bcdl_jax.train.prune_and_shrink(shrinking, nothing, batch) is None
+
+
 def test_pruning_checks_become_rarer():
     for first, expected in ((1, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]), (3, [3, 6, 9, 12, 18, 24, 36])):
         shrinking = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, 3.0, first_check=first)
@@ -261,8 +279,8 @@ def shrinking_ensemble(data, stop=None, states=None, first_check=2, epochs=5, **
 @pytest.mark.slow
 def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypatch):
     expected, reports, _ = shrinking_ensemble(data)
-    (news,) = [news for report in reports for news in report.news]
-    assert news.startswith(
+    (message,) = [message for report in reports for message in report.shrink_messages]
+    assert message.startswith(
         "Seed 3, epoch 2: training continues with Dense_0 6 x 3, Dense_1 3 x 2, Dense_2 2 x 3; multiply-adds "
     )
     masks = expected.params["Dense_1"]["posterior"].input_mask
@@ -283,8 +301,8 @@ def test_an_ensemble_shrinks_seed_by_seed_and_resumes_bit_by_bit(data, monkeypat
 @pytest.mark.slow
 def test_groups_can_be_masked_without_being_left_out(data, monkeypatch):
     smaller, small_reports, _ = shrinking_ensemble(data)
-    expected, reports, _ = shrinking_ensemble(data, leave_out=False)
-    assert not any(report.news for report in reports)
+    expected, reports, _ = shrinking_ensemble(data, remove_masked=False)
+    assert not any(report.shrink_messages for report in reports)
     assert expected.params["Dense_1"]["posterior"].input_mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert [report.reports[0].kept for report in reports] == [report.reports[0].kept for report in small_reports]
     kernels, small_kernels = (
@@ -298,17 +316,17 @@ def test_groups_can_be_masked_without_being_left_out(data, monkeypatch):
 
     monkeypatch.setattr(trainer, "_CHUNK_SECONDS", 0.0)
     stop = functools.partial(next, iter([False] * 29), True)
-    states, _, ended = shrinking_ensemble(data, stop, leave_out=False)
+    states, _, ended = shrinking_ensemble(data, stop, remove_masked=False)
     assert ended
-    resumed, _, _ = shrinking_ensemble(data, None, copy(states), leave_out=False)
+    resumed, _, _ = shrinking_ensemble(data, None, copy(states), remove_masked=False)
     assert_trees_close(resumed, expected, rtol=0)
 
 
 @pytest.mark.slow
 def test_nothing_is_masked_that_would_leave_a_layer_empty(data):
-    states, _, _ = shrinking_ensemble(data, leave_out=False, epochs=1)
+    states, _, _ = shrinking_ensemble(data, remove_masked=False, epochs=1)
     state = bcdl_jax.train.select_seed(states, 0)
-    everything = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, -100.0, CHAIN, leave_out=False)
+    everything = bcdl_jax.train.ShrinkingConfig(dense_nll, make_step, -100.0, CHAIN, remove_masked=False)
     assert mask_further(everything, state) is state
 
 
