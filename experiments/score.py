@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.dataset == EMBEDDED:
         print(
-            "The embedded digits are training images of full MNIST: an error on them means something only for a net trained on them."
+            "The embedded digits are training images of full MNIST: an error on them is meaningful only for a network that was trained on them."
         )
     for path, percent in zip(args.files, errors, strict=True):
         print(f"{path}: {Path(path).stat().st_size:,} bytes, test error {percent:.2f} %")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import bcdl_jax
 from experiments.io import files
 from experiments.io.data import DATASETS, EMBEDDED
 from experiments.registry import paper_datasets
@@ -90,7 +91,7 @@ def _make(args: argparse.Namespace) -> None:
     commands = tables.commands(results)
     print(tables.as_text(table), "", tables.EXPLANATION, *commands, *left_out, sep="\n")
     text = "\n".join([tables.as_markdown(table), tables.EXPLANATION, "", *(f"- {line}" for line in commands), ""])
-    files.write_atomically(args.out / "table.md", lambda file: file.write(text.encode()))
+    bcdl_jax.codec.write_atomically(args.out / "table.md", lambda file: file.write(text.encode()))
     if results:
         tradeoff.draw(args.out / "table.png", results, dataset)
     print(f"Written to {args.out}: table.md{', table.png' if results else ''}.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,18 +102,25 @@ def test_functions_are_short():
     assert sorted(long_functions("bcdl_jax")) == sorted(LONG_FUNCTIONS)
 
 
-def test_no_folder_is_called_like_a_public_function():
+def test_no_module_hides_a_public_name():
+    """A module that is called like a public function would replace it in the namespace of its folder, once it is imported."""
     import bcdl_jax
 
-    folders = {path.name for path in (ROOT / "bcdl_jax").iterdir() if path.is_dir()}
-    assert not [name for name in folders & set(bcdl_jax.__all__) if callable(getattr(bcdl_jax, name))]
+    folders = [path.parent.name for path in (ROOT / "bcdl_jax").glob("*/__init__.py")]
+    for package in (bcdl_jax, *(getattr(bcdl_jax, folder) for folder in folders)):
+        names = [name for name in package.__all__ if package is not bcdl_jax or name not in folders]
+        assert [name for name in names if inspect.ismodule(getattr(package, name))] == []
+    flat = [module for module in imported_modules(ROOT / "bcdl_jax" / "__init__.py") if module.count(".") > 1]
+    assert {module.rpartition(".")[2] for module in flat} & set(folders) == set()
 
 
-@pytest.mark.parametrize("path", sources("bcdl_jax"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*sources("bcdl_jax"), *sources("experiments")], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_layers_and_fields_are_not_found_by_name(path):
-    """The name of a layer's entry stands in one file, and no suffix of a field's name decides anything."""
+    """The name of a layer's entry stands in one file, and no beginning or end of a layer's or a field's name decides anything."""
     text = path.read_text()
     if path.name != "_tree.py":
         assert '"posterior"' not in text
-    for suffix in ("_log_variance", "_mask", "log_mean"):
-        assert f'endswith("{suffix}")' not in text
+    part = r"\w*(log_variance|mask|mean|kernel|bias|scale|posterior|Dense|Conv)\w*"
+    assert re.findall(rf"""(?:startswith|endswith|removesuffix|removeprefix)\(["']/?{part}["']\)""", text) == []

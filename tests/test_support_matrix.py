@@ -63,7 +63,7 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(4)(nn.RNN(nn.SimpleCell(8), name="pruned")(x))
+        return nn.Dense(4)(nn.RNN(nn.SimpleCell(8, name="pruned"))(x))
 
 
 NUMBERS = jax.random.normal(jax.random.key(0), (2, 5, 6))

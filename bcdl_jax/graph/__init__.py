@@ -2,6 +2,7 @@
 
 from bcdl_jax.graph.counting import multiply_adds
 from bcdl_jax.graph.data_flow import analyze
+from bcdl_jax.graph.moving import differences
 from bcdl_jax.graph.program import Program, Step
 from bcdl_jax.graph.tracing import rewrite, trace
 
@@ -9,6 +10,7 @@ __all__ = [
     "Program",
     "Step",
     "analyze",
+    "differences",
     "multiply_adds",
     "rewrite",
     "trace",

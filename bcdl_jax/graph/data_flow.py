@@ -71,9 +71,11 @@ def forward(program: Program, arguments: Sequence[Fact], moving: Moving) -> Anal
     for index, step in enumerate(program.steps):
         inputs = [facts[number] for number in step.inputs]
         fixed = all(fact.fixed for fact in inputs)
+        if fixed and _depends_on_batch_size(step, moving):
+            inputs, fixed = [as_data(fact) for fact in inputs], False
         outputs: Sequence[Known] | None = None
         if all(is_plain(program.shapes[number].dtype) for number in (*step.inputs, *step.outputs)):
-            outputs = _known_elements(step, inputs, program, moving)
+            outputs = _known_elements(step, inputs, fixed, program, moving)
         if outputs is None and not fixed and index in moving.bodies:
             outputs, bodies[index] = loop_forward(step, inputs, moving.bodies[index], forward)
         for place, number in enumerate(step.outputs):
@@ -89,7 +91,8 @@ def forward(program: Program, arguments: Sequence[Fact], moving: Moving) -> Anal
 
 
 def _unknown(program: Program, number: int) -> Fact:
-    return unknown_fact(len(program.shapes[number].shape))
+    struct = program.shapes[number]
+    return unknown_fact(len(struct.shape), struct.dtype if is_plain(struct.dtype) else np.float32)
 
 
 def _fixed(value: Any, dtype: Any) -> Fact:
@@ -98,14 +101,14 @@ def _fixed(value: Any, dtype: Any) -> Fact:
     return known_fact(np.zeros((1,) * array.ndim, bool), array.astype(dtype, copy=False), True)
 
 
-def _known_elements(step: Step, inputs: Sequence[Fact], program: Program, moving: Moving) -> Sequence[Known] | None:
+def _known_elements(
+    step: Step, inputs: Sequence[Fact], is_fixed: bool, program: Program, moving: Moving
+) -> Sequence[Known] | None:
     """The known elements of each output of a step, or None if all are unknown."""
-    elements_move_only = step.elementwise or step.name in STRUCTURAL
-    is_fixed = all(fact.fixed for fact in inputs)
-    if is_fixed and _depends_on_batch_size(step, moving, elements_move_only):
+    if not step.inputs and not is_fixed:
         return None
     rule, product = flow_rule(step, program), product_rule(step, program)
-    if is_fixed and not elements_move_only and step.inputs and not any(fact.unknown.any() for fact in inputs):
+    if is_fixed and not _only_moves_elements(step) and step.inputs and not any(fact.unknown.any() for fact in inputs):
         shapes = [program.shapes[number].shape for number in step.inputs]
         full = [np.broadcast_to(fact.value, shape) for fact, shape in zip(inputs, shapes, strict=True)]
         return [(np.zeros((1,) * value.ndim, bool), value) for value in values_of(step, full)]
@@ -125,11 +128,15 @@ def _known_elements(step: Step, inputs: Sequence[Fact], program: Program, moving
     return outputs
 
 
-def _depends_on_batch_size(step: Step, moving: Moving, elements_move_only: bool) -> bool:
+def _only_moves_elements(step: Step) -> bool:
+    return step.elementwise or step.name in STRUCTURAL
+
+
+def _depends_on_batch_size(step: Step, moving: Moving) -> bool:
     """Whether a step whose inputs are fixed computes other elements at other batch sizes, such as positions in the batch."""
     if step.name == "iota":
         return step.params["dimension"] in moving.axes[step.outputs[0]]
-    return not elements_move_only and any(moving.axes[number] for number in (*step.inputs, *step.outputs))
+    return not _only_moves_elements(step) and any(moving.axes[number] for number in (*step.inputs, *step.outputs))
 
 
 def _sums_over_batch(step: Step, moving: Moving) -> bool:

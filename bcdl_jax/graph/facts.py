@@ -79,10 +79,10 @@ class Analysis:
     bodies: dict[int, tuple[Analysis, ...]]
 
 
-def unknown_fact(rank: int) -> Fact:
+def unknown_fact(rank: int, dtype: Any) -> Fact:
     """A value that depends on the inputs in all elements."""
     ones = (1,) * rank
-    return Fact(np.ones(ones, bool), np.zeros(ones, np.float32), False, np.zeros(ones, bool))
+    return Fact(np.ones(ones, bool), np.zeros(ones, dtype), False, np.zeros(ones, bool))
 
 
 def known_fact(unknown: Flags, value: Any, fixed: bool) -> Fact:

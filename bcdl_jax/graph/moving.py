@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bcdl_jax.graph.matching import same_constant
 from bcdl_jax.graph.program import Atom, Program
+from bcdl_jax.graph.tracing import extend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Moving:
     Attributes:
       axes: The axes of each value whose size depends on the batch size.
       constants: Numbers of the constants that depend on the batch size.
-      bodies: The same for the programs within a loop or branch, by the index of its step.
+      bodies: The same for the programs within a loop or branch, by the index of its step. A step is missing if more
+        than sizes depend on the batch size within it: then a trace for any batch size has other steps in it.
     """
 
     axes: Sequence[frozenset[int]]
@@ -38,7 +40,16 @@ def differences(two: Program, three: Program) -> Moving:
     )
     bodies = {}
     for index, (first, second) in enumerate(zip(two.steps, three.steps, strict=True)):
-        inner = tuple(differences(*each) for each in zip(first.bodies, second.bodies, strict=True))
-        if inner:
-            bodies[index] = inner
+        pairs = list(zip(first.bodies, second.bodies, strict=True))
+        if pairs and all(_grow_linearly(*each) for each in pairs):
+            bodies[index] = tuple(differences(*each) for each in pairs)
     return Moving(axes, constants, bodies)
+
+
+def _grow_linearly(two: Program, three: Program) -> bool:
+    """Whether two programs differ in nothing but sizes, so that a program for any batch size has the same steps."""
+    try:
+        extend([two, three], (2, 3), 4)
+    except ValueError:
+        return False
+    return True

@@ -129,11 +129,9 @@ class Program:
         run = compile_quickly(lambda arguments: everything.run(arguments, {}), arguments)
         return run(arguments)
 
-    def signature(self) -> list[Any]:
+    def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:
         """Primitives and values of all steps, without shapes. Two traces of one function at different batch sizes should have the same."""
-        return [
-            (step.name, step.inputs, step.outputs, [body.signature() for body in step.bodies]) for step in self.steps
-        ]
+        return [(step.name, step.inputs, step.outputs) for step in self.steps]
 
 
 def trace_fixed_sizes(function: Callable[..., Any], *arguments: PyTree) -> Program:

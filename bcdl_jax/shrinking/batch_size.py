@@ -74,7 +74,7 @@ class TracedNetwork:
     def _fits(self, traced: Program) -> bool:
         """Whether another trace has the same steps."""
         return (
-            traced.signature() == self.program.signature()
+            _same_steps(traced, self.program, self.moving)
             and _are_like(traced, self.program, self.moving)
             and self._same_constants(traced.constants)
         )
@@ -181,6 +181,17 @@ def _resized(inputs: PyTree, batch: int, size: int) -> PyTree:
     return jax.tree.map(resized, inputs)
 
 
+def _same_steps(new: Program, old: Program, moving: Moving) -> bool:
+    """Whether two programs have the same steps, also within loops and branches that ``moving`` lists."""
+    if new.signature() != old.signature():
+        return False
+    return all(
+        _same_steps(one, other, inner)
+        for index, bodies in moving.bodies.items()
+        for one, other, inner in zip(new.steps[index].bodies, old.steps[index].bodies, bodies, strict=True)
+    )
+
+
 def _are_like(new: Program, old: Program, moving: Moving) -> bool:
     """Whether two programs with the same signature have values of the same shapes, but for the moving axes, and the same inner constants."""
     if not all(map(is_like, new.shapes, old.shapes, moving.axes)):
@@ -188,8 +199,7 @@ def _are_like(new: Program, old: Program, moving: Moving) -> bool:
     for index, bodies in moving.bodies.items():
         for one, other, inner in zip(new.steps[index].bodies, old.steps[index].bodies, bodies, strict=True):
             constants_differ = any(
-                number not in inner.constants and not same_constant(value, other.constants[number])
-                for number, value in one.constants.items()
+                not same_constant(value, other.constants[number]) for number, value in one.constants.items()
             )
             if constants_differ or not _are_like(one, other, inner):
                 return False

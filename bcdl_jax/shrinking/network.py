@@ -14,7 +14,7 @@ import numpy as np
 from bcdl_jax._tree import PyTree, named_arrays
 from bcdl_jax.graph.counting import multiply_adds
 from bcdl_jax.graph.data_flow import analyze
-from bcdl_jax.graph.program import compile_quickly
+from bcdl_jax.graph.program import Program, compile_quickly
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.shrinking.batch_size import trace_for_any_batch
 from bcdl_jax.shrinking.cutting import cut_leaf
@@ -39,8 +39,8 @@ def shrink(
     A channel is removed if it does not depend on the inputs, or if no result depends on it. The constant of a removed channel is added to
     the output of the layer that reads it. If that layer pads with zeros, a channel with a constant other than 0 stays.
 
-    The function is traced, and each of its primitives is followed channel by channel, so ``shrink`` works for any kind of model. The
-    operands of a primitive without a rule, such as ``scan``, stay whole.
+    The function is traced, and each of its primitives is followed channel by channel, also within loops, so ``shrink`` works for any kind
+    of model. The operands of a primitive without a rule, such as an FFT, stay whole.
 
     Args:
       apply: The network: any JAX function ``apply(params, *inputs)``. For Linen: ``lambda params, x: model.apply({"params": params}, x)``.
@@ -50,7 +50,7 @@ def shrink(
         the final check. The small function takes any batch size if ``apply`` does.
       multiple_of: The divisor of kept widths. Each width is rounded up to a multiple of it.
       tolerance: The largest allowed difference of the outputs on the example inputs, relative to the largest output. The default is the
-        square root of the precision of their dtype: 0.0003 for float32.
+        square root of the precision of the least precise dtype in the network: 0.0003 for float32, 0.09 for bfloat16.
 
     Returns:
       The small function ``small_apply(small_params, *inputs)``, the small params in a tree of the same structure, and a report. The small
@@ -117,7 +117,7 @@ def shrink_at_any_batch_size(
             multiply_adds(trace(apply, params, *inputs)),
             multiply_adds(trace(small_apply, small_params, *inputs)),
         ),
-        difference=_largest_difference(before, after, tolerance),
+        difference=_largest_difference(before, after, tolerance, network.program),
         structure=structure,
         remark=network.remark,
     )
@@ -126,17 +126,19 @@ def shrink_at_any_batch_size(
     return small_apply, small_params, report
 
 
-def _largest_difference(before: PyTree, after: PyTree, tolerance: float | None) -> float:
+def _largest_difference(before: PyTree, after: PyTree, tolerance: float | None, program: Program) -> float:
     """The largest absolute difference between two trees of outputs.
 
     Raises:
       ValueError: The difference is larger than the tolerance.
     """
     largest = 0.0
+    floats = [shape.dtype for shape in program.shapes if jnp.issubdtype(shape.dtype, jnp.floating)]
+    precision = max((float(jnp.finfo(dtype).eps) for dtype in floats), default=0.0)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         if not jnp.issubdtype(old.dtype, jnp.inexact) or not old.size:
             continue
-        allowed = float(np.sqrt(jnp.finfo(old.dtype).eps)) if tolerance is None else tolerance
+        allowed = float(np.sqrt(precision)) if tolerance is None else tolerance
         difference = float(jnp.max(jnp.abs(old - new)))
         if not difference <= allowed * float(jnp.max(jnp.abs(old))):
             raise ValueError(

@@ -18,7 +18,6 @@ import numpy as np
 import bcdl_jax
 from experiments.networks.vgg import VGG
 from experiments.registry import NETWORKS
-from experiments.runtime import devices
 
 SIDES = ("dense", "masked", "shrunk")
 
@@ -113,7 +112,7 @@ def contestants_of(case: PrunedCase, batch: int, seed: int = 0) -> tuple[list[Co
         "masked": (masked, (variables, masks)),
         "shrunk": (small_apply, small),
     }
-    on_cpu = devices.on_cpu()
+    on_cpu = bcdl_jax.train.on_cpu()
     contestants = []
     for side, (apply, params) in sides.items():
         engines = {"XLA": apply} | ({"XLA, for_cpu": bcdl_jax.for_cpu(apply)} if on_cpu else {})
@@ -140,8 +139,11 @@ def masks_of(case: PrunedCase, variables: dict[str, Any], seed: int) -> dict[str
     """
     generator = np.random.default_rng(seed)
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
-    last_channels = _mask_convolutions(masks["params"], case.outputs, generator)
-    _mask_dense_layers(masks["params"], case.inputs, last_channels, generator)
+    params, chain = masks["params"], NETWORKS[case.network].chain
+    convolutions = dict(zip(_of_rank(params, chain, 4), case.outputs, strict=True))
+    dense = dict(zip(_of_rank(params, chain, 2), case.inputs, strict=True))
+    last_channels = _mask_convolutions(params, convolutions, generator)
+    _mask_dense_layers(params, dense, last_channels, generator)
     return masks
 
 
@@ -150,11 +152,16 @@ def has_onnx() -> bool:
     return all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
 
 
-def _mask_convolutions(params: Any, outputs: tuple[int, ...], generator: np.random.Generator) -> np.ndarray | None:
+def _of_rank(params: Any, chain: tuple[str, ...], rank: int) -> list[str]:
+    """The names of the layers whose kernels have this rank: 4 for convolutions, 2 for dense layers."""
+    return [name for name in chain if params[name]["kernel"].ndim == rank]
+
+
+def _mask_convolutions(params: Any, outputs: dict[str, int], generator: np.random.Generator) -> np.ndarray | None:
     """Masks the output channels of the convolutions in place. Returns the mask of the last one; None without convolutions."""
     kept = None
-    for number, count in enumerate(outputs):
-        layer = params[f"Conv_{number}"]
+    for number, (name, count) in enumerate(outputs.items()):
+        layer = params[name]
         kept = _random_mask(layer["kernel"].shape[-1], count, generator)
         layer["kernel"] *= kept
         layer["bias"] *= kept
@@ -166,19 +173,19 @@ def _mask_convolutions(params: Any, outputs: tuple[int, ...], generator: np.rand
 
 
 def _mask_dense_layers(
-    params: Any, inputs: tuple[int, ...], last_channels: np.ndarray | None, generator: np.random.Generator
+    params: Any, inputs: dict[str, int], last_channels: np.ndarray | None, generator: np.random.Generator
 ) -> None:
     """Masks the inputs of the dense layers in place. The first layer keeps inputs from kept channels only."""
-    for number, count in enumerate(inputs):
-        kernel = params[f"Dense_{number}"]["kernel"]
-        channels = last_channels if number == 0 else None
+    before, channels = None, last_channels
+    for name, count in inputs.items():
+        kernel = params[name]["kernel"]
         allowed = None if channels is None else np.tile(channels, kernel.shape[0] // channels.size)
         kept = _random_mask(kernel.shape[0], count, generator, allowed)
         kernel *= kept[:, None]
-        if number:
-            before = params[f"Dense_{number - 1}"]
+        if before is not None:
             before["kernel"] *= kept
             before["bias"] *= kept
+        before, channels = params[name], None
 
 
 def _random_mask(

@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 
+import bcdl_jax
 from experiments.benchmarks.contestants import CASES, SIDES, Contestant, contestants_of, has_onnx
 from experiments.io.files import check_out, prepare_out, write_json
 from experiments.report.figures import speed_bars
-from experiments.runtime import devices
 from experiments.runtime.errors import UserError
 from experiments.runtime.machine import machine
 
@@ -49,7 +49,7 @@ def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str
     if not 0 < seconds < 3600:
         raise UserError(f"--seconds is {seconds}; it must be more than 0 and less than 3600.")
     print(f"{machine()}, jax {jax.__version__}, {rounds} rounds in turn: median (lowest to highest)")
-    if devices.on_cpu() and not has_onnx():
+    if bcdl_jax.train.on_cpu() and not has_onnx():
         print("onnxruntime or onnx is not installed (pip install -e '.[onnx]'): only XLA is timed.")
     return [_compare(name, batch, rounds, seconds) for name in nets for batch in CASES[name].batches]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,10 @@ class _Variational(nn.Module):
         return self.scale_mean + torch.exp(0.5 * self.scale_log_variance) * noise
 
     def kl_divergence(self) -> torch.Tensor:
-        """The KL divergence from the normal-Jeffreys prior in nats, with the approximation of [M17 eq. 14] for the scales."""
+        """The KL divergence from the normal-Jeffreys prior in nats, with the approximation of [M17 eq. 14] for the scales.
+
+        The formula is ``bcdl_jax.priors.log_uniform_kl`` in PyTorch.
+        """
         log_alpha = self.scale_log_variance - torch.log(self.scale_mean**2 + 1e-8)
         scale_kl = 0.63576 - 0.63576 * torch.sigmoid(1.87320 + 1.48695 * log_alpha) + 0.5 * F.softplus(-log_alpha)
         return (
@@ -97,7 +100,7 @@ def _gaussian_kl(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor
 
 
 def network(
-    variational_layers: Mapping[str, GroupNormalJeffreysPosterior],
+    posteriors: Sequence[GroupNormalJeffreysPosterior],
     *,
     padding: int = 0,
     pool_after: tuple[int, ...] = (),
@@ -106,7 +109,8 @@ def network(
     """A network of convolutions, then dense layers, with ReLU between all of them.
 
     Args:
-      variational_layers: The start values by Flax's layer names ("Conv_0", ..., "Dense_0", ...), of NumPy or JAX arrays.
+      posteriors: The start values of the layers in the order of the data flow, of NumPy or JAX arrays. Convolutions have output groups,
+        dense layers have input groups.
       padding: The padding of the convolutions at each side.
       pool_after: The indices of the convolutions that a pooling of 2 x 2 follows.
       batch_norm: True to normalise the outputs of each convolution. Training does not read moving averages, so there are none.
@@ -115,27 +119,21 @@ def network(
       A module from images [examples, channels, height, width] to class scores [examples, classes]. Without convolutions, the images may
       have any shape.
     """
+    convolutions = [posterior for posterior in posteriors if posterior.group_axis == "output"]
+    dense = [posterior for posterior in posteriors if posterior.group_axis == "input"]
     layers: list[nn.Module] = []
     channels = None
-    for number, posterior in enumerate(_in_order(variational_layers, "Conv", "output")):
+    for number, posterior in enumerate(convolutions):
         channels = posterior.kernel_mean.shape[-1]
         layers.append(VariationalConv2d(posterior, padding))
         layers += [nn.BatchNorm2d(channels, track_running_stats=False)] if batch_norm else []
         layers.append(nn.ReLU())
         layers += [nn.MaxPool2d(2)] if number in pool_after else []
     layers.append(nn.Flatten())
-    for number, posterior in enumerate(_in_order(variational_layers, "Dense", "input")):
+    for number, posterior in enumerate(dense):
         first = _channels_first(posterior, channels) if number == 0 and channels is not None else posterior
         layers += [VariationalLinear(first), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
-
-
-def _in_order(
-    variational_layers: Mapping[str, GroupNormalJeffreysPosterior], kind: str, group_axis: str
-) -> list[GroupNormalJeffreysPosterior]:
-    """The layers with this group axis, in the order of the numbers in Flax's names, where "Conv_10" follows "Conv_9"."""
-    count = sum(layer.group_axis == group_axis for layer in variational_layers.values())
-    return [variational_layers[f"{kind}_{number}"] for number in range(count)]
 
 
 def _channels_first(posterior: GroupNormalJeffreysPosterior, channels: int) -> GroupNormalJeffreysPosterior:

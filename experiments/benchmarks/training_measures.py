@@ -213,7 +213,7 @@ def memory(settings: Settings) -> dict[str, Any]:
     settings = dataclasses.replace(settings, images=settings.images[:fewer], labels=settings.labels[:fewer])
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
-        peaks = process.submit(_trained_peaks, settings, jax.default_backend()).result()
+        peaks = process.submit(_trained_peaks, settings, bcdl_jax.train.on_cpu()).result()
     print(
         f"Peak memory of a process that trains {settings.title}, {settings.dtype}, batch {settings.batch_size}: "
         + ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in peaks.items()),
@@ -222,9 +222,9 @@ def memory(settings: Settings) -> dict[str, Any]:
     return settings.description() | {"measure": "memory", "peak_bytes": peaks}
 
 
-def _trained_peaks(settings: Settings, backend: str) -> dict[str, int]:
+def _trained_peaks(settings: Settings, on_cpu: bool) -> dict[str, int]:
     """The peak memory of this process and of its device after training one epoch, in bytes."""
-    if backend == "cpu":
+    if on_cpu:
         jax.config.update("jax_platforms", "cpu")
     else:  # Preallocated memory would count as used.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

@@ -18,7 +18,7 @@ import bcdl_jax
 from experiments.io import data
 from experiments.networks.lenet import LeNet5, LeNet300
 from experiments.networks.vgg import VGG, VGG_WIDTHS, vgg_widths
-from experiments.pipeline.measures import sampled_cross_entropy
+from experiments.pipeline.measures import mean_cross_entropy, sampled_cross_entropy
 from experiments.registry import NETWORKS, title_at_width
 
 _LEARNING_RATE = 1e-3
@@ -176,8 +176,9 @@ def torch_side(settings: Settings, device: str, compiled: bool) -> Callable[[], 
     from experiments.benchmarks import torch_twins
 
     layers: Mapping[str, Any] = bcdl_jax.variational_layers(jax.device_get(_fresh_params(settings)))
+    posteriors = [layers[name] for name in NETWORKS[settings.network].chain]
     return torch_twins.epoch(
-        torch_twins.network(layers, **settings.case.torch_options),
+        torch_twins.network(posteriors, **settings.case.torch_options),
         settings.images,
         settings.labels,
         batch_size=settings.batch_size,
@@ -202,7 +203,7 @@ def _batch_norm_cross_entropy(
     logits, _ = model.apply(
         {"params": params}, images, deterministic=False, train=True, rngs={"noise": key}, mutable=["batch_stats"]
     )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean_cross_entropy(logits, labels)
 
 
 CASES = {

@@ -31,8 +31,8 @@ import optax
 
 import bcdl_jax
 from bcdl_jax.train import epoch_rows, take_batch
-from experiments.io.data import load
-from experiments.pipeline.measures import sampled_cross_entropy
+from experiments.io.data import EMBEDDED, load
+from experiments.pipeline.measures import mean_cross_entropy, sampled_cross_entropy
 from experiments.runtime import devices
 from experiments.runtime.errors import UserError
 
@@ -83,20 +83,20 @@ class Training:
           shards: The number of devices that share a batch.
         """
         model = {"dense": Dense(), "convolutional": Convolutional(), "relu": Dense(nn.relu, jnp.float64)}[name]
-        train = load("mnist_5k").train
+        train = load(EMBEDDED).train
         rows = np.random.default_rng(0).permutation(len(train))[:EXAMPLES]
         self.data = train.images[rows], train.labels[rows]
         self.shards = shards
 
-        def mean_cross_entropy(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        def cross_entropy(params: Any, batch: Any, key: jax.Array) -> jax.Array:
             logits: Any = model.apply({"params": params}, batch[0])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+            return mean_cross_entropy(logits, batch[1])
 
         record = optax.GradientTransformation(
             lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, *_: (gradients, gradients)
         )
         self.optimizer = optax.chain(record, optax.sgd(0.05))
-        self.likelihood = functools.partial(sampled_cross_entropy, model) if noise else mean_cross_entropy
+        self.likelihood = functools.partial(sampled_cross_entropy, model) if noise else cross_entropy
         self.options: dict[str, Any] = {"num_examples": EXAMPLES, "kl_weight": 0.1}
         self.step = bcdl_jax.train.make_train_step(self.likelihood, self.optimizer, **self.options)
         params = jax.jit(model.init)(jax.random.key(0), self.data[0][:1])["params"]

@@ -12,6 +12,8 @@ from experiments.registry.experiments import DEFAULT_METHOD
 from experiments.runtime import devices
 from experiments.runtime.errors import UserError
 
+_CHECKPOINT_EVERY = 5
+
 
 def parse(experiment: Experiment, arguments: list[str] | None) -> argparse.Namespace:
     """Reads and checks the options. Raises UserError for values that are not allowed."""
@@ -154,14 +156,14 @@ def _add_start(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
 def _add_files(parser: argparse.ArgumentParser, experiment: Experiment) -> None:
     parser.add_argument(
         "--out",
-        help=f"directory for the files of the run (default: runs/{experiment.name}, with _METHOD behind it for a method but gnj)",
+        help=f"directory for the files of the run (default: runs/{experiment.name} for {DEFAULT_METHOD}, runs/{experiment.name}_METHOD for other methods)",
     )
     parser.add_argument(
         "--checkpoint-every",
         type=int,
-        default=5,
+        default=_CHECKPOINT_EVERY,
         metavar="N",
-        help="write a checkpoint after every N epochs; 0 for none but on SIGTERM and Ctrl-C (default: 5)",
+        help=f"write a checkpoint after every N epochs; 0: only after SIGTERM or Ctrl-C (default: {_CHECKPOINT_EVERY})",
     )
     parser.add_argument(
         "--resume",

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.runtime.devices import is_key
+from bcdl_jax.train import is_key
 
 Arrays = dict[str, np.ndarray]
 

@@ -37,7 +37,6 @@ from experiments.runtime.errors import UserError, first_line
 DIRECTORY = "checkpoints"
 # In their order. Each phase has a training state of its own and starts from the result of the phase before it.
 PHASES = ("pretrain", "train", "fine_tune")
-DEFAULT_EVERY = 5
 _KEPT = 2
 _WRITING = ".writing"
 _STATE, _ABOUT, _MANIFEST, _FRAMES = "state", "about.json", "manifest.json", "frames"
@@ -256,7 +255,7 @@ class Checkpoints:
             self._metrics.unlink(missing_ok=True)
             return
         content = copy.read_bytes()
-        files.write_atomically(self._metrics, lambda file: file.write(content))
+        bcdl_jax.codec.write_atomically(self._metrics, lambda file: file.write(content))
 
     def _damage(self, path: Path) -> str:
         """The damaged files of a checkpoint, or the error in reading it; "" for an undamaged one."""

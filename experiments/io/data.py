@@ -25,8 +25,8 @@ def load(name: str, data_dir: str | None = None, *, replaceable: bool = True) ->
     """Loads a data set.
 
     The embedded digits are read from the project. Every other data set is read from a directory of prepared data sets; it is downloaded
-    and prepared there first if it is missing. Where that is impossible, ``data_dir`` is None and ``replaceable``, the embedded digits replace the
-    data sets whose entry allows it, and the ``notice`` of the data set says so.
+    and prepared there first if it is missing. If that is impossible, ``data_dir`` is None and ``replaceable`` is True, the embedded digits replace
+    the data sets whose entry allows it. The ``notice`` of the returned data set then contains the reason.
 
     Args:
       name: The name of the data set, one of ``DATASETS``.

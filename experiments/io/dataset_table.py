@@ -14,7 +14,7 @@ class DatasetEntry:
     """A data set that can be loaded by name.
 
     Attributes:
-      name: The name for ``--dataset`` and results; that of tensorflow-datasets for a data set that is downloaded.
+      name: The name for ``--dataset`` and results. Downloaded data sets have their names from tensorflow-datasets.
       title: The name in tables.
       shape: The shape of an image, (height, width, channels).
       train: The number of training images, those held out for validation included.

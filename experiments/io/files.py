@@ -7,9 +7,9 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,23 +61,10 @@ def check_out(out: str, overwrite: bool) -> None:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls ``write`` with an open temporary file, which is renamed to ``path`` once it is complete."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON value. Raises ValueError for a number that is not finite."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    bcdl_jax.codec.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append_json_lines(path: Path, values: Sequence[Any]) -> None:
@@ -94,16 +81,16 @@ def append_json_lines(path: Path, values: Sequence[Any]) -> None:
 
 
 def write_arrays(path: Path, tree: Any) -> None:
-    """Writes the arrays of a tree to an .npz file under their names, see ``named_arrays``. Integers get the smallest type that holds them."""
-    arrays = named_arrays(tree)
+    """Writes the arrays of a tree to an .npz file under their names, see ``arrays_by_layer_field``. Integers get the smallest type that holds them."""
+    arrays = arrays_by_layer_field(tree)
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.signedinteger):
             arrays[name] = array.astype(_smallest_type(array))
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+    bcdl_jax.codec.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
-def named_arrays(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays of a tree by path. The arrays of a layer's node stand below the layer, such as "Dense_0/kernel_mean"."""
+def arrays_by_layer_field(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of a tree by the layer's name and the field of its node, such as "Dense_0/kernel_mean"; other arrays by path."""
     named = {}
     for path, part in jax.tree_util.tree_leaves_with_path(tree, is_leaf=bcdl_jax.compression.is_layer):
         layer = path[:-1] if bcdl_jax.compression.is_layer(part) else path

@@ -50,5 +50,5 @@ def record_unreachable(name: str) -> None:
 
 
 def _record(name: str) -> Path | None:
-    directory = startup.cache_directory("network")
+    directory = startup.cache_directory("internet")
     return None if directory is None else directory / f"unreachable-{name}"

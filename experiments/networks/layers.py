@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 import bcdl_jax
-from experiments.runtime import devices
 
 Layer = Callable[[jax.Array], jax.Array]
 DEFAULT_FAMILY = bcdl_jax.GroupNormalJeffreys()
@@ -85,7 +84,7 @@ def normalized_relu(images: jax.Array, train: bool, dtype: Any) -> jax.Array:
       train: True for the statistics of the batch, False for their moving averages.
       dtype: The dtype of the computation; None for float32.
     """
-    if not devices.on_cpu():
+    if not bcdl_jax.train.on_cpu():
         return nn.relu(nn.BatchNorm(use_running_average=not train, dtype=dtype)(images))
     # On a CPU, a convolution returns its axes in this order in memory. In another order, copying the gradients would take half of the time
     # of a training step.

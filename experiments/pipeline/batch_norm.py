@@ -13,7 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
+
+from experiments.pipeline.measures import mean_cross_entropy
 
 # The defaults of ``nn.BatchNorm``. The params do not contain them.
 _EPSILON, _MOMENTUM = 1e-5, 0.99
@@ -30,7 +31,7 @@ def with_batch_norm(twin: nn.Module) -> nn.Module | None:
 def cross_entropy(learner: nn.Module, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
     """The mean cross-entropy in nats, with norms by the statistics of the batch itself; ``key`` is the key of the dropout, if there is any."""
     logits, _ = _apply(learner, params, {}, images, {"dropout": key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean_cross_entropy(logits, labels)
 
 
 def fold(learner: nn.Module, params: Any, images: jax.Array) -> Any:

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 import bcdl_jax
 from experiments.pipeline.context import RunContext, RunNetworks, compressed_file
-from experiments.pipeline.measures import Batch, measure_change, on_device
+from experiments.pipeline.measures import Batch, measure_change, on_device, score_of
 from experiments.pipeline.phase import Phase
 from experiments.pipeline.phases import run_phase
-from experiments.pipeline.snapshots import score_of
 from experiments.runtime import startup
 from experiments.runtime.errors import UserError
 

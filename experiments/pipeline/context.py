@@ -72,7 +72,7 @@ class RunNetworks:
       thresholds: Thresholds by layer name; None for plain methods.
       relative_steps: Relative steps of the rounding; None for plain methods.
       by_round_off: Params that were rounded by the rule of the paper's code; None for plain methods.
-      failures: The sentence that says why a seed was stopped, or None.
+      failures: The failure message of a seed, or None.
       files: The compressed files.
       snapshots: The frames of the pictures.
       seconds: The time that the run took, earlier starts included.

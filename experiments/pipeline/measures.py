@@ -14,6 +14,7 @@ import optax
 import bcdl_jax
 from experiments.io.data import Split, chunks
 from experiments.pipeline.augmentation import augmented
+from experiments.pipeline.recipe import Recipe
 
 # Images and labels as JAX arrays.
 Batch = tuple[jax.Array, jax.Array]
@@ -43,6 +44,16 @@ def error_in_chunks(model: nn.Module) -> Callable[[Any, Batch], float]:
     return in_chunks
 
 
+def mean_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean cross-entropy of class scores [examples, classes] and classes [examples], in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def score_of(recipe: Recipe) -> bcdl_jax.compression.Score:
+    """The score that the recipe's thresholds apply to."""
+    return getattr(bcdl_jax.compression, recipe.score)
+
+
 def sampled_cross_entropy(
     model: nn.Module, params: Any, batch: Batch, key: jax.Array, *, mirror: bool = False, shift: int = 0
 ) -> jax.Array:
@@ -50,7 +61,7 @@ def sampled_cross_entropy(
     images, labels = batch
     images = augmented(images, key, mirror=mirror, shift=shift)
     logits: Any = model.apply({"params": params}, images, deterministic=False, rngs={"noise": key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean_cross_entropy(logits, labels)
 
 
 def measure_change(

@@ -13,9 +13,7 @@ import optax
 
 import bcdl_jax
 from experiments.pipeline.context import RunContext
-from experiments.pipeline.measures import Batch, measure_change, sampled_cross_entropy
-from experiments.pipeline.snapshots import score_of
-from experiments.runtime import devices
+from experiments.pipeline.measures import Batch, measure_change, sampled_cross_entropy, score_of
 
 _SHRINKING_IMAGES = 500
 
@@ -102,7 +100,7 @@ class Phase:
         thresholds = math.inf if self.fine_tunes else self._prunable_groups()
         # A CPU gains by every channel that is left out. An accelerator computes eight channels as fast as seven, and compiling a smaller
         # step takes longer than all of the training there: the network shrinks once, for the fine-tuning.
-        on_cpu = devices.on_cpu()
+        on_cpu = bcdl_jax.train.on_cpu()
         return bcdl_jax.train.ShrinkingConfig(
             self.likelihood(),
             self.make_step,
@@ -113,7 +111,7 @@ class Phase:
             regular_checks=recipe.regular_shrinking and not self.fine_tunes,
             least_saving=recipe.least_shrinking_saving,
             multiple_of=1 if on_cpu else 8,
-            leave_out=on_cpu or self.fine_tunes,
+            remove_masked=on_cpu or self.fine_tunes,
         )
 
     def _prunable_groups(self) -> Callable[[Any], dict[str, float]]:

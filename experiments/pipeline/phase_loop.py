@@ -17,10 +17,10 @@ import bcdl_jax
 from experiments.io import files
 from experiments.io.checkpoints import Restored
 from experiments.pipeline.context import INTERRUPTED
-from experiments.pipeline.measures import error_percent
+from experiments.pipeline.measures import error_percent, score_of
 from experiments.pipeline.phase import Phase
 from experiments.pipeline.progress import Progress
-from experiments.pipeline.snapshots import Snapshot, score_of, take_snapshot
+from experiments.pipeline.snapshots import Snapshot, take_snapshot
 from experiments.pipeline.stopping import stop_for
 from experiments.runtime import devices, interruption, startup
 
@@ -90,7 +90,8 @@ class PhaseLoop:
         every = math.ceil(phase.epochs / (_MOST_FRAMES - 1))
         clock, compiled = time.perf_counter(), self.compile_time.seconds
         taken, announced = int(self.states.step.sum()), False
-        for self.states, report in epochs:
+        for states, report in epochs:
+            self.states = states
             if report is None:
                 break
             if not announced:
@@ -109,7 +110,7 @@ class PhaseLoop:
                 self.snapshots.append(take_snapshot(report.reports[0].epoch, self.states.params, context.recipe))
             if context.checkpoints.every and self.done % context.checkpoints.every == 0 and self.done < phase.epochs:
                 self._save()
-            if report.news:
+            if report.shrink_messages:
                 jax.clear_caches()  # a network that has shrunk leaves a hundred megabytes of programs and traces
             if self.compile_time.seconds > compiled:
                 startup.release_memory()

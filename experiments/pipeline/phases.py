@@ -28,7 +28,7 @@ class PhaseResult:
 
     Attributes:
       params: Stacked params of all seeds.
-      failures: The sentence that says why a seed was stopped, or None, per seed.
+      failures: The failure message of each seed, or None.
       snapshots: The frames of the pictures.
     """
 

@@ -17,7 +17,7 @@ from experiments.io import files
 from experiments.pipeline import batch_norm
 from experiments.pipeline.context import PRETRAINED, RunContext, params_file
 from experiments.pipeline.fit import PARTS, Reached, make_fit
-from experiments.pipeline.measures import error_percent, on_device
+from experiments.pipeline.measures import error_percent, mean_cross_entropy, on_device
 from experiments.pipeline.progress import bar
 from experiments.pipeline.stopping import stop_for
 from experiments.runtime import interruption
@@ -30,7 +30,7 @@ _CHECKPOINT_SECONDS = 900.0
 def cross_entropy(twin: nn.Module, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
     """The mean cross-entropy in nats of a plain network in training; ``key`` is the key of its dropout, if it has any."""
     logits: Any = twin.apply({"params": params}, images, deterministic=False, rngs={"dropout": key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean_cross_entropy(logits, labels)
 
 
 def pretrain(context: RunContext) -> list[dict[str, np.ndarray]]:
@@ -50,7 +50,7 @@ def pretrain(context: RunContext) -> list[dict[str, np.ndarray]]:
     context.logs.flush()
     trained_on = {files.TRAINED_ON: np.array(context.dataset.name)}
     select = bcdl_jax.train.select_seed
-    named = [files.named_arrays(jax.device_get(select(nets, index))) for index in range(len(context.seeds))]
+    named = [files.arrays_by_layer_field(jax.device_get(select(nets, index))) for index in range(len(context.seeds))]
     for seed, net in zip(context.seeds, named, strict=True):
         files.write_arrays(context.out / params_file(PRETRAINED, seed), net | trained_on)
     return named

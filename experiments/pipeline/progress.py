@@ -42,11 +42,11 @@ class Progress:
         self._bar.update()
 
     def show(self, report: bcdl_jax.train.EnsembleReport) -> None:
-        """Adds an epoch, and shows its warnings, its news, the kept groups and the validation errors."""
+        """Adds an epoch, and shows its messages, the kept groups and the validation errors."""
         for message in report.messages:
             self._bar.write(f"warning: {message}", file=sys.stderr)
-        for news in report.news:
-            self._bar.write(f"{SHRUNK}{news}", file=sys.stderr)
+        for message in report.shrink_messages:
+            self._bar.write(f"{SHRUNK}{message}", file=sys.stderr)
         kept = " ".join("-".join(map(str, seed.kept.values())) for seed in report.reports)
         error = " ".join(f"{seed.validation_error:.2f}" for seed in report.reports)
         self.advance(f"kept {kept}, validation error {error} %")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bcdl_jax
+from experiments.pipeline.measures import score_of
 from experiments.pipeline.recipe import Recipe
 
 # The most weights of a layer that is drawn, since every frame stays in memory.
@@ -60,11 +61,6 @@ def take_snapshot(epoch: int, stacked_params: Any, recipe: Recipe) -> Snapshot:
     shapes = jax.eval_shape(lambda params: bcdl_jax.train.select_seed(params, 0), stacked_params)
     group_axes = {name: layer.group_axis for name, layer in bcdl_jax.variational_layers(shapes).items()}
     return Snapshot(epoch, kernels, scores, group_axes)
-
-
-def score_of(recipe: Recipe) -> bcdl_jax.compression.Score:
-    """The score that the recipe's thresholds apply to."""
-    return getattr(bcdl_jax.compression, recipe.score)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -70,7 +70,7 @@ def mean_probabilities(model: nn.Module) -> Callable[[Any, jax.Array], jax.Array
 def quality(probabilities: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     """The error, the likelihood and the calibration of predicted probabilities.
 
-    The expected calibration error [Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, ICML 2017, eq. 3] groups the
+    The expected calibration error [G17 eq. 3] groups the
     predictions by their largest probability, the confidence, into 15 bins of equal width. It is the mean over the bins, weighted by their
     numbers of examples, of the distance between the mean confidence and the share of right predictions.
 

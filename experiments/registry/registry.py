@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
@@ -38,15 +37,6 @@ class Registry(Generic[Entry]):
             raise ValueError(f"There is a {self.kind} called {entry.name} already; names must differ.")
         self._entries[entry.name] = entry
         return entry
-
-    @contextlib.contextmanager
-    def temporarily(self, entry: Entry) -> Iterator[Entry]:
-        """Adds an entry for the length of a ``with`` block."""
-        self.add(entry)
-        try:
-            yield entry
-        finally:
-            del self._entries[entry.name]
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self._entries:

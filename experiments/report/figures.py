@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
-from experiments.io.files import write_atomically
+from bcdl_jax.codec import write_atomically
 from experiments.pipeline.pictures import FEATURE_IMPORTANCE, SCORES, weights_picture
 from experiments.pipeline.snapshots import Snapshot
 

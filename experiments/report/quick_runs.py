@@ -7,29 +7,26 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.io.data import EMBEDDED
 from experiments.registry import method_names
 from experiments.runtime.errors import UserError
 
-QUICK_EXPERIMENTS = ("lenet300", "lenet5")
+_EXPERIMENTS = ("lenet300", "lenet5")
 
 
-def run_quick(out: Path, methods: Sequence[str] | None = None, experiments: Sequence[str] = QUICK_EXPERIMENTS) -> None:
+def run_quick(out: Path) -> None:
     """Runs every method on the embedded digits with ``--quick``, two runs at a time. Prints a line after each run.
 
     Args:
       out: The directory for the runs, one directory each.
-      methods: The names of the methods; None for all.
-      experiments: The names of the experiments.
 
     Raises:
       UserError: A run failed; the message ends with the last characters of its output.
     """
     start = time.perf_counter()
-    pairs = [(experiment, method) for experiment in experiments for method in methods or method_names()]
+    pairs = [(experiment, method) for experiment in _EXPERIMENTS for method in method_names()]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(_run, out, *pair) for pair in pairs]
         try:

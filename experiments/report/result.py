@@ -56,8 +56,7 @@ class _Measures:
         file_bytes = run.files[index].stat().st_size
         shrunk = _shrink_report(context.plain_model, reduced, self.test[0][:2])
         float32_bytes = 4 * sum(
-            math.prod(layer.kernel_shape) + (0 if layer.bias_mean is None else layer.bias_mean.size)
-            for layer in bcdl_jax.variational_layers(trained).values()
+            math.prod(layer.kernel_shape) + layer.bias_size for layer in bcdl_jax.variational_layers(trained).values()
         )
         maximum = {"maximum": _finite(float(bcdl_jax.compression.rate_paper_maximum(reduced)))}
         return {

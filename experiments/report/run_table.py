@@ -9,30 +9,28 @@ import numpy as np
 from experiments.pipeline.context import PRETRAINED
 
 
-def print_table(runs: list[dict[str, Any]], *, plain: bool = False, file: Any = None) -> None:
+def print_table(runs: list[dict[str, Any]], *, plain: bool = False) -> None:
     """Prints the figures of a run.
 
     Args:
       runs: The entries "runs" of a result.
       plain: True where the stage "trained" is the pre-trained network itself.
-      file: The stream to print to; None for standard output.
     """
     header = f"{'seed':>4}  {'stage':<26} {'test error %':>12} {'rate_paper':>10} {'rate':>8}  {'kept units':<14} {'bits per layer'}"
-    print(header, "-" * len(header), sep="\n", file=file)
+    print(header, "-" * len(header), sep="\n")
     for run in runs:
         for stage, error, rate, rate_paper, units, bits in _rows(run, plain):
             print(
-                f"{run['seed']:>4}  {stage:<26} {error:>12.2f} {_times(rate_paper):>10} {_times(rate):>8}  {units:<14} {'-'.join(map(str, bits))}",
-                file=file,
+                f"{run['seed']:>4}  {stage:<26} {error:>12.2f} {_times(rate_paper):>10} {_times(rate):>8}  {units:<14} {'-'.join(map(str, bits))}"
             )
     for run in runs:
-        print(_size_sentence(run), file=file)
-        print(_prediction_sentence(run), file=file)
+        print(_size_sentence(run))
+        print(_prediction_sentence(run))
     for run in runs:
         if run["failure"]:
-            print(f"not in the mean: {run['failure']}", file=file)
+            print(f"not in the mean: {run['failure']}")
     if finished := [run for run in runs if not run["failure"]]:
-        print(_mean_sentence(finished, plain), file=file)
+        print(_mean_sentence(finished, plain))
 
 
 def _rows(run: dict[str, Any], plain: bool) -> list[tuple[Any, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.io import files
+import bcdl_jax
 from experiments.registry import EXPERIMENTS, method_names
 from experiments.report.published import MODELS
 from experiments.report.tables import Key, our_row, title_of
@@ -36,7 +36,7 @@ def draw(path: Path, results: dict[Key, dict[str, Any]], dataset: str | None = N
         points = _draw_files(panel, _of_experiment(experiment, results))
         _draw_models(panel, experiment, points)
         _label(panel, title_of(experiment, dataset))
-    files.write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    bcdl_jax.codec.write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 
 

@@ -152,11 +152,13 @@ def same_everywhere(tree: Any) -> Any:
     import jax
     from jax.experimental import multihost_utils
 
+    import bcdl_jax
+
     if jax.process_count() == 1:
         return tree
 
     def broadcast(leaf: Any) -> Any:
-        if is_key(leaf):
+        if bcdl_jax.train.is_key(leaf):
             data = multihost_utils.broadcast_one_to_all(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return multihost_utils.broadcast_one_to_all(leaf)
@@ -183,17 +185,3 @@ def is_writer() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def on_cpu() -> bool:
-    """Whether JAX computes on a CPU by default: training and timings choose other forms of a computation there."""
-    import jax
-
-    return jax.default_backend() == "cpu"
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed PRNG keys."""
-    import jax
-
-    return jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)

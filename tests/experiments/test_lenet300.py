@@ -140,7 +140,7 @@ def test_compressed_files_hold_the_reduced_parameters_and_are_scored(finished, t
     assert score.main(["--dataset", "mnist_5k", path]) == 0
     run = json.loads((out / "result.json").read_text())["runs"][1]
     assert capsys.readouterr().out == (
-        "The embedded digits are training images of full MNIST: an error on them means something only for a net trained on them.\n"
+        "The embedded digits are training images of full MNIST: an error on them is meaningful only for a network that was trained on them.\n"
         f"{path}: {run['file_bytes']:,} bytes, test error {run['test_error']['file']:.2f} %\n"
     )
     damaged = tmp_path / "damaged.bcdl"

@@ -65,7 +65,7 @@ def test_the_change_of_the_predictions_is_their_divergence(finished):
     _, out, dataset = finished
     model, images = LeNet5(), dataset.validation.images
     like = jax.eval_shape(model.init, jax.random.key(0), SAMPLE_IMAGES)["params"]
-    names = files.named_arrays(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
+    names = files.arrays_by_layer_field(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like))
     with np.load(out / "trained_seed2.npz", allow_pickle=False) as file:
         trained = jax.tree.unflatten(jax.tree.structure(like), [file[name] for name in names])
     nets = [trained, bcdl_jax.prune(trained, float(np.median(bcdl_jax.compression.pruning_scores(trained)["Dense_0"])))]

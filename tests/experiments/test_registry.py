@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -61,6 +62,16 @@ PRIOR = registry.Prior("fixed", "fixed scales", lambda recipe: FixedScale())
 METHOD = registry.PlainMethod("half", "the larger half", lambda: keep_half)
 
 
+@contextlib.contextmanager
+def added(entries, entry):
+    """Adds an entry to a registry for the length of a ``with`` block."""
+    entries.add(entry)
+    try:
+        yield
+    finally:
+        del entries._entries[entry.name]
+
+
 @pytest.fixture
 def digits(monkeypatch):
     dataset = few_digits(96, 32, 64)
@@ -76,7 +87,7 @@ def result_of(experiment, method, out):
 
 @pytest.mark.slow
 def test_a_new_prior_is_one_entry(digits, tmp_path, capsys):
-    with registry.PRIORS.temporarily(PRIOR):
+    with added(registry.PRIORS, PRIOR):
         result = result_of(EXPERIMENTS["lenet300"], "fixed", tmp_path)
     assert result["method"] == "fixed"
     assert "LeNet-300-100, fixed scales, mnist_5k" in capsys.readouterr().out
@@ -90,7 +101,7 @@ def test_a_new_plain_method_is_one_entry(digits, tmp_path, capsys):
     )
     recipes = EXPERIMENTS["lenet300"].recipes | {"half": {"mnist": recipe}}
     experiment = dataclasses.replace(EXPERIMENTS["lenet300"], recipes=recipes)
-    with registry.PLAIN_METHODS.temporarily(METHOD):
+    with added(registry.PLAIN_METHODS, METHOD):
         result = result_of(experiment, "half", tmp_path)
     assert result["method"] == "half"
     assert result["runs"][0]["kept_weights"] == pytest.approx(266_200 / 2, rel=0.01)
@@ -101,7 +112,7 @@ def test_a_new_experiment_is_one_entry(digits, tmp_path, capsys):
     small = registry.Experiment(
         "small", "lenet300", (), EXPERIMENTS["lenet300"].recipes, {"epochs": 1, "fine_tune_epochs": 0}
     )
-    with EXPERIMENTS.temporarily(small):
+    with added(EXPERIMENTS, small):
         result = result_of(EXPERIMENTS["small"], "gnj", tmp_path / "run")
         assert result["command"].startswith("python -m experiments.small")
         arguments = ["--results", str(tmp_path), "--dataset", "mnist_5k", "--out", str(tmp_path / "table")]

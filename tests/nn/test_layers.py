@@ -241,8 +241,8 @@ def test_integer_inputs_are_promoted(key):
 @pytest.mark.parametrize(
     ("layer", "shape", "message"),
     [
-        (bcdl_jax.Dense(2), (3,), r"inputs of shape \(3,\); it needs \[examples, ..., in\]"),
-        (bcdl_jax.Conv(2, (3, 3)), (5, 5, 1), r"inputs of shape \(5, 5, 1\); with kernel_size \(3, 3\) it needs"),
+        (bcdl_jax.Dense(2), (), r"a scalar as inputs; it needs \[examples, ..., in\] or \[in\]"),
+        (bcdl_jax.Conv(2, (3, 3)), (5, 1), r"inputs of shape \(5, 1\); with kernel_size \(3, 3\) it needs"),
         (
             bcdl_jax.Conv(2, (3, 3), strides=(1, 1, 1)),
             (1, 5, 5, 1),
@@ -294,3 +294,125 @@ def test_missing_noise_key_and_wrong_kernel_shape_raise(net):
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
     with pytest.raises(ValueError, match=r"Layer Dense_0 was given the posteriors of 2 layers, stacked; .*select_seed"):
         model.apply({"params": stacked}, inputs)
+
+
+SETTINGS = {"dense": (bcdl_jax.Dense, (4,), (6, 3)), "conv": (bcdl_jax.Conv, (4, (3, 2)), (6, 5, 3))}
+
+
+def with_noise(params):
+    """Fresh params whose samples differ visibly from their means."""
+    return jax.tree.map(
+        lambda node: node.replace(scale_log_variance=node.scale_log_variance + 8),
+        params,
+        is_leaf=lambda node: hasattr(node, "replace"),
+    )
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_single_example_has_the_noise_of_the_first_one_of_a_batch(kind, key):
+    layer_type, arguments, shape = SETTINGS[kind]
+    layer = layer_type(*arguments)
+    shape = shape[1:] if kind == "dense" else shape
+    batch = jax.random.normal(key, (3, *shape))
+    params = with_noise(layer.init(key, batch[0])["params"])
+    twin = (nn.Dense if kind == "dense" else nn.Conv)(*arguments)
+    means = bcdl_jax.mean_weights(params)
+    np.testing.assert_allclose(
+        run(layer, params, batch[0]), twin.apply({"params": means}, batch[0]), rtol=1e-5, atol=1e-5
+    )
+    alone, together = run(layer, params, batch[0], key), run(layer, params, batch, key)
+    np.testing.assert_allclose(alone, together[0], rtol=1e-5, atol=1e-5)
+    # vmap with a key for each example is a batch of independent examples.
+    keys = jax.random.split(key, 3)
+    each = jax.vmap(lambda x, k: layer.apply({"params": params}, x, deterministic=False, rngs={"noise": k}))(
+        batch, keys
+    )
+    np.testing.assert_allclose(each[0], run(layer, params, batch[0], keys[0]), rtol=1e-4, atol=1e-5)
+    assert each.shape == together.shape
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        x = bcdl_jax.Dense(3)(x, deterministic)
+        return bcdl_jax.Conv(3, (2,))(x, deterministic=deterministic)
+
+
+@pytest.mark.parametrize(
+    ("plain", "rematted", "flag"),
+    [
+        (bcdl_jax.Dense(3), nn.remat(bcdl_jax.Dense, static_argnums=(2,))(3), (False,)),
+        (bcdl_jax.Conv(3, (2,)), nn.remat(bcdl_jax.Conv, static_argnums=(2,))(3, (2,)), (False,)),
+        (bcdl_jax.Dense(3, deterministic=False), nn.remat(bcdl_jax.Dense)(3, deterministic=False), ()),
+        (Block(), nn.remat(Block, static_argnums=(2,))(), (False,)),
+    ],
+    ids=["dense", "conv", "attribute", "block"],
+)
+def test_remat_changes_neither_samples_nor_gradients(plain, rematted, flag, key):
+    inputs = jax.random.normal(key, (2, 5, 3))
+    params = with_noise(
+        plain.clone(deterministic=True).init(key, inputs)["params"] if not flag else plain.init(key, inputs)["params"]
+    )
+
+    def loss(model):
+        def of(params):
+            return jnp.sum(model.apply({"params": params}, inputs, *flag, rngs={"noise": key}) ** 2)
+
+        return jax.jit(jax.value_and_grad(of))(params)
+
+    value, gradient = loss(rematted)
+    expected, slopes = loss(plain)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4), gradient, slopes)
+
+
+def test_deterministic_is_an_attribute_or_an_argument(key):
+    inputs = jnp.ones((2, 3))
+    params = with_noise(bcdl_jax.Dense(3).init(key, inputs)["params"])
+    call = lambda layer, *flag, **flags: layer.apply({"params": params}, inputs, *flag, rngs={"noise": key}, **flags)  # noqa: E731
+    mean, sample = call(bcdl_jax.Dense(3)), call(bcdl_jax.Dense(3), deterministic=False)
+    assert not np.allclose(mean, sample)
+    np.testing.assert_array_equal(call(bcdl_jax.Dense(3, deterministic=True)), mean)
+    np.testing.assert_array_equal(call(bcdl_jax.Dense(3, deterministic=False)), sample)
+    np.testing.assert_array_equal(call(bcdl_jax.Dense(3), False), sample)
+    np.testing.assert_array_equal(call(bcdl_jax.Dense(3), np.bool_(False)), sample)
+    with pytest.raises(
+        ValueError, match=r"Layer Dense has deterministic=False as an attribute and was called with .*True"
+    ):
+        call(bcdl_jax.Dense(3, deterministic=False), deterministic=True)
+    for traced in (
+        lambda: call(nn.remat(bcdl_jax.Dense)(3), deterministic=False),
+        lambda: jax.jit(lambda flag: call(bcdl_jax.Dense(3), flag))(True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"traced value as deterministic; .* by position with static_argnums=\(2,\)"
+        ):
+            traced()
+
+
+class Cell(nn.RNNCellBase):
+    @nn.compact
+    def __call__(self, carry, inputs):
+        state = jnp.tanh(bcdl_jax.Dense(4, deterministic=False)(jnp.concatenate([carry, inputs], -1)))
+        return state, state
+
+    def initialize_carry(self, rng, shape):
+        return jnp.zeros((*shape[:-1], 4))
+
+    @property
+    def num_feature_axes(self):
+        return 1
+
+
+def test_a_key_that_does_not_reach_a_loop_is_named(key):
+    inputs, rngs = jnp.ones((2, 3, 4)), {"params": key, "noise": key}
+    with pytest.raises(
+        ValueError, match=r'does not reach the loop of nn.RNN, nn.scan or nn.vmap unless split_rngs holds "noise": True'
+    ):
+        nn.RNN(Cell()).init(rngs, inputs)
+    layer = nn.RNN(Cell(), split_rngs={"params": False, "noise": True})
+    params = layer.init(rngs, inputs)["params"]
+    states = layer.apply({"params": params}, inputs, rngs={"noise": key})
+    assert states.shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="does not reach the loop"):
+        nn.RNN(Cell()).apply({"params": params}, inputs, rngs={"noise": key})

@@ -15,6 +15,7 @@ import bcdl_jax
         ((2, 11, 3), (3,)),
         ((2, 4, 5, 6, 2), (2, 1, 3)),
         ((0, 4, 4, 2), (2, 2)),
+        ((9, 7, 4), (2, 3)),  # a single example
     ],
 )
 def test_values_and_gradients_agree_with_flax(key, shape, window):

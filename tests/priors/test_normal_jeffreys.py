@@ -7,7 +7,7 @@ import pytest
 from scipy import integrate
 
 import bcdl_jax
-from bcdl_jax.priors.normal_jeffreys import log_uniform_kl
+from bcdl_jax.priors import log_uniform_kl
 from tests.conftest import make_posterior
 
 

@@ -51,7 +51,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         hidden = nn.relu(nn.Dense(6, name="up")(x))
-        return x + nn.Dense(4, name="down")(hidden), hidden.mean()
+        return x + nn.Dense(4, name="down")(hidden), hidden.mean(-1)
 
 
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -143,7 +143,8 @@ def twins(name, **fields):
         return node.replace(**{field: jnp.full_like(getattr(node, field), value) for field, value in fields.items()})
 
     params = jax.tree.map(with_fields, params, is_leaf=is_posterior)
-    net = torch_twins.network(bcdl_jax.variational_layers(jax.device_get(params)), **options)
+    posteriors = list(bcdl_jax.variational_layers(jax.device_get(params)).values())
+    net = torch_twins.network(posteriors, **options)
 
     @jax.jit
     def ours(images, key):

@@ -246,7 +246,7 @@ def test_a_missing_internet_connection_is_remembered_for_an_hour(tmp_path, monke
     with pytest.raises(UserError, match="there is no internet connection to download it"):
         data.load("mnist", str(tmp_path / "none"))
     assert len(tested) == 2
-    remembered = tmp_path / "cache" / "bcdl_jax" / "network" / "unreachable-mnist"
+    remembered = tmp_path / "cache" / "bcdl_jax" / "internet" / "unreachable-mnist"
     os.utime(remembered, (time.time() - 3700,) * 2)
     assert "there is no internet connection" in data.load("mnist").notice
     assert len(tested) == 3

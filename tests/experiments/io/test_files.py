@@ -18,7 +18,7 @@ def test_no_incomplete_file_stays(tmp_path):
     target = tmp_path / "result.json"
     files.write_json(target, {"a": 1})
     with pytest.raises(RuntimeError):
-        files.write_atomically(target, fail)
+        bcdl_jax.codec.write_atomically(target, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert json.loads(target.read_text()) == {"a": 1}
 
