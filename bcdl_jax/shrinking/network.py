@@ -22,7 +22,8 @@ from bcdl_jax.shrinking.layer_layouts import layer_layouts
 from bcdl_jax.shrinking.layouts import kept_indices
 from bcdl_jax.shrinking.plan import make_plan
 from bcdl_jax.shrinking.quantized_params import takes_quantized_layers
-from bcdl_jax.shrinking.report import LeafReport, ShrinkReport, reasons_for_zeros, warn_of_empty_layers
+from bcdl_jax.shrinking.reasons import reasons_for_kept
+from bcdl_jax.shrinking.report import LeafReport, ShrinkReport, warn_of_empty_layers
 from bcdl_jax.shrinking.small_function import small_function
 
 
@@ -107,11 +108,13 @@ def shrink_at_any_batch_size(
         compile_quickly(function, tree, *inputs)(tree, *inputs)
         for function, tree in ((apply, params), (small_apply, small_params))
     )
-    reasons = reasons_for_zeros(network.program, analysis, plan, numbers)
     shapes = [jnp.shape(leaf) for leaf in leaves]
+    reasons = reasons_for_kept(network.program, analysis, plan, numbers)
     entries = zip(paths, shapes, map(jnp.shape, small_leaves), kept, reasons, strict=True)
     report = ShrinkReport(
-        leaves=tuple(LeafReport(*entry) for entry in entries),
+        leaves=tuple(
+            LeafReport(path, old, new, each, *(reason or (None, 0))) for path, old, new, each, reason in entries
+        ),
         bytes=(sum(jnp.asarray(leaf).nbytes for leaf in leaves), sum(leaf.nbytes for leaf in small_leaves)),
         multiply_adds=(
             multiply_adds(trace(apply, params, *inputs)),

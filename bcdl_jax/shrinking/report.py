@@ -1,4 +1,4 @@
-"""The report of ``shrink``: the shape that each array keeps, and the reasons for remaining zeros."""
+"""The report of ``shrink``: the shape that each array keeps, and the reasons for dead channels that are left."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 
 from bcdl_jax._tree import module_name
-from bcdl_jax.graph.facts import Analysis, Fact, along
-from bcdl_jax.graph.program import Atom, Program
-from bcdl_jax.shrinking.layouts import Layout
-from bcdl_jax.shrinking.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +21,8 @@ class LeafReport:
       before: The shape of the array.
       after: The shape of the array in the small params.
       kept: The indices that are kept along each axis, int64, ascending.
-      reason: The reason why slices of zeros are kept, or None if no such slice is left.
+      reason: The reason why elements of dead channels are kept, or None if none are left.
+      removable: The number of elements that a full removal of these channels would have saved.
     """
 
     path: str
@@ -33,6 +30,7 @@ class LeafReport:
     after: tuple[int, ...]
     kept: tuple[np.ndarray, ...]
     reason: str | None
+    removable: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,54 +57,19 @@ class ShrinkReport:
         width = max([len(leaf.path) for leaf in self.leaves], default=0)
         lines = [
             f"{leaf.path:<{width}}  {_shape_text(leaf.before)} -> {_shape_text(leaf.after)}"
-            + f"  ({leaf.reason})" * bool(leaf.reason)
+            + f"  ({leaf.reason}; {leaf.removable:,} elements)" * bool(leaf.reason)
             for leaf in self.leaves
         ]
         for name, (before, after) in (("bytes", self.bytes), ("multiply-adds", self.multiply_adds)):
             lines.append(f"{name}: {before:,} -> {after:,}" + (f" ({before / after:.1f}x)" if after else ""))
+        if removable := sum(leaf.removable for leaf in self.leaves):
+            lines.append(f"elements of dead channels that are kept: {removable:,}")
         lines.append(f"largest difference of the outputs: {self.difference:.2g}")
         return "\n".join([*lines, self.remark] if self.remark else lines)
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
-
-
-def reasons_for_zeros(program: Program, analysis: Analysis, plan: Plan, numbers: Sequence[Atom]) -> list[str | None]:
-    """For each of the values ``numbers``, the reason why slices of zeros are kept, or None if no such slice is left."""
-    readers = _opaque_readers(program, analysis)
-    reasons: list[str | None] = []
-    for number in numbers:
-        layout, reason = plan.layouts[number], None
-        if layout is not None and _keeps_zeros(analysis.facts[number], layout, program.shapes[number].shape):
-            names = ", ".join(sorted(readers.get(number, set())))
-            reason = f"zeros kept: read whole by {names}" if names else "zeros kept: other parts need them"
-        reasons.append(reason)
-    return reasons
-
-
-def _opaque_readers(program: Program, analysis: Analysis) -> dict[Atom, set[str]]:
-    """For each value, the names of the primitives without a rule that depend on it."""
-    readers: dict[Atom, set[str]] = {}
-    for index, step in reversed(list(enumerate(program.steps))):
-        names = {step.name} if index in analysis.opaque else set()
-        for number in step.outputs:
-            names |= readers.get(number, set())
-        for number in step.inputs:
-            readers.setdefault(number, set()).update(names)
-    return readers
-
-
-def _keeps_zeros(fact: Fact, layout: Layout, shape: tuple[int, ...]) -> bool:
-    """Whether a kept and needed slice of a fixed array, across one of several axes, holds zeros alone."""
-    if not fact.fixed or fact.value.ndim < 2:
-        return False
-    for axis, kept in enumerate(layout):
-        nonzero, live = (along(flags, axis, shape[axis]) for flags in (fact.nonzero, fact.live))
-        zeros = live & ~nonzero
-        if (zeros if kept is None else zeros[kept]).any():
-            return True
-    return False
 
 
 def warn_of_empty_layers(report: ShrinkReport, has_elements: Sequence[bool]) -> None:

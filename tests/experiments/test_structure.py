@@ -32,6 +32,7 @@ ORDER = (
     "table",
     "benchmark_training",
     "benchmark_inference",
+    "benchmark_shrinking",
     "crash_test",
     "parallel_check",
     "public_models",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from tests.shrinking.networks import dense_chain, random_chain
+from tests.shrinking.networks import dense_chain, random_chain, shapes_after
 from tests.shrinking.random_networks import random_network
 
 
@@ -237,3 +237,39 @@ def test_bad_input_is_refused():
         bcdl_jax.shrink(dense_chain, params, inputs)
     assert "layer0/kernel" in str(report)
     assert "multiply-adds" in str(report)
+
+
+def test_a_table_that_is_read_at_fixed_positions_loses_columns(key):
+    """Positions are broadcast over the batch, as in BERT and GPT-2."""
+    table, tokens, out = (jax.random.normal(each, (6, 8)) for each in jax.random.split(key, 3))
+    params = {"table": table.at[:, :3].set(0), "tokens": tokens.at[:, :3].set(0), "out": out[:, :4].T @ out}
+
+    def apply(params, ids):
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+        x = params["table"][positions] + params["tokens"][ids]
+        return jnp.tanh(x) @ params["out"].T
+
+    ids = np.random.default_rng(0).integers(0, 6, (4, 5))
+    small_apply, small, report = bcdl_jax.shrink(apply, params, ids)
+    assert shapes_after(report) == {"table": (6, 5), "tokens": (6, 5), "out": (4, 5)}
+    for size in (1, 3):
+        np.testing.assert_allclose(small_apply(small, ids[:size]), apply(params, ids[:size]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_tolerance_follows_the_least_precise_type(key):
+    """Layers in bfloat16 in front of outputs in float32: constants that are added in another order change the third digit."""
+    params = {f"layer{place}": random_chain(place, (64, 64, 64))["layer0"] for place in range(3)}
+    for layer in params.values():
+        layer["kernel"][:, ::3] = 0
+
+    def apply(params, x):
+        x = x.astype(jnp.bfloat16)
+        for layer in params.values():
+            x = jax.nn.relu(x @ layer["kernel"].astype(jnp.bfloat16) + layer["bias"].astype(jnp.bfloat16))
+        return x.astype(jnp.float32)
+
+    inputs = jax.random.normal(key, (8, 64))
+    _, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    assert small["layer0"]["kernel"].shape[1] < 43
+    with pytest.raises(ValueError, match="differs from the given network"):
+        bcdl_jax.shrink(apply, params, inputs, tolerance=1e-6)
