@@ -12,7 +12,7 @@ from jax.extend import core
 from bcdl_jax.export import onnx_elementwise, onnx_indexing, onnx_products, onnx_structure
 from bcdl_jax.export.onnx_graph import Graph, Tensor, UnsupportedError, onnx_type
 from bcdl_jax.graph.primitives import CUSTOM, evaluate_elementwise, is_plain
-from bcdl_jax.graph.program import Atom, Program, Step, trace_fixed_sizes
+from bcdl_jax.graph.program import Atom, Program, Step, is_expression, trace_fixed_sizes
 
 _RULES = {**onnx_structure.RULES, **onnx_products.RULES, **onnx_indexing.RULES}
 # Results of more elements than this are computed by the graph, not stored in the file, if they are larger than their operands.
@@ -43,6 +43,13 @@ class Converter:
         self._program, self._graph = program, graph
         self._values: dict[Atom, Value] = {**values, **program.constants}
         self._names = dict(names or {})
+        for number, value in program.constants.items():
+            if is_expression(value):
+                self._values[number] = self._size(value, program.shapes[number].dtype)
+
+    def _size(self, size: Any, dtype: Any) -> Tensor:
+        """An expression of the batch size as a scalar tensor."""
+        return self._graph.cast(self._graph.reshape(self._graph.size_vector([size]), []), self._graph.carrier(dtype))
 
     def run(self) -> list[Value]:
         """Converts all steps that the outputs depend on, and returns the outputs."""
@@ -109,8 +116,7 @@ class Converter:
                 graph, step, operands, shapes
             )
         if name == "dim_as_value":  # JAX reads a symbolic size as a number.
-            size = graph.size_vector([step.params["dim"]])
-            return [graph.cast(graph.reshape(size, []), graph.carrier(self._program.shapes[step.outputs[0]].dtype))]
+            return [self._size(step.params["dim"], self._program.shapes[step.outputs[0]].dtype)]
         if name == "broadcast_in_dim":
             return [onnx_structure.broadcast_in_dim(graph, step.params, self.tensor(step.inputs[0]), len(shapes[0]))]
         if name == "convert_element_type":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -89,7 +90,8 @@ class Program:
     Attributes:
       shapes: Shape and dtype of every value.
       inputs: Numbers of the flattened arguments.
-      constants: Literals, and arrays that the function closes over, by number.
+      constants: Literals, and arrays that the function closes over, by number. With a symbolic size, a number that grows with the size is
+        an expression.
       steps: The steps in their order.
       outputs: Numbers of the flattened results.
       result_tree: The tree structure of the results.
@@ -113,7 +115,7 @@ class Program:
         Returns:
           The results, in the tree structure of the traced function.
         """
-        values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constants
+        values: dict[Atom, Any] = dict(zip(self.inputs, arguments, strict=True)) | self.constant_values()
         for step in self.steps:
             operands = [values[number] for number in step.inputs]
             rule = rules.get(step.name)
@@ -121,6 +123,13 @@ class Program:
             results = step.bind_at_any_size(*operands) if result is None else [result]
             values |= dict(zip(step.outputs, results, strict=True))
         return jax.tree.unflatten(self.result_tree, [values[number] for number in self.outputs])
+
+    def constant_values(self) -> dict[Atom, Any]:
+        """The constants, with arrays in place of expressions."""
+        return {
+            number: jnp.asarray(value).astype(self.shapes[number].dtype) if is_expression(value) else value
+            for number, value in self.constants.items()
+        }
 
     def evaluate(self, *arguments: Any) -> list[Any]:
         """Computes all values of the program for flattened arguments. Returns them by number."""
@@ -207,6 +216,11 @@ class _StepList:
         elementwise = elementwise_call or same_width or name in ELEMENTWISE
         self.steps.append(Step(equation, tuple(inputs), tuple(results), elementwise, scope))
         return results
+
+
+def is_expression(constant: Any) -> bool:
+    """Whether a constant is an expression of a symbolic size."""
+    return not isinstance(constant, (int, float, complex)) and not hasattr(constant, "dtype")
 
 
 def data_dependent(program: Program, num_params: int) -> set[Atom]:

@@ -17,8 +17,8 @@ from jax.extend import core
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.graph.matching import same_constant
-from bcdl_jax.graph.primitives import CUSTOM
-from bcdl_jax.graph.program import Atom, Program, Rule, Step, program_of, trace_fixed_sizes
+from bcdl_jax.graph.primitives import CUSTOM, is_plain
+from bcdl_jax.graph.program import Atom, Program, Rule, Step, dtype_of, program_of, trace_fixed_sizes
 
 # Sizes at which a function with a symbolic size is traced. The last reveals a size that the function caps.
 _SIZES = (2, 3, 7, 2**16 + 1)
@@ -42,7 +42,7 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
     symbolic = trace_fixed_sizes(function, *arguments)
     try:
         programs = [trace_fixed_sizes(function, *_resized(arguments, size)) for size in _SIZES]
-        extended = extend(programs, _SIZES, symbol)
+        extended = extend(programs, _SIZES, symbol, growing_constants=True)
     except (
         Exception
     ):  # The function rejects one of the sizes, with an error of any type, or its steps depend on the size.
@@ -83,7 +83,11 @@ def _resized(arguments: PyTree, size: int) -> PyTree:
 
 
 def extend(
-    programs: Sequence[Program], sizes: Sequence[int], size: Any, other_constants: Container[Atom] = ()
+    programs: Sequence[Program],
+    sizes: Sequence[int],
+    size: Any,
+    other_constants: Container[Atom] = (),
+    growing_constants: bool = False,
 ) -> Program:
     """The program at another size, from traces of one function at two or more sizes.
 
@@ -92,6 +96,7 @@ def extend(
       sizes: The sizes of the traces.
       size: The size of the new program, a number or a symbol.
       other_constants: Numbers of the constants that may differ. The new program has those of the first trace.
+      growing_constants: True to allow scalars that grow linearly with the size. They become numbers or expressions of the symbol.
 
     Raises:
       ValueError: The programs differ in more than sizes that grow linearly.
@@ -99,14 +104,18 @@ def extend(
     first, *others = programs
     if any(other.signature() != first.signature() for other in others):
         raise ValueError
+    constants = dict(first.constants)
     for number, value in first.constants.items():
-        for other in () if number in other_constants else others:
-            if not same_constant(other.constants[number], value):
+        each = [program.constants[number] for program in programs]
+        if number not in other_constants and not all(same_constant(other, value) for other in each):
+            if not growing_constants:
                 raise ValueError
+            constants[number] = _combined_scalar(each, sizes, size)
     shapes = zip(*(program.shapes for program in programs), strict=True)
     steps = zip(*(program.steps for program in programs), strict=True)
     return dataclasses.replace(
         first,
+        constants=constants,
         shapes=tuple(
             jax.ShapeDtypeStruct(_combined([value.shape for value in values], sizes, size), values[0].dtype)
             for values in shapes
@@ -151,6 +160,13 @@ def _combined(values: Sequence[Any], sizes: Sequence[int], size: Any) -> Any:
     if any(value != slope * each + constant for each, value in zip(sizes, values, strict=True)):
         raise ValueError
     return slope * size + constant
+
+
+def _combined_scalar(values: Sequence[Any], sizes: Sequence[int], size: Any) -> Any:
+    """A constant at another size, from its values at the sizes of the traces. Raises ValueError like ``extend``."""
+    if any(np.shape(value) or not is_plain(dtype_of(value)) or int(value) != value for value in values):
+        raise ValueError
+    return _combined([int(value) for value in values], sizes, size)
 
 
 def _as_jaxpr(program: Program) -> core.ClosedJaxpr:

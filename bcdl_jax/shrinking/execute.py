@@ -28,7 +28,7 @@ def run_small_program(
       The results; None for those that are not needed.
     """
     machine = Machine(program, plan)
-    for number, value in program.constants.items():
+    for number, value in program.constant_values().items():
         machine.put(number, value, machine.whole(number))
     for number, (value, layout) in small.items():
         machine.put(number, value, layout)

@@ -162,3 +162,22 @@ def test_inputs_without_a_batch_are_refused(tmp_path):
         bcdl_jax.export_stablehlo(tmp_path / "a", lambda params: params, np.float32(2), ())
     with pytest.raises(ValueError, match="begin with a scalar"):
         bcdl_jax.export_stablehlo(tmp_path / "a", lambda params, x: x * params, np.float32(2), np.float32(1))
+
+
+def test_numbers_that_grow_with_the_batch(tmp_path, key):
+    """Rows that are chosen by place and index, as in CLIP, and a mean over the batch."""
+
+    def apply(params, ids):
+        hidden = params["embedding"][ids] @ params["kernel"]
+        return hidden[jnp.arange(hidden.shape[0]), (ids == 2).argmax(-1)] + hidden.mean((0, 1))
+
+    params = {"embedding": jax.random.normal(key, (9, 6)).at[:, :2].set(0), "kernel": jax.random.normal(key, (6, 5))}
+    ids = jax.random.randint(key, (3, 4), 0, 9)
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, ids)
+    assert small["kernel"].shape == (4, 5)
+    for function, tree in ((apply, params), (small_apply, small)):
+        bcdl_jax.export_stablehlo(tmp_path / "net", function, tree, ids)
+        exported = jax.export.deserialize(bytearray((tmp_path / "net").read_bytes()))
+        for size in (1, 2, 5):
+            batch = jnp.resize(ids, (size, 4)).astype(ids.dtype)
+            np.testing.assert_allclose(exported.call(batch), apply(params, batch), rtol=1e-5, atol=1e-5)
