@@ -14,8 +14,8 @@ import numpy as np
 from bcdl_jax.graph.facts import Analysis, Fact, Flags, any_along, as_data, compact, known_fact, same_flags
 from bcdl_jax.graph.moving import Moving
 from bcdl_jax.graph.program import Program, Step
+from bcdl_jax.graph.rules import Known
 
-Known = tuple[Flags, np.ndarray]
 Forward = Callable[[Program, Sequence[Fact], Moving], Analysis]
 Backward = Callable[[Program, Analysis, Sequence[Flags]], Analysis]
 
@@ -110,14 +110,14 @@ def loop_backward(
             break
         live = joined
     # An element may be live although the body does not read it: it is passed on, and is read in the end.
-    analysis = with_live(analysis, dict(zip(carried_inputs, live, strict=True)))
+    analysis = _with_live(analysis, dict(zip(carried_inputs, live, strict=True)))
     needs = [analysis.facts[number].live for number in body.inputs]
     count = len(body.inputs) - (stacks.stop - stacks.start)
     needs = needs[:count] + [flags[None] for flags in needs[count:]]
     return [*needs_of_condition, *needs], (*analyses, analysis)
 
 
-def with_live(analysis: Analysis, live: dict[int, Flags]) -> Analysis:
+def _with_live(analysis: Analysis, live: dict[int, Flags]) -> Analysis:
     """An analysis with other live flags of some values."""
     facts = list(analysis.facts)
     for number, flags in live.items():
