@@ -93,7 +93,7 @@ CELLS = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell, "simple": nn.SimpleCel
 
 
 @pytest.mark.parametrize("name", ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gru", "simple"))])
-@pytest.mark.parametrize("side", ["incoming", "outgoing"])
+@pytest.mark.parametrize("side", ["incoming", pytest.param("outgoing", marks=pytest.mark.slow)])
 def test_a_recurrent_cell_loses_dead_units(name, side, key):
     class Network(nn.Module):
         @nn.compact
@@ -153,7 +153,10 @@ LOOPS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("map", "associative_scan", "switch"))) for name in LOOPS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("map", "associative_scan", "switch", "fori_loop")))
+        for name in LOOPS
+    ],
 )
 def test_bodies_shrink(name, params, inputs):
     report = assert_shrinks(LOOPS[name], params, inputs, differentiable=name != "while_loop")
@@ -174,7 +177,7 @@ def test_loops_within_loops(params, inputs):
     assert shapes_after(report) == {"up": (2, 2, 4, 3), "down": (2, 2, 3, 4)}
 
 
-@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("make_key", [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)])
 def test_a_loop_that_carries_a_key(make_key, params, inputs):
     def apply(params, x, key):
         def layer(state, each):
@@ -214,6 +217,7 @@ def test_a_channel_that_changes_between_iterations_is_not_known(inputs):
     assert shapes_after(report)["out"] == (5, 3)  # The second state stays 0.
 
 
+@pytest.mark.slow
 def test_a_delay_line_ends():
     """A known element moves by one place in each iteration, so that the analysis must stop before it is everywhere."""
 
@@ -227,6 +231,7 @@ def test_a_delay_line_ends():
     assert report.difference == 0
 
 
+@pytest.mark.slow
 def test_a_loop_over_params_alone_is_computed_whole(inputs):
     def apply(params, x):
         return x @ lax.fori_loop(0, 3, lambda _, matrix: matrix @ params["power"], jnp.eye(4)) @ params["out"]

@@ -24,7 +24,9 @@ FAMILIES = {
 }
 GONE = ["down", "up"]
 
-each_family = pytest.mark.parametrize("family", ["nj", pytest.param("horseshoe", marks=pytest.mark.slow), "svd"])
+each_family = pytest.mark.parametrize(
+    "family", ["nj", *(pytest.param(name, marks=pytest.mark.slow) for name in ("horseshoe", "svd"))]
+)
 
 
 class Branched(nn.Module):
@@ -236,6 +238,7 @@ def test_rates_of_a_shrunk_net_by_hand(small_net):
     assert float(bcdl_jax.rate(reduced)) == pytest.approx(32 * (weights + biases) / bits)
 
 
+@pytest.mark.slow
 def test_modules_of_the_small_widths_take_the_small_params(net, small_net):
     inputs = net[2]
     _, pruned, small_apply, small, report = small_net
@@ -287,6 +290,7 @@ def test_a_shrunk_net_is_trained_on(net, small_net):
     np.testing.assert_allclose(outputs[0], small_net[2](reduced, inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True], ids=["posterior", "quantized"])
 def test_widths_are_rounded_up_in_all_arrays(net, small_net, quantized):
     model, pruned, inputs = net[0], small_net[1], net[2]
@@ -300,6 +304,7 @@ def test_widths_are_rounded_up_in_all_arrays(net, small_net, quantized):
     assert bcdl_jax.codec.decode(bcdl_jax.codec.encode(reduced), small)["Dense_0"]["posterior"].kernel_shape == (4, 4)
 
 
+@pytest.mark.slow
 def test_a_shrunk_net_is_pruned_and_shrunk_again(net, small_net):
     model, pruned, inputs = net[0], small_net[1], net[2]
     _, _, small_apply, small, _ = small_net
@@ -365,6 +370,7 @@ class Stack(nn.Module):
         return scan(name="blocks")(x, None)[0]
 
 
+@pytest.mark.slow
 def test_stacked_layers(key):
     x = jax.random.normal(key, (2, 4))
     params = jax.jit(Stack().init)(key, x)["params"]["blocks"]

@@ -17,7 +17,9 @@ def test_a_model_passes_all_checks(tmp_path, capsys):
     assert row[7:] == ["1, 2, 5", *["ok"] * 5]
 
 
-@pytest.mark.parametrize("change", [lambda array: array + 1, lambda array: array.astype("float16")])
+@pytest.mark.parametrize(
+    "change", [lambda array: array + 1, pytest.param(lambda array: array.astype("float16"), marks=pytest.mark.slow)]
+)
 def test_a_file_of_other_weights_fails(change, tmp_path, monkeypatch):
     save = bcdl_jax.save
     monkeypatch.setattr(bcdl_jax, "save", lambda path, params: save(path, jax.tree.map(change, params)))
