@@ -203,6 +203,7 @@ def extreme_arrays(draw):
     return array.reshape(-1, rows) if size % rows == 0 else array
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(st.lists(extreme_arrays(), min_size=1, max_size=4))
 def test_whatever_is_written_can_be_read(tree):

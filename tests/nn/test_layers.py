@@ -308,7 +308,9 @@ def with_noise(params):
     )
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    "kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SETTINGS if kind != "dense")]
+)
 def test_a_single_example_has_the_noise_of_the_first_one_of_a_batch(kind, key):
     layer_type, arguments, shape = SETTINGS[kind]
     layer = layer_type(*arguments)

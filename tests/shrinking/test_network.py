@@ -105,7 +105,7 @@ def class_token_and_mask(params, x):
     return hidden.mean(1) @ params["down"] + shifts
 
 
-@pytest.mark.parametrize("examples", [1, 2, 4])
+@pytest.mark.parametrize("examples", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 4))])
 def test_an_array_that_is_broadcast_over_the_batch(examples, key):
     shapes = {"token": (1, 1, 8), "positions": (1, 6, 8), "key": (8, 8), "up": (8, 12), "down": (12, 3)}
     keys = jax.random.split(key, len(shapes))

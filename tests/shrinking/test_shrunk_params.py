@@ -259,6 +259,7 @@ def test_modules_of_the_small_widths_take_the_small_params(net, small_net):
     assert float(bcdl_jax.kl_divergence(small)) == pytest.approx(float(bcdl_jax.kl_divergence(pruned)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_shrunk_net_is_trained_on(net, small_net):
     """The small function of the sampled network, and the KL of its params, make a training step."""
     model, pruned, inputs = net[0], small_net[1], net[2]

@@ -194,6 +194,7 @@ def test_a_shrinking_that_would_not_pay_is_not_tried(monkeypatch):
     assert tried
 
 
+@pytest.mark.slow
 def test_a_network_with_a_layer_of_which_shrink_left_nothing_shrinks_further(data):
     """The layer is not in the way of the others."""
     params = jax.jit(SmallNet().init)(jax.random.key(0), jnp.ones((1, 6)))["params"]
