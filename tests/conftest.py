@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 
 import flax.linen as nn
 import jax
@@ -20,9 +21,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_configure(config):
-    """Keeps compiled programs in the cache of pytest, for all processes and for the next run: XLA takes 40 ms for each of the thousands."""
+    """Keeps compiled programs in the cache of pytest for the next run: XLA takes 40 ms for each of the thousands.
+
+    Each process has a directory of its own, since JAX does not write the files atomically.
+    """
     if hasattr(config, "cache"):
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(config.cache.mkdir(f"xla_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"))
+        )
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
