@@ -7,12 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from bcdl_jax.export import onnx_elementwise, onnx_indexing, onnx_products, onnx_structure
 from bcdl_jax.export.onnx_graph import Graph, Tensor, UnsupportedError, onnx_type
 from bcdl_jax.graph.primitives import CUSTOM, evaluate_elementwise, is_plain
-from bcdl_jax.graph.program import Atom, Program, Step, is_expression, trace_fixed_sizes
+from bcdl_jax.graph.program import Atom, Program, Step, is_expression, program_of, trace_fixed_sizes
 
 _RULES = {**onnx_structure.RULES, **onnx_products.RULES, **onnx_indexing.RULES}
 # Results of more elements than this are computed by the graph, not stored in the file, if they are larger than their operands.
@@ -183,7 +182,7 @@ def _needed_steps(program: Program) -> set[int]:
 
 def convert_jaxpr(graph: Graph, closed: Any, operands: Sequence[Value]) -> list[Value]:
     """Adds the nodes of a jaxpr to a graph. Returns its outputs: tensors, or known arrays."""
-    program = trace_fixed_sizes(core.jaxpr_as_fun(closed), *closed.in_avals)
+    program = program_of(closed)
     return Converter(program, graph, dict(zip(program.inputs, operands, strict=True))).run()
 
 
