@@ -27,6 +27,7 @@ def layer(family, group_axis):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
 @pytest.mark.parametrize("group_axis", ["input", "output"])
 def test_log_noise_to_signal_agrees_with_sampled_weights(family, group_axis):

@@ -37,7 +37,8 @@ def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["images.npy", "net.stablehlo", "out.npy"]
 
 
-@pytest.mark.parametrize("implementation", [pytest.param("threefry2x32", marks=pytest.mark.slow), "rbg"])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
 def test_a_network_that_samples_takes_typed_keys(tmp_path, implementation):
     layer = bcdl_jax.Dense(3, deterministic=False)
     key, inputs = jax.random.key(0, impl=implementation), jnp.ones((3, 4))

@@ -60,6 +60,7 @@ def test_params_keep_their_dtype_and_are_rounded_once(half_and_wide, function, d
         np.testing.assert_array_equal(ours, expected.astype(dtype))
 
 
+@pytest.mark.slow
 def test_samples_have_the_spread_of_float32(half_and_wide, key):
     half, wide = ({"params": {"posterior": tree["dense"]}} for tree in half_and_wide)
     layer, inputs = bcdl_jax.Dense(90), jnp.ones((4, 300))

@@ -89,6 +89,7 @@ def kept_sides(report, whole):
     return sides
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True], ids=["posterior", "quantized"])
 @each_family
 def test_a_layer_is_cut_as_a_whole(family, quantized):
@@ -154,6 +155,7 @@ def test_transforms_of_variational_layers(family):
     assert bcdl_jax.train.create_train_state(small, optax.adam(0.1), jax.random.key(0)).failed_parts.shape == (8,)
 
 
+@pytest.mark.slow
 @each_family
 def test_shrinking_then_rounding_goes_round(family, tmp_path):
     apply, params, small_apply, small, report = shrunk(family)

@@ -140,6 +140,7 @@ def test_warnings_of_everything_pruned_and_of_nothing_pruned_come_once(data):
     assert messages[1].startswith("Seed 0, epoch 10: nothing is pruned yet (all 15 groups are kept)")
 
 
+@pytest.mark.slow
 def test_the_last_epoch_warns_of_whole_layers_and_of_a_high_kl(data):
     """The KL of a fresh network is about 3 nats for each of its 62 weights; the likelihood is about 1 nat."""
     step, _, states = setup(optax.sgd(0.0), seeds=(0,), likelihood=lambda *args: 0.001 * nll(*args))
