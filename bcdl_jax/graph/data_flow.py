@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bcdl_jax.graph.facts import Analysis, Fact, Flags, Product, any_along, as_data, known_fact, unknown_fact
+from bcdl_jax.graph.facts import Analysis, Fact, Flags, Product, any_along, as_data, compact, known_fact, unknown_fact
 from bcdl_jax.graph.known_values import values_of, without_checks
 from bcdl_jax.graph.loops import loop_backward, loop_forward
 from bcdl_jax.graph.moving import Moving
@@ -193,6 +193,6 @@ def backward(program: Program, found: Analysis, lives: Sequence[Flags]) -> Analy
             opaque.add(index)
             needs = [np.ones((1,) * fact.unknown.ndim, bool) for fact in inputs]
         for number, need in zip(step.inputs, needs, strict=True):
-            live[number] = live[number] | (need & allowed[number])
+            live[number] = compact(live[number] | (need & allowed[number]))
     facts = tuple(dataclasses.replace(fact, live=flags) for fact, flags in zip(found.facts, live, strict=True))
     return Analysis(facts, products, frozenset(opaque), bodies)

@@ -7,6 +7,7 @@ facts about a batch of images are so as small as the facts about one pixel, unle
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,10 +34,10 @@ class Fact:
     fixed: bool
     live: Flags
 
-    @property
+    @functools.cached_property
     def nonzero(self) -> Flags:
         """Flags of the elements that may differ from 0."""
-        return self.unknown | (self.value != 0)
+        return compact(self.unknown | (self.value != 0))
 
     @property
     def filled(self) -> np.ndarray:
