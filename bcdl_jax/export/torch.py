@@ -1,13 +1,15 @@
 """Weights in the names and the layout of PyTorch.
 
 PyTorch flattens images with the channels first, Flax with the channels last. The weight of a dense layer behind a flatten therefore needs
-another order of its columns. ``_OrderTracker`` follows the flattened values through the network to find that order.
+another order of its columns. ``_OrderTracker`` follows the flattened values through the network to find that order. Values that are no
+images, such as attention heads, have the same order in both.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,15 +32,18 @@ _TORCH_NAMES = {
     "var": "running_var",
 }
 # Primitives that only move the elements of their first operand. Any other operands are indices.
-_MOVES = frozenset(["copy", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "transpose"])
+_MOVES = frozenset(
+    ["broadcast_in_dim", "copy", "expand_dims", "gather", "reshape", "rev", "slice", "squeeze", "transpose"]
+)
 
 
 def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_inputs: Any) -> dict[str, np.ndarray]:
     """The params of a network of Flax layers, as the same layers of PyTorch hold them.
 
-    A kernel becomes a ``weight`` [out, in] or [out, in, *window]. The scale of a norm becomes a ``weight``, its averages become
-    ``running_mean`` and ``running_var``. PyTorch has the channels first: if a dense layer reads flattened channels-last values, the columns
-    of its weight are put into PyTorch's order. If it reads only some of these values, as a shrunk network may, the further array
+    A kernel becomes a ``weight`` [out, in] or [out, in, *window]. If a layer has several axes of inputs or outputs, such as attention heads,
+    they become one. If the network transposes or masks a kernel, the weight is the result. The scale of a norm becomes a ``weight``, its averages become
+    ``running_mean`` and ``running_var``. PyTorch has the channels of images first: if a dense layer reads a flattened image, the columns of its
+    weight are put into PyTorch's order. If it reads only some of the flattened values, as a shrunk network may, the further array
     ``<layer>.input_indices`` lists them: ``linear(torch.flatten(x, 1)[:, input_indices])``. Arrays without elements are left out, such as
     those of a layer of which ``shrink`` left nothing.
 
@@ -48,13 +53,13 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     Args:
       apply: The network, ``apply(params, *inputs)``, such as the small function from ``shrink``. It is traced to find the use of each kernel.
       params: The params of the network, arrays only. ``mean_weights`` makes them from posteriors or quantised layers.
-      example_inputs: A tuple of inputs, or a single array. Images have the channels last.
+      example_inputs: A tuple of inputs, or a single array. Inputs of four or more axes are images and have the channels last.
 
     Returns:
       The arrays by name, for ``load_state_dict`` or ``export_safetensors``. A name is a path, joined by dots, without Flax's collection.
 
     Raises:
-      ValueError: ``params`` holds a posterior or a quantised layer, a kernel is not used by a dense layer or an ordinary convolution, the
+      ValueError: ``params`` holds a posterior or a quantised layer, a kernel is used neither by a dense layer nor by an ordinary convolution, the
         order of values between a flatten and a dense layer cannot be followed, or two arrays get the same name.
 
     Warns:
@@ -70,8 +75,9 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
         np.asarray(value) if not is_key(value) else value
         for value in program.evaluate(*jax.tree.leaves((params, *inputs)))
     ]
-    readers = _products_by_operand(program)
-    order = _OrderTracker(program, values, len(jax.tree.leaves(params)))
+    num_params = len(jax.tree.leaves(params))
+    readers = _readers(program, values, num_params)
+    order = _OrderTracker(program, values, num_params)
     state: dict[str, np.ndarray] = {}
     arrays = numpy_arrays(params, "/")
     for number, (path, array) in zip(program.inputs, arrays.items(), strict=False):
@@ -98,87 +104,137 @@ def _names_of_empty(arrays: dict[str, np.ndarray]) -> list[str]:
     return list(dict.fromkeys(path if layers[path] in with_elements else layers[path] for path in empty))
 
 
-def _products_by_operand(program: Program) -> dict[int, Step]:
-    """The product that reads a value as its second operand, directly or converted to another type, by the number of the value."""
-    readers: dict[int, Step] = {}
-    for step in reversed(program.steps):
-        if step.name in PRODUCTS:
-            readers[step.inputs[1]] = step
-        elif step.name in ("convert_element_type", "copy") and step.outputs[0] in readers:
-            readers[step.inputs[0]] = readers[step.outputs[0]]
+class _Reader(NamedTuple):
+    """The product that reads a param as its second operand.
+
+    Attributes:
+      step: The product.
+      kernel: The operand: the param, or what the network computes from it and constants alone, such as its transpose.
+    """
+
+    step: Step
+    kernel: np.ndarray
+
+
+def _readers(program: Program, values: Sequence[Any], num_params: int) -> dict[int, _Reader]:
+    """The first product that reads each param, by the number of the param."""
+    params = set(program.inputs[:num_params])
+    depends = data_dependent(program, num_params)
+    param_of = {
+        number: number for number in params
+    }  # By the numbers of all values that are computed from one param alone.
+    several = set[int]()  # Values that are computed from more than one param.
+    readers: dict[int, _Reader] = {}
+    for step in program.steps:
+        if step.name in PRODUCTS and step.inputs[1] in param_of:
+            readers.setdefault(param_of[step.inputs[1]], _Reader(step, values[step.inputs[1]]))
+        origins = {param_of[number] for number in step.inputs if number in param_of}
+        if depends.intersection(step.inputs) or not origins | several.intersection(step.inputs):
+            continue
+        if len(origins) > 1 or several.intersection(step.inputs):
+            several.update(step.outputs)
+        else:
+            param_of |= dict.fromkeys(step.outputs, *origins)
     return readers
 
 
-def _torch_entries(path: str, array: np.ndarray, reader: Step | None, order: _OrderTracker) -> dict[str, np.ndarray]:
+def _torch_entries(path: str, array: np.ndarray, reader: _Reader | None, order: _OrderTracker) -> dict[str, np.ndarray]:
     """The entries of a PyTorch layer for one array of a Flax layer.
 
     Args:
       path: The path of the array.
       array: The array.
-      reader: The product that reads the array as its second operand, or None.
+      reader: The product that reads the array, or None.
       order: The tracker of the network.
     """
     name = path.split("/")[-1]
-    if reader is not None and reader.name == "conv_general_dilated":
-        return {"weight": _convolution_weight(reader, array, path)}
-    if reader is not None and _is_dense(reader, array):
-        weight = array.T if reader.params["dimension_numbers"][0][1] == (0,) else array
-        return _with_channels_first(weight, order.flattening(reader.inputs[0], path))
+    if reader is not None and reader.step.name == "conv_general_dilated":
+        return {"weight": _convolution_weight(reader, path)}
+    if reader is not None and not any(reader.step.params["dimension_numbers"][1]):
+        return _with_channels_first(_dense_weight(reader), order.flattening(reader.step, path))
     if name == "kernel" and array.ndim > 1:
         raise ValueError(
-            f"{path} of shape {array.shape} has no PyTorch layout: it is not used directly as the kernel of a dense layer or a "
-            "convolution."
+            f"{path} of shape {array.shape} has no PyTorch layout: it is not used as the kernel of a dense layer or a convolution."
         )
-    return {_TORCH_NAMES.get(name, name): array}
+    return {_TORCH_NAMES.get(name, name): array.reshape(-1) if name == "bias" else array}
 
 
-def _is_dense(step: Step, kernel: np.ndarray) -> bool:
-    (_, contracted), batch = step.params["dimension_numbers"]
-    return kernel.ndim == 2 and len(contracted) == 1 and not any(batch)
+def _dense_weight(reader: _Reader) -> np.ndarray:
+    """The weight [out, in] of a dense layer. Several input or output axes become one."""
+    (inputs, contracted), _ = reader.step.params["dimension_numbers"]
+    contracted = [contracted[place] for place in np.argsort(inputs)]
+    rest = [axis for axis in range(reader.kernel.ndim) if axis not in contracted]
+    weight = reader.kernel.transpose(*rest, *contracted)
+    return weight.reshape(math.prod(weight.shape[: len(rest)]), -1)
 
 
-def _convolution_weight(step: Step, kernel: np.ndarray, path: str) -> np.ndarray:
-    if {*step.params["lhs_dilation"]} != {1}:
+def _convolution_weight(reader: _Reader, path: str) -> np.ndarray:
+    if {*reader.step.params["lhs_dilation"]} != {1}:
         raise ValueError(f"{path} belongs to a transposed convolution, which has no PyTorch layout here.")
-    return kernel.transpose(step.params["dimension_numbers"].rhs_spec)
+    return reader.kernel.transpose(reader.step.params["dimension_numbers"].rhs_spec)
 
 
 class _Flattening(NamedTuple):
-    """The values of one example that a dense layer reads after a flatten.
+    """The values that a dense layer of PyTorch reads after a flatten.
 
     Attributes:
-      places: The place of each input of the layer among the flattened values, [in].
-      shape: The shape of the values before the flatten, [*window, channels].
+      indices: The index of each input along each axis that PyTorch flattens, [in].
+      sizes: The sizes of these axes.
     """
 
-    places: np.ndarray
-    shape: tuple[int, ...]
+    indices: tuple[np.ndarray, ...]
+    sizes: tuple[int, ...]
 
 
 def _with_channels_first(weight: np.ndarray, flattening: _Flattening | None) -> dict[str, np.ndarray]:
     """The weight [out, in] of a dense layer in PyTorch's order of the inputs, and the places of the inputs if it does not read all."""
     if flattening is None:
         return {"weight": weight}
-    places, shape = flattening
-    *window, channel = np.unravel_index(places, shape)
-    torch_places = np.ravel_multi_index((channel, *window), (shape[-1], *shape[:-1]))
-    order = np.argsort(torch_places)
+    places = np.ravel_multi_index(flattening.indices, flattening.sizes)
+    order = np.argsort(places)
     entries = {"weight": weight[:, order]}
-    if len(places) != np.prod(shape):
-        entries["input_indices"] = torch_places[order].astype(np.int64)
+    if len(places) != math.prod(flattening.sizes):
+        entries["input_indices"] = places[order].astype(np.int64)
     return entries
 
 
-class _Source(NamedTuple):
-    """The source of a value's elements.
+class _Layout(NamedTuple):
+    """The places of a value's elements in the value from which they came.
 
     Attributes:
-      origin: The number of the value from which elements were only moved, or changed one by one.
-      places: The place of each element's source in an example of the origin.
+      shape: The shape of that value for one example. If it is an image, this is [*window, channels].
+      places: The place of each element in the flattened example of that value, in the shape of the value.
+      is_image: True if the channels of that value are last here, and first in PyTorch.
     """
 
-    origin: int
+    shape: tuple[int, ...]
     places: np.ndarray
+    is_image: bool
+
+    def coordinates(self, axis: int = -1) -> tuple[np.ndarray, ...]:
+        """The index along each axis of ``shape``, [rows, places along the given axis of the value]."""
+        rows = np.moveaxis(self.places, axis, -1)
+        return np.unravel_index(rows.reshape(-1, rows.shape[-1]), self.shape)
+
+    def axes_along(self, axis: int = -1) -> list[int]:
+        """The axes of ``shape`` over which the given axis of the value runs."""
+        if not self.places.size or not self.shape:
+            return []
+        return [number for number, places in enumerate(self.coordinates(axis)) if (places != places[:, :1]).any()]
+
+    @property
+    def is_flattened_image(self) -> bool:
+        """Whether the last axis runs over channels and positions."""
+        if not self.is_image or self.places.ndim < 2:
+            return False
+        axes = self.axes_along()
+        return len(axes) > 1 and axes[-1] == len(self.shape) - 1
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an element came to more than one place of an example."""
+        example = self.places[:1]
+        return len(np.unique(example)) < example.size
 
 
 class _OrderTracker:
@@ -190,77 +246,94 @@ class _OrderTracker:
       num_params: The number of arrays of the params. They are the first inputs of the program.
     """
 
-    def __init__(self, program: Program, values: list[Any], num_params: int) -> None:
+    def __init__(self, program: Program, values: Sequence[Any], num_params: int) -> None:
         self._values = values
         self._producers = {output: step for step in program.steps for output in step.outputs}
         self._depends = data_dependent(program, num_params)
-        self._sources: dict[int, _Source | None] = {}
+        self._layouts: dict[int, _Layout | None] = {}
 
-    def flattening(self, number: int, path: str) -> _Flattening | None:
-        """The flatten before a dense layer, or None if its inputs were not flattened.
+    def flattening(self, step: Step, path: str) -> _Flattening | None:
+        """The flatten before a dense layer, or None if PyTorch's inputs have the same order.
 
         Args:
-          number: The number of the value that the layer reads.
+          step: The product of the dense layer.
           path: The path of its kernel, for errors.
 
         Raises:
           ValueError: The inputs were flattened, but their order is lost.
         """
-        source = self._source(number)
-        if source is not None and not self._is_flattened(source):
+        lost = ValueError(
+            f"The inputs of {path} were flattened and then mixed, scaled or rearranged, so their order in PyTorch cannot be found."
+        )
+        number, axes = step.inputs[0], step.params["dimension_numbers"][0][0]
+        layout = self._layout(number)
+        if layout is None:
+            raise lost
+        if len(axes) > 1:
+            if layout.is_image and layout.shape[-1] > 1:
+                raise lost
             return None
-        if source is None or self._values[number].ndim != 2:
-            raise ValueError(
-                f"The inputs of {path} were flattened and then mixed, scaled or rearranged, so their order in PyTorch cannot be found."
-            )
-        return _Flattening(source.places[0], self._values[source.origin].shape[1:])
+        if layout.is_flattened_image:
+            if self._values[number].ndim != 2:
+                raise lost
+            *window, channel = layout.coordinates()
+            return _Flattening((channel[0], *(index[0] for index in window)), (layout.shape[-1], *layout.shape[:-1]))
+        flat = layout.axes_along(axes[0])
+        sizes = tuple(layout.shape[axis] for axis in flat)
+        if layout.is_image or len(flat) < 2 or math.prod(sizes) == self._values[number].shape[axes[0]]:
+            return None
+        coordinates = layout.coordinates(axes[0])
+        places = np.ravel_multi_index([coordinates[axis] for axis in flat], sizes)
+        if (places != places[:1]).any() or (np.diff(places[0]) <= 0).any():
+            raise lost
+        return _Flattening(tuple(coordinates[axis][0] for axis in flat), sizes)
 
-    def _is_flattened(self, source: _Source) -> bool:
-        """Whether the last axis runs over more than one position of channels-last values."""
-        origin, places = source
-        shape = self._values[origin].shape
-        if len(shape) < 3 or places.ndim < 2 or not places.size:
-            return False
-        positions = (places // shape[-1]).reshape(-1, places.shape[-1])
-        return bool((positions != positions[:, :1]).any())
+    def _layout(self, number: int) -> _Layout | None:
+        """The layout of a value, or None if flattened values were mixed."""
+        if number not in self._layouts:
+            self._layouts[number] = self._find_layout(number)
+        return self._layouts[number]
 
-    def _source(self, number: int) -> _Source | None:
-        """The source of a value, or None if flattened values were mixed."""
-        if number not in self._sources:
-            self._sources[number] = self._find_source(number)
-        return self._sources[number]
-
-    def _find_source(self, number: int) -> _Source | None:
+    def _find_layout(self, number: int) -> _Layout | None:
         value, step = self._values[number], self._producers.get(number)
         if step is None or value.ndim < 1:
-            return self._new_source(number)
+            return self._own_layout(number, value.ndim > 3)
         operands = [operand for operand in step.inputs if operand in self._depends]
-        if step.name in _MOVES and operands[:1] == [step.inputs[0]]:
-            before = self._source(step.inputs[0])
-            if before is None:
-                return None
-            others = (self._values[operand] for operand in step.inputs[1:])
-            return _Source(before.origin, np.asarray(step.bind(before.places, *others)[0]))
+        layouts = [self._layout(operand) for operand in operands]
+        known = [layout for layout in layouts if layout is not None]
+        is_image = any(layout.is_image for layout in known)
         if step.name in PRODUCTS:  # The results of a product have a new order, also where it reads flattened values.
-            return self._new_source(number)
-        sources = [self._source(operand) for operand in operands]
-        if not sources:
-            return self._new_source(number)
-        first = sources[0]
-        if first is None:
+            return self._own_layout(number, self._gives_image(step, layouts[0] if layouts else None))
+        if len(known) < len(layouts):
             return None
-        flattened = any(source is None or self._is_flattened(source) for source in sources)
-        scaled = any(self._values[operand].size > 1 for operand in step.inputs if operand not in self._depends)
-        same = all(
-            source is not None and source.origin == first.origin and np.array_equal(source.places, first.places)
-            for source in sources
-        )
-        if step.elementwise and same and not (flattened and scaled):
-            return first
-        return None if flattened else self._new_source(number)
+        if step.name in _MOVES and operands[:1] == [step.inputs[0]]:
+            others = (self._values[operand] for operand in step.inputs[1:])
+            return known[0]._replace(places=np.asarray(step.bind(known[0].places, *others)[0]))
+        if not any(layout.is_flattened_image for layout in known):
+            # Statistics that a norm subtracts, say, have no order of their own.
+            known = [layout for layout in known if not layout.repeats] if step.elementwise else []
+        elif not step.elementwise or any(
+            self._values[operand].size > 1 for operand in step.inputs if operand not in self._depends
+        ):
+            return None
+        if known and all(
+            layout.shape == known[0].shape and np.array_equal(layout.places, known[0].places) for layout in known
+        ):
+            return known[0]
+        flattened = any(layout.is_flattened_image for layout in known)
+        return None if flattened else self._own_layout(number, is_image)
 
-    def _new_source(self, number: int) -> _Source:
-        """The source of a value that is its own origin."""
+    def _gives_image(self, step: Step, layout: _Layout | None) -> bool:
+        """Whether a product makes an image: a convolution, or a dense layer that reads the channels at each position."""
+        if step.name == "conv_general_dilated":
+            return True
+        (contracted, _), (batch, _) = step.params["dimension_numbers"]
+        rank = self._values[step.inputs[0]].ndim
+        reads_channels = tuple(contracted) == (rank - 1,) and not batch and step.inputs[1] not in self._depends
+        return layout is not None and layout.is_image and reads_channels and not layout.is_flattened_image
+
+    def _own_layout(self, number: int, is_image: bool) -> _Layout:
+        """The layout of a value that is its own origin."""
         value = self._values[number]
-        places = np.arange(value[:1].size, dtype=np.int32).reshape(1, *value.shape[1:])
-        return _Source(number, np.broadcast_to(places, value.shape))
+        places = np.arange(value[:1].size if value.ndim else 1, dtype=np.int32).reshape(1, *value.shape[1:])
+        return _Layout(value.shape[1:], np.broadcast_to(places, value.shape), is_image)

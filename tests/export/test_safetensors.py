@@ -124,20 +124,100 @@ def test_channels_of_one_position_are_not_flattened(key):
         np.testing.assert_array_equal(state["weight"], kernel.T)
 
 
+def test_a_norm_in_groups_before_a_flatten_keeps_the_order(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.GroupNorm(2)(nn.Conv(4, (2, 2))(x)))
+            return nn.Dense(2)(x.reshape(len(x), -1))
+
+    images = jax.random.normal(key, (2, 3, 5, 2))
+    variables = jax.jit(Model().init)(key, images)
+    weight = bcdl_jax.export.torch_state_dict(Model().apply, variables, images)["Dense_0.weight"]
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(weight, kernel.reshape(3, 5, 4, 2).transpose(3, 2, 0, 1).reshape(2, -1))
+
+
+class Attention(nn.Module):
+    """Attention over three heads of four features, which are flattened."""
+
+    @nn.compact
+    def __call__(self, x):
+        query, key, value = (nn.Dense(12, name=name)(x).reshape(*x.shape[:2], 3, 4) for name in ("q", "k", "v"))
+        scores = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+        heads = jnp.einsum("bhqk,bkhd->bqhd", scores, value)
+        return nn.Dense(5, name="out")(heads.reshape(*x.shape[:2], 12))
+
+
+def attention_of_torch(state, x, heads, names, scale):
+    """Attention in the layout of PyTorch, computed by numpy."""
+    linear = lambda name, x: x @ state[f"{name}.weight"].T + state[f"{name}.bias"]  # noqa: E731
+    query, key, value = (linear(name, x).reshape(*x.shape[:2], heads, -1) for name in names[:3])
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query * scale, key))
+    mixed = np.einsum("bhqk,bkhd->bqhd", scores, value).reshape(*x.shape[:2], -1)
+    indices = state.get(f"{names[3]}.input_indices", np.arange(mixed.shape[-1]))
+    return linear(names[3], mixed[..., indices])
+
+
+def test_attention_computes_the_same_in_the_torch_layout(key):
+    x = np.asarray(jax.random.normal(key, (2, 5, 12)))
+    variables = jax.jit(Attention().init)(key, x)
+    state = bcdl_jax.export.torch_state_dict(Attention().apply, variables, x)
+    assert not any("indices" in name for name in state)
+    np.testing.assert_allclose(
+        attention_of_torch(state, x, 3, [*"qkv", "out"], 1),
+        Attention().apply(variables, x),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_some_of_the_flattened_heads_are_listed(key):
+    x = jax.random.normal(key, (2, 5, 12))
+    heads = lambda params, x: (x @ params["heads"]["kernel"]).reshape(2, 5, 3, 4) * 2  # noqa: E731
+    chosen = np.array([0, 2, 3, 7, 8])
+    apply = lambda params, x: heads(params, x).reshape(2, 5, 12)[..., chosen] @ params["out"]["kernel"]  # noqa: E731
+    params = {"heads": {"kernel": jnp.ones((12, 12))}, "out": {"kernel": jnp.arange(15.0).reshape(5, 3)}}
+    state = bcdl_jax.export.torch_state_dict(apply, params, x)
+    np.testing.assert_array_equal(state["out.input_indices"], chosen)
+    np.testing.assert_array_equal(state["out.weight"], params["out"]["kernel"].T)
+
+
+def test_several_axes_of_inputs_or_outputs_become_one(key):
+    x = np.asarray(jax.random.normal(key, (2, 5, 8)))
+    layer = nn.MultiHeadDotProductAttention(2)
+    variables = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), layer.init(key, x))
+    state = bcdl_jax.export.torch_state_dict(layer.apply, variables, x)
+    assert state["query.weight"].shape == (8, 8)
+    assert state["query.bias"].shape == (8,)
+    outputs = attention_of_torch(state, x, 2, ["query", "key", "value", "out"], 0.5)
+    np.testing.assert_allclose(outputs, layer.apply(variables, x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_kernel_that_the_network_changes_becomes_the_result(key):
+    x = jax.random.normal(key, (2, 5, 4))
+    mask = jnp.arange(32.0).reshape(2, 4, 4) % 3 > 0
+    layer = nn.Conv(4, (2,), mask=mask)
+    variables = layer.init(key, x)
+    weight = bcdl_jax.export.torch_state_dict(layer.apply, variables, x)["weight"]
+    np.testing.assert_array_equal(weight, (variables["params"]["kernel"] * mask).transpose(2, 1, 0))
+    kernel = jax.random.normal(key, (3, 4))
+    state = bcdl_jax.export.torch_state_dict(lambda params, x: x @ params["kernel"].T, {"kernel": kernel}, x)
+    np.testing.assert_array_equal(state["weight"], kernel)
+
+
 @pytest.mark.parametrize(
-    "layer",
+    ("apply", "shape"),
     [
-        nn.MultiHeadDotProductAttention(2),
-        nn.Conv(4, (2,), mask=jnp.ones((2, 4, 4))),
-        nn.ConvTranspose(4, (2,), (2,), transpose_kernel=True),
+        (lambda params, x: x * params["kernel"], (5, 4)),
+        (lambda params, x: x @ (params["kernel"] * params["other"]), (4, 4)),
+        (lambda params, x: jnp.einsum("bti,tio->bto", x, params["kernel"]), (5, 4, 3)),
     ],
 )
-def test_kernels_used_in_other_ways_are_refused(layer, key):
-    tokens = jax.random.normal(key, (2, 5, 4))
-    with pytest.raises(
-        ValueError, match=r"params/.*kernel (of shape .* has no PyTorch layout|belongs to a transposed)"
-    ):
-        bcdl_jax.export.torch_state_dict(layer.apply, layer.init(key, tokens), tokens)
+def test_kernels_used_in_other_ways_are_refused(apply, shape, key):
+    params = {"kernel": jnp.ones(shape), "other": jnp.ones((4, 1))}
+    with pytest.raises(ValueError, match=r"kernel of shape .* has no PyTorch layout: it is not used as the kernel of"):
+        bcdl_jax.export.torch_state_dict(apply, params, jax.random.normal(key, (2, 5, 4)))
 
 
 def test_torch_itself_computes_the_same(net):
