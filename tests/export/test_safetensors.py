@@ -172,15 +172,25 @@ def test_attention_computes_the_same_in_the_torch_layout(key):
     )
 
 
-def test_some_of_the_flattened_heads_are_listed(key):
-    x = jax.random.normal(key, (2, 5, 12))
-    heads = lambda params, x: (x @ params["heads"]["kernel"]).reshape(2, 5, 3, 4) * 2  # noqa: E731
-    chosen = np.array([0, 2, 3, 7, 8])
-    apply = lambda params, x: heads(params, x).reshape(2, 5, 12)[..., chosen] @ params["out"]["kernel"]  # noqa: E731
-    params = {"heads": {"kernel": jnp.ones((12, 12))}, "out": {"kernel": jnp.arange(15.0).reshape(5, 3)}}
-    state = bcdl_jax.export.torch_state_dict(apply, params, x)
-    np.testing.assert_array_equal(state["out.input_indices"], chosen)
-    np.testing.assert_array_equal(state["out.weight"], params["out"]["kernel"].T)
+def test_the_flattened_heads_that_a_shrunk_layer_reads_are_listed(key):
+    x = np.asarray(jax.random.normal(key, (2, 5, 12)))
+    variables = jax.jit(Attention().init)(key, x)
+    kernel = variables["params"]["out"]["kernel"]
+    variables["params"]["out"]["kernel"] = kernel.at[jnp.array([1, 4, 5, 6, 10])].set(0)
+    small_apply, small, _ = bcdl_jax.shrink(Attention().apply, variables, x)
+    state = bcdl_jax.export.torch_state_dict(small_apply, small, x)
+    kept = [0, 2, 3, 7, 8, 9, 11]
+    np.testing.assert_array_equal(state["out.input_indices"], kept)
+    assert state["v.weight"].shape == (7, 12)
+    # The small network puts the seven outputs of v back among the twelve features of the heads.
+    state["v.weight"], state["v.bias"] = (
+        np.zeros((12, *small.shape[1:]), small.dtype) for small in (state["v.weight"], state["v.bias"])
+    )
+    whole = bcdl_jax.export.torch_state_dict(Attention().apply, variables, x)
+    for name in ("v.weight", "v.bias"):
+        state[name][kept] = whole[name][kept]
+    outputs = attention_of_torch(state, x, 3, [*"qkv", "out"], 1)
+    np.testing.assert_allclose(outputs, Attention().apply(variables, x), rtol=1e-4, atol=1e-5)
 
 
 def test_several_axes_of_inputs_or_outputs_become_one(key):
