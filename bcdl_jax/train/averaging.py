@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bcdl_jax._arrays import in_float32
 from bcdl_jax._tree import PyTree
 
 
@@ -16,7 +17,7 @@ class ParamsEmaState(NamedTuple):
 
     Attributes:
       steps: The number of updates so far, int32.
-      average: The average of the params after each update, a tree like the params.
+      average: The average of the params after each update, a tree like the params. Half-precision arrays have averages in float32.
     """
 
     steps: jax.Array
@@ -42,7 +43,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
 
     def init(params: PyTree) -> ParamsEmaState:
         # A copy, since the state may be donated together with the params.
-        return ParamsEmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.array, params))
+        return ParamsEmaState(jnp.zeros((), jnp.int32), jax.tree.map(lambda leaf: _wide(jnp.array(leaf)), params))
 
     def update(updates: PyTree, state: ParamsEmaState, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if params is None:
@@ -51,7 +52,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         average = jax.tree.map(
             lambda old, value, move: (weight * old + (1 - weight) * (value + move)).astype(old.dtype),
             state.average,
-            params,
+            jax.tree.map(_wide, params),
             updates,
         )
         return updates, ParamsEmaState(state.steps + 1, average)
@@ -78,3 +79,9 @@ def averaged_params(optimizer_state: PyTree) -> PyTree:
             f"optimizer_state holds {len(states)} averages of params; it must hold exactly one, from params_ema."
         )
     return states[0].average
+
+
+def _wide(leaf: Any) -> jax.Array:
+    """The array in which an average moves: small updates of a half-precision average would be rounded away."""
+    array = jnp.asarray(leaf)
+    return in_float32(array) if jnp.issubdtype(array.dtype, jnp.floating) else array

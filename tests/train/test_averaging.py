@@ -30,6 +30,17 @@ def test_average_against_a_plain_loop(decay):
         jax.tree.map(np.testing.assert_array_equal, average, params)
 
 
+def test_averages_of_half_precision_params_are_in_float32():
+    averaging = bcdl_jax.train.params_ema(0.999)
+    params = {"a": jnp.zeros(3, jnp.bfloat16), "mask": jnp.ones(3, bool)}
+    state = averaging.init(params)._replace(steps=jnp.array(10_000))
+    update = jax.jit(averaging.update)
+    for _ in range(10):
+        _, state = update({"a": jnp.ones(3, jnp.bfloat16), "mask": jnp.zeros(3, bool)}, state, params)
+    np.testing.assert_allclose(state.average["a"], 1 - 0.999**10, rtol=1e-4)
+    assert {name: leaf.dtype for name, leaf in state.average.items()} == {"a": jnp.float32, "mask": jnp.bool_}
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="decay is 1"):
         bcdl_jax.train.params_ema(1.0)
