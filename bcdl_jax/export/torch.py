@@ -109,7 +109,7 @@ class _Reader(NamedTuple):
 
     Attributes:
       step: The product.
-      kernel: The operand: the param, or what the network computes from it and constants alone, such as its transpose.
+      kernel: The param in the form in which the product reads it, such as its transpose. It keeps its type if the network casts it.
     """
 
     step: Step
@@ -118,24 +118,32 @@ class _Reader(NamedTuple):
 
 def _readers(program: Program, values: Sequence[Any], num_params: int) -> dict[int, _Reader]:
     """The first product that reads each param, by the number of the param."""
-    params = set(program.inputs[:num_params])
     depends = data_dependent(program, num_params)
-    param_of = {
-        number: number for number in params
-    }  # By the numbers of all values that are computed from one param alone.
-    several = set[int]()  # Values that are computed from more than one param.
+    # The params, and the values that are computed from one param and constants alone: the number of the param, and the value.
+    forms = {number: (number, values[number]) for number in program.inputs[:num_params]}
+    mixed = set[int]()  # Values that are computed from more than one param.
     readers: dict[int, _Reader] = {}
     for step in program.steps:
-        if step.name in PRODUCTS and step.inputs[1] in param_of:
-            readers.setdefault(param_of[step.inputs[1]], _Reader(step, values[step.inputs[1]]))
-        origins = {param_of[number] for number in step.inputs if number in param_of}
-        if depends.intersection(step.inputs) or not origins | several.intersection(step.inputs):
+        if step.name in PRODUCTS and step.inputs[1] in forms:
+            param, form = forms[step.inputs[1]]
+            readers.setdefault(param, _Reader(step, form))
+        origins = {forms[number][0] for number in step.inputs if number in forms}
+        if depends.intersection(step.inputs):
             continue
-        if len(origins) > 1 or several.intersection(step.inputs):
-            several.update(step.outputs)
-        else:
-            param_of |= dict.fromkeys(step.outputs, *origins)
+        if len(origins) > 1 or mixed.intersection(step.inputs):
+            mixed.update(step.outputs)
+        elif origins:
+            form = forms[step.inputs[0]][1] if len(step.inputs) == 1 else None
+            for number in step.outputs:
+                forms[number] = (*origins, values[number] if form is None else _moved(step, form, values[number]))
     return readers
+
+
+def _moved(step: Step, form: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """The result of a step that reads a param alone, in the type of the param if the step only moves or casts elements."""
+    if step.name == "convert_element_type":
+        return form
+    return np.asarray(step.bind(form)[0]) if step.name in _MOVES else result
 
 
 def _torch_entries(path: str, array: np.ndarray, reader: _Reader | None, order: _OrderTracker) -> dict[str, np.ndarray]:

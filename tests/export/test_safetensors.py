@@ -214,6 +214,9 @@ def test_a_kernel_that_the_network_changes_becomes_the_result(key):
     kernel = jax.random.normal(key, (3, 4))
     state = bcdl_jax.export.torch_state_dict(lambda params, x: x @ params["kernel"].T, {"kernel": kernel}, x)
     np.testing.assert_array_equal(state["weight"], kernel)
+    half = lambda params, x: x.astype(jnp.bfloat16) @ params["kernel"].astype(jnp.bfloat16).T  # noqa: E731
+    state = bcdl_jax.export.torch_state_dict(half, {"kernel": kernel}, x)
+    np.testing.assert_array_equal(state["weight"], kernel)  # The weights are stored in the type of the params.
 
 
 @pytest.mark.parametrize(
