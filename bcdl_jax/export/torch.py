@@ -47,6 +47,9 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     ``<layer>.input_indices`` lists them: ``linear(torch.flatten(x, 1)[:, input_indices])``. Arrays without elements are left out, such as
     those of a layer of which ``shrink`` left nothing.
 
+    The groups of a grouped convolution have equal sizes. In a shrunk network, its weight may therefore have outputs that fill up a group, and
+    that the bias does not have.
+
     The params alone become arrays, not the constants that ``shrink`` put in place of removed channels. Where these are not 0, the PyTorch
     network must add them.
 
@@ -120,7 +123,7 @@ def _readers(program: Program, values: Sequence[Any], num_params: int) -> dict[i
     """The first product that reads each param, by the number of the param."""
     depends = data_dependent(program, num_params)
     # The params, and the values that are computed from one param and constants alone: the number of the param, and the value.
-    forms = {number: (number, values[number]) for number in program.inputs[:num_params]}
+    forms: dict[int, tuple[int, Any]] = {number: (number, values[number]) for number in program.inputs[:num_params]}
     mixed = set[int]()  # Values that are computed from more than one param.
     readers: dict[int, _Reader] = {}
     for step in program.steps:
@@ -133,9 +136,10 @@ def _readers(program: Program, values: Sequence[Any], num_params: int) -> dict[i
         if len(origins) > 1 or mixed.intersection(step.inputs):
             mixed.update(step.outputs)
         elif origins:
+            (param,) = origins
             form = forms[step.inputs[0]][1] if len(step.inputs) == 1 else None
             for number in step.outputs:
-                forms[number] = (*origins, values[number] if form is None else _moved(step, form, values[number]))
+                forms[number] = (param, values[number] if form is None else _moved(step, form, values[number]))
     return readers
 
 
