@@ -74,6 +74,7 @@ class Small:
     Attributes:
       apply: The small function.
       params: The small params.
+      whole_params: The params of the whole network.
       inputs: The inputs by batch size.
       outputs: The outputs of the whole network by batch size, as lists of arrays.
       tolerance: The largest allowed difference of outputs, relative to the largest output.
@@ -82,6 +83,7 @@ class Small:
 
     apply: Callable[..., Any]
     params: Any
+    whole_params: Any
     inputs: dict[int, tuple[Any, ...]]
     outputs: dict[int, list[np.ndarray]]
     tolerance: float
@@ -120,7 +122,7 @@ def check_model(model: PublicModel, own_choice: bool) -> Result:
     except Exception as error:  # No error of shrink is expected here.
         return Result(outcomes={"shrink": Outcome(f"{type(error).__name__}: {_sentence(error)}", failed=True)})
     seconds = time.perf_counter() - start
-    small = Small(small_apply, small_params, inputs, outputs, model.tolerance, model.is_flax)
+    small = Small(small_apply, small_params, params, inputs, outputs, model.tolerance, model.is_flax)
 
     outcomes, worked, largest = {"shrink": Outcome(OK)}, [], 0.0
     for count in BATCHES:
@@ -227,10 +229,10 @@ def _torch(small: Small, directory: Path) -> str | None:
     state = bcdl_jax.export.torch_state_dict(small.apply, small.params, small.inputs[BATCHES[-1]])
     arrays = [array for name, array in state.items() if not name.endswith(".input_indices")]
     found, expected = (
-        {*np.concatenate([np.ravel(array) for array in each])} for each in (arrays, _leaves(small.params))
+        {*np.concatenate([np.ravel(array) for array in each])} for each in (arrays, _leaves(small.whole_params))
     )
-    # The groups of a shrunk grouped convolution read some rows of its kernel each, and are filled up to equal sizes.
-    if found - expected - {0} or len(arrays) < sum(array.size > 0 for array in _leaves(small.params)):
+    # A shrunk grouped convolution has groups of equal sizes, which may hold weights of the whole network.
+    if found - expected or len(arrays) < sum(array.size > 0 for array in _leaves(small.params)):
         raise DifferenceError("The dictionary for PyTorch holds other values than the params.")
     return None
 
