@@ -3,7 +3,7 @@
 The names below are the most used ones, in the order of use. The subpackages hold the rest.
 """
 
-from bcdl_jax import baselines, codec, compression, export, graph, nn, priors, shrinking, train
+from bcdl_jax import baselines, codec, compression, conversion, export, graph, nn, priors, shrinking, train
 from bcdl_jax.codec import load, save
 from bcdl_jax.compression import (
     choose_relative_step,
@@ -14,6 +14,7 @@ from bcdl_jax.compression import (
     rate,
     reduce_precision,
 )
+from bcdl_jax.conversion import variational
 from bcdl_jax.export import export_onnx, export_safetensors, export_stablehlo, load_stablehlo
 from bcdl_jax.nn import Conv, Dense, max_pool
 from bcdl_jax.priors import (
@@ -43,6 +44,7 @@ __all__ = [  # noqa: RUF022
     "Posterior",
     "variational_layers",
     # The start of training, from a trained network.
+    "variational",
     "from_trained",
     "balance_scales",
     # The objective, and the functions to call after each step.
@@ -75,6 +77,7 @@ __all__ = [  # noqa: RUF022
     "train",
     "compression",
     "shrinking",
+    "conversion",
     "codec",
     "export",
     "baselines",

@@ -21,6 +21,7 @@ ORDER = (
     "nn",
     "compression",
     "shrinking",
+    "conversion",
     "codec",
     "export",
     "baselines",

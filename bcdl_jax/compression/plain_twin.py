@@ -57,7 +57,7 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
         if jnp.shape(given[path]) != jnp.shape(like):
             raise ValueError(f"{path} of trained has shape {jnp.shape(given[path])}; it must have {jnp.shape(like)}.")
         used.add(path)
-        _check_finite(path, given[path], jnp.result_type(like))
+        check_finite(path, given[path], jnp.result_type(like), "trained")
         return jnp.asarray(given[path], jnp.result_type(like))
 
     def fill(path: Any, node: Any) -> Any:
@@ -75,15 +75,15 @@ def from_trained(params: PyTree, trained: PyTree) -> PyTree:
     return filled
 
 
-def _check_finite(path: str, array: Any, dtype: Any) -> None:
-    """Raises ValueError if a known array holds a value that is not finite in this dtype."""
+def check_finite(path: str, array: Any, dtype: Any, argument: str) -> None:
+    """Raises ValueError if a known array at a path of an argument holds a value that is not finite in this dtype."""
     if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
         return
     with np.errstate(over="ignore"):
         bad = int(np.sum(~np.isfinite(np.asarray(array).astype(dtype))))
     if bad:
         raise ValueError(
-            f"{path} of trained holds {bad:,} values that are not finite in {dtype}; a network starts from finite weights."
+            f"{path} of {argument} holds {bad:,} values that are not finite in {dtype}; a network starts from finite weights."
         )
 
 

@@ -41,11 +41,13 @@ def torch_state_dict(apply: Callable[..., PyTree], params: PyTree, example_input
     """The params of a network of Flax layers, as the same layers of PyTorch hold them.
 
     A kernel becomes a ``weight`` [out, in] or [out, in, *window]. If a layer has several axes of inputs or outputs, such as attention heads,
-    they become one. If the network transposes or masks a kernel, the weight is the result. The scale of a norm becomes a ``weight``, its averages become
-    ``running_mean`` and ``running_var``. PyTorch has the channels of images first: if a dense layer reads a flattened image, the columns of its
-    weight are put into PyTorch's order. If it reads only some of the flattened values, as a shrunk network may, the further array
-    ``<layer>.input_indices`` lists them: ``linear(torch.flatten(x, 1)[:, input_indices])``. Arrays without elements are left out, such as
-    those of a layer of which ``shrink`` left nothing.
+    they become one. If the network transposes or masks a kernel, the weight is the result. The scale of a norm becomes a ``weight``, its
+    averages become ``running_mean`` and ``running_var``. A transposed convolution with strides of 1 is an ordinary convolution. Arrays
+    without elements are left out, such as those of a layer of which ``shrink`` left nothing.
+
+    PyTorch has the channels of images first: if a dense layer reads a flattened image, the columns of its weight are put into PyTorch's order.
+    Channels that the network rearranges in front of a convolution keep their order. If a layer reads only some of the flattened values, as in
+    a shrunk network, the further array ``<layer>.input_indices`` lists them: ``linear(torch.flatten(x, 1)[:, input_indices])``.
 
     The groups of a grouped convolution have equal sizes. In a shrunk network, its weight may therefore have outputs that fill up a group, and
     that the bias does not have.
@@ -108,15 +110,24 @@ def _names_of_empty(arrays: dict[str, np.ndarray]) -> list[str]:
 
 
 class _Reader(NamedTuple):
-    """The product that reads a param as its second operand.
+    """The product that reads a param.
 
     Attributes:
       step: The product.
+      side: The operand that is the param: 1, or 0 in a matrix product.
       kernel: The param in the form in which the product reads it, such as its transpose. It keeps its type if the network casts it.
     """
 
     step: Step
+    side: int
     kernel: np.ndarray
+
+    @property
+    def axes(self) -> tuple[list[int], list[int]]:
+        """The contracted axes of the data, in ascending order, and those of the kernel in the same order. For matrix products."""
+        contracted = self.step.params["dimension_numbers"][0]
+        pairs = sorted(zip(contracted[1 - self.side], contracted[self.side], strict=True))
+        return [data for data, _ in pairs], [kernel for _, kernel in pairs]
 
 
 def _readers(program: Program, values: Sequence[Any], num_params: int) -> dict[int, _Reader]:
@@ -127,9 +138,11 @@ def _readers(program: Program, values: Sequence[Any], num_params: int) -> dict[i
     mixed = set[int]()  # Values that are computed from more than one param.
     readers: dict[int, _Reader] = {}
     for step in program.steps:
-        if step.name in PRODUCTS and step.inputs[1] in forms:
-            param, form = forms[step.inputs[1]]
-            readers.setdefault(param, _Reader(step, form))
+        if step.name in PRODUCTS and depends.intersection(step.inputs):
+            for side in (1, 0) if step.name == "dot_general" else (1,):
+                if step.inputs[side] in forms:
+                    param, form = forms[step.inputs[side]]
+                    readers.setdefault(param, _Reader(step, side, form))
         origins = {forms[number][0] for number in step.inputs if number in forms}
         if depends.intersection(step.inputs):
             continue
@@ -160,21 +173,21 @@ def _torch_entries(path: str, array: np.ndarray, reader: _Reader | None, order: 
       order: The tracker of the network.
     """
     name = path.split("/")[-1]
+    torch_name = _TORCH_NAMES.get(name, name)
     if reader is not None and reader.step.name == "conv_general_dilated":
-        return {"weight": _convolution_weight(reader, path)}
+        return {torch_name: _convolution_weight(reader, path)}
     if reader is not None and not any(reader.step.params["dimension_numbers"][1]):
-        return _with_channels_first(_dense_weight(reader), order.flattening(reader.step, path))
+        return _with_channels_first(torch_name, _dense_weight(reader), order.flattening(reader, path))
     if name == "kernel" and array.ndim > 1:
         raise ValueError(
             f"{path} of shape {array.shape} has no PyTorch layout: it is not used as the kernel of a dense layer or a convolution."
         )
-    return {_TORCH_NAMES.get(name, name): array.reshape(-1) if name == "bias" else array}
+    return {torch_name: array.reshape(-1) if name == "bias" else array}
 
 
 def _dense_weight(reader: _Reader) -> np.ndarray:
     """The weight [out, in] of a dense layer. Several input or output axes become one."""
-    (inputs, contracted), _ = reader.step.params["dimension_numbers"]
-    contracted = [contracted[place] for place in np.argsort(inputs)]
+    _, contracted = reader.axes
     rest = [axis for axis in range(reader.kernel.ndim) if axis not in contracted]
     weight = reader.kernel.transpose(*rest, *contracted)
     return weight.reshape(math.prod(weight.shape[: len(rest)]), -1)
@@ -198,13 +211,13 @@ class _Flattening(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def _with_channels_first(weight: np.ndarray, flattening: _Flattening | None) -> dict[str, np.ndarray]:
+def _with_channels_first(name: str, weight: np.ndarray, flattening: _Flattening | None) -> dict[str, np.ndarray]:
     """The weight [out, in] of a dense layer in PyTorch's order of the inputs, and the places of the inputs if it does not read all."""
     if flattening is None:
-        return {"weight": weight}
+        return {name: weight}
     places = np.ravel_multi_index(flattening.indices, flattening.sizes)
     order = np.argsort(places)
-    entries = {"weight": weight[:, order]}
+    entries = {name: weight[:, order]}
     if len(places) != math.prod(flattening.sizes):
         entries["input_indices"] = places[order].astype(np.int64)
     return entries
@@ -223,24 +236,26 @@ class _Layout(NamedTuple):
     places: np.ndarray
     is_image: bool
 
-    def coordinates(self, axis: int = -1) -> tuple[np.ndarray, ...]:
-        """The index along each axis of ``shape``, [rows, places along the given axis of the value]."""
-        rows = np.moveaxis(self.places, axis, -1)
-        return np.unravel_index(rows.reshape(-1, rows.shape[-1]), self.shape)
+    def coordinates(self, axes: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """The index along each axis of ``shape``, [rows, places along the given axes of the value]."""
+        rows = np.moveaxis(self.places, axes, range(-len(axes), 0))
+        return np.unravel_index(rows.reshape(-1, math.prod(rows.shape[rows.ndim - len(axes) :])), self.shape)
 
-    def axes_along(self, axis: int = -1) -> list[int]:
-        """The axes of ``shape`` over which the given axis of the value runs."""
+    def axes_along(self, axes: Sequence[int]) -> list[int]:
+        """The axes of ``shape`` over which the given axes of the value run."""
         if not self.places.size or not self.shape:
             return []
-        return [number for number, places in enumerate(self.coordinates(axis)) if (places != places[:, :1]).any()]
+        return [number for number, places in enumerate(self.coordinates(axes)) if (places != places[:, :1]).any()]
+
+    def is_flattened_image_along(self, axes: Sequence[int]) -> bool:
+        """Whether the given axes run over channels and positions."""
+        along = self.axes_along(axes) if self.is_image else []
+        return len(along) > 1 and along[-1] == len(self.shape) - 1
 
     @property
     def is_flattened_image(self) -> bool:
         """Whether the last axis runs over channels and positions."""
-        if not self.is_image or self.places.ndim < 2:
-            return False
-        axes = self.axes_along()
-        return len(axes) > 1 and axes[-1] == len(self.shape) - 1
+        return self.is_flattened_image_along([-1])
 
     @property
     def repeats(self) -> bool:
@@ -264,11 +279,11 @@ class _OrderTracker:
         self._depends = data_dependent(program, num_params)
         self._layouts: dict[int, _Layout | None] = {}
 
-    def flattening(self, step: Step, path: str) -> _Flattening | None:
+    def flattening(self, reader: _Reader, path: str) -> _Flattening | None:
         """The flatten before a dense layer, or None if PyTorch's inputs have the same order.
 
         Args:
-          step: The product of the dense layer.
+          reader: The product of the dense layer.
           path: The path of its kernel, for errors.
 
         Raises:
@@ -277,28 +292,23 @@ class _OrderTracker:
         lost = ValueError(
             f"The inputs of {path} were flattened and then mixed, scaled or rearranged, so their order in PyTorch cannot be found."
         )
-        number, axes = step.inputs[0], step.params["dimension_numbers"][0][0]
-        layout = self._layout(number)
+        (axes, _), layout = reader.axes, self._layout(reader.step.inputs[1 - reader.side])
         if layout is None:
             raise lost
-        if len(axes) > 1:
-            if layout.is_image and layout.shape[-1] > 1:
-                raise lost
+        along = layout.axes_along(axes)
+        if not along or along == [len(layout.shape) - 1]:
             return None
-        if layout.is_flattened_image:
-            if self._values[number].ndim != 2:
-                raise lost
-            *window, channel = layout.coordinates()
-            return _Flattening((channel[0], *(index[0] for index in window)), (layout.shape[-1], *layout.shape[:-1]))
-        flat = layout.axes_along(axes[0])
-        sizes = tuple(layout.shape[axis] for axis in flat)
-        if layout.is_image or len(flat) < 2 or math.prod(sizes) == self._values[number].shape[axes[0]]:
+        is_image = layout.is_flattened_image_along(axes)
+        if is_image:
+            along = [along[-1], *along[:-1]]
+        sizes = tuple(layout.shape[axis] for axis in along)
+        coordinates = layout.coordinates(axes)
+        places = np.ravel_multi_index([coordinates[axis] for axis in along], sizes)
+        if not is_image and places.shape[1] == math.prod(sizes):
             return None
-        coordinates = layout.coordinates(axes[0])
-        places = np.ravel_multi_index([coordinates[axis] for axis in flat], sizes)
-        if (places != places[:1]).any() or (np.diff(places[0]) <= 0).any():
+        if (places != places[:1]).any() or (not is_image and (np.diff(places[0]) <= 0).any()):
             raise lost
-        return _Flattening(tuple(coordinates[axis][0] for axis in flat), sizes)
+        return _Flattening(tuple(coordinates[axis][0] for axis in along), sizes)
 
     def _layout(self, number: int) -> _Layout | None:
         """The layout of a value, or None if flattened values were mixed."""
@@ -320,7 +330,7 @@ class _OrderTracker:
             return None
         if step.name in _MOVES and operands[:1] == [step.inputs[0]]:
             others = (self._values[operand] for operand in step.inputs[1:])
-            return known[0]._replace(places=np.asarray(step.bind(known[0].places, *others)[0]))
+            return self._moved(number, known[0]._replace(places=np.asarray(step.bind(known[0].places, *others)[0])))
         if not any(layout.is_flattened_image for layout in known):
             # Statistics that a norm subtracts, say, have no order of their own.
             known = [layout for layout in known if not layout.repeats] if step.elementwise else []
@@ -331,9 +341,21 @@ class _OrderTracker:
         if known and all(
             layout.shape == known[0].shape and np.array_equal(layout.places, known[0].places) for layout in known
         ):
-            return known[0]
+            return known[0]._replace(is_image=is_image)
         flattened = any(layout.is_flattened_image for layout in known)
         return None if flattened else self._own_layout(number, is_image)
+
+    def _moved(self, number: int, layout: _Layout) -> _Layout:
+        """The layout of a value whose elements were only moved. An image that was rearranged is an image of its own."""
+        if not layout.is_image or layout.is_flattened_image or not layout.places.size:
+            return layout
+        first, size = layout.places[0], math.prod(layout.shape)
+        if first.ndim == 2 < len(layout.shape) and first.size == size and first.shape[-1] == layout.shape[-1]:
+            return self._own_layout(
+                number, False
+            )  # Positions have become tokens, which PyTorch has before the channels, too.
+        keeps_order = bool((np.diff(first.reshape(-1)) > 0).all())
+        return layout if first.ndim != len(layout.shape) or keeps_order else self._own_layout(number, True)
 
     def _gives_image(self, step: Step, layout: _Layout | None) -> bool:
         """Whether a product makes an image: a convolution, or a dense layer that reads the channels at each position."""

@@ -101,6 +101,15 @@ def _fixed(value: Any, dtype: Any) -> Fact:
     return known_fact(np.zeros((1,) * array.ndim, bool), array.astype(dtype, copy=False), True)
 
 
+# The operands whose elements the results of a step are. Data choose among them, or they lie beside data.
+_CHOSEN = {
+    "concatenate": slice(0, None),
+    "dynamic_slice": slice(0, 1),
+    "gather": slice(0, 1),
+    "select_n": slice(1, None),
+}
+
+
 def _known_elements(
     step: Step, inputs: Sequence[Fact], is_fixed: bool, program: Program, moving: Moving
 ) -> Sequence[Known] | None:
@@ -112,9 +121,10 @@ def _known_elements(
         shapes = [program.shapes[number].shape for number in step.inputs]
         full = [np.broadcast_to(fact.value, shape) for fact, shape in zip(inputs, shapes, strict=True)]
         return [(np.zeros((1,) * value.ndim, bool), value) for value in values_of(step, full)]
-    if step.name == "concatenate":
-        # Params that are concatenated with data, such as a class token, stay params.
-        inputs = inputs if is_fixed else [as_data(fact) for fact in inputs]
+    if not is_fixed:
+        # Params among data stay params, such as a class token, or an expert that data choose.
+        chosen = range(len(inputs))[_CHOSEN.get(step.name, slice(0))]
+        inputs = [as_data(fact) if place in chosen else fact for place, fact in enumerate(inputs)]
     if rule is not None:
         outputs = rule.forward(inputs)
     elif product is not None:

@@ -75,7 +75,7 @@ def flow_rule(step: Step, program: Program) -> FlowRule | None:
         return _mixing(step, axis % len(in_shapes[0]), in_shapes, len(outputs))
     if step.name in ("gather", "dynamic_slice"):
         axes = unindexed_axes(step, program)
-        return _indexing(axes, in_shapes, outputs[0].shape) if axes else None
+        return _indexing(axes, in_shapes, outputs[0].shape, step.params.get("fill_value")) if axes else None
     return None
 
 
@@ -290,8 +290,17 @@ def unindexed_axes(step: Step, program: Program) -> dict[int, int]:
     }
 
 
-def _indexing(unindexed: dict[int, int], in_shapes: Sequence[Shape], out_shape: Shape) -> FlowRule:
-    """The rule of a gather or dynamic slice. Along its indexed axes, the output may come from any place of the operand."""
+def _indexing(
+    unindexed: dict[int, int], in_shapes: Sequence[Shape], out_shape: Shape, fill_value: Any = None
+) -> FlowRule:
+    """The rule of a gather or dynamic slice. Along its indexed axes, the output may come from any place of the operand.
+
+    Args:
+      unindexed: The axes of ``unindexed_axes``.
+      in_shapes: The shapes of the operands.
+      out_shape: The shape of the output.
+      fill_value: The elements for indices out of range, if the network gives a number. The default of JAX, NaN, marks wrong inputs.
+    """
     indexed = tuple(axis for axis in range(len(in_shapes[0])) if axis not in unindexed)
     out_indexed = tuple(axis for axis in range(len(out_shape)) if axis not in unindexed.values())
     by_operand = sorted(unindexed)
@@ -308,6 +317,8 @@ def _indexing(unindexed: dict[int, int], in_shapes: Sequence[Shape], out_shape: 
             first = np.take(first, [0], axis)
         if inputs[0].value.shape != first.shape:
             unknown = unknown | any_along(inputs[0].value != first, indexed)
+        if fill_value is not None and fill_value == fill_value:
+            unknown = unknown | (first != fill_value)
         return [(compact(to_output(unknown)), to_output(first))]
 
     def backward(_: Sequence[Fact], lives: Sequence[Flags]) -> list[Flags]:

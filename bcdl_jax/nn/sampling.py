@@ -59,8 +59,15 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
     Returns:
       The outputs, [examples, ..., out], exactly zero for pruned ones.
     """
-    dtype = inputs.dtype
     scale_key, noise_key = jax.random.split(key)
+    return sample_outputs(posterior, inputs, scale_key, noise_key, linear_map)
+
+
+def sample_outputs(
+    posterior: Posterior, inputs: jax.Array, scale_key: jax.Array, noise_key: jax.Array, linear_map: LinearMap
+) -> jax.Array:
+    """``apply_sampled`` with separate keys for the scales and for the noise of the outputs. Several products can so share their scales."""
+    dtype = inputs.dtype
     posterior = posterior.in_float32()
     scale = posterior.sample_scale(scale_key, inputs.shape[0]).astype(dtype)
     scale = scale.reshape(inputs.shape[0], *(1,) * (inputs.ndim - 2), scale.shape[-1])

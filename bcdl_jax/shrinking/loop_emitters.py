@@ -43,7 +43,9 @@ def emit_scan(machine: Machine, index: int, step: Step, run: Run) -> None:
         iteration,
         _carry(body, _expanded(first, body.inputs[carried])),
         [value for _, value, _ in slices],
-        **{name: step.params[name] for name in ("length", "reverse", "unroll")},
+        # The length may be a symbolic batch size, which the stacks know and ``scan`` does not take.
+        length=None if slices else step.params["length"],
+        **{name: step.params[name] for name in ("reverse", "unroll")},
     )
     _put_carry(machine, step.outputs[:count], kept, carry)
     rest = iter(stacked)

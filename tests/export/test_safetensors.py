@@ -138,6 +138,89 @@ def test_a_norm_in_groups_before_a_flatten_keeps_the_order(key):
     np.testing.assert_array_equal(weight, kernel.reshape(3, 5, 4, 2).transpose(3, 2, 0, 1).reshape(2, -1))
 
 
+def pixel_shuffle(x):
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows, columns, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, 2 * rows, 2 * columns, channels // 4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pixel_shuffle,
+        lambda x: x[:, ::-1],
+        lambda x: x.transpose(0, 2, 1, 3),
+        lambda x: x.reshape(*x.shape[:3], 2, 4).swapaxes(3, 4).reshape(x.shape),
+        lambda x: jnp.repeat(x, 2, 1),
+        lambda x: jnp.roll(x, 1, 2),
+        lambda x: jnp.concatenate([x, x[..., :2]], -1),
+        lambda x: nn.avg_pool(x, (2, 2), (2, 2)),
+    ],
+)
+def test_the_order_is_that_of_the_flattened_image(function, key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = function(nn.Conv(8, (3, 3))(x))
+            self.sow("intermediates", "image", x)
+            return nn.Dense(5)(x.reshape(len(x), -1))
+
+    images = jax.random.normal(key, (2, 4, 6, 3))
+    variables = {"params": jax.jit(Model().init)(key, images)["params"]}
+    state = bcdl_jax.export.torch_state_dict(Model().apply, variables, images)
+    assert set(state) == {"Conv_0.weight", "Conv_0.bias", "Dense_0.weight", "Dense_0.bias"}
+    outputs, sown = Model().apply(variables, images, mutable="intermediates")
+    flat = np.asarray(sown["intermediates"]["image"][0]).transpose(0, 3, 1, 2).reshape(2, -1)
+    np.testing.assert_allclose(flat @ state["Dense_0.weight"].T + state["Dense_0.bias"], outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_flattened_in_their_own_order(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (2, 2), (2, 2))(x).reshape(len(x), -1, 4)
+            return nn.Dense(2)((nn.MultiHeadDotProductAttention(2)(x) + x).reshape(len(x), -1))
+
+    images = jax.random.normal(key, (2, 4, 4, 3))
+    variables = jax.jit(Model().init)(key, images)
+    state = bcdl_jax.export.torch_state_dict(Model().apply, variables, images)
+    np.testing.assert_array_equal(state["Dense_0.weight"], variables["params"]["Dense_0"]["kernel"].T)
+
+
+def test_the_read_positions_of_an_image_with_one_channel_are_listed(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.relu(nn.Conv(1, (3, 3))(x)).reshape(len(x), -1))
+
+    images = jax.random.normal(key, (2, 4, 4, 3))
+    variables = jax.jit(Model().init)(key, images)
+    kernel = variables["params"]["Dense_0"]["kernel"]
+    variables["params"]["Dense_0"]["kernel"] = kernel.at[::2].set(0)
+    small_apply, small, _ = bcdl_jax.shrink(Model().apply, variables, images)
+    state = bcdl_jax.export.torch_state_dict(small_apply, small, images)
+    np.testing.assert_array_equal(state["Dense_0.input_indices"], np.arange(1, 16, 2))
+
+
+def test_an_image_without_a_batch_is_flattened_with_channels_first(key):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5)(nn.Conv(2, (3, 3))(x).reshape(-1))
+
+    image = jax.random.normal(key, (4, 3, 3))
+    variables = jax.jit(Model().init)(key, image)
+    weight = bcdl_jax.export.torch_state_dict(Model().apply, variables, image)["Dense_0.weight"]
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(weight, kernel.reshape(4, 3, 2, 5).transpose(3, 2, 0, 1).reshape(5, -1))
+    layer, images = nn.DenseGeneral(5, axis=(1, 2, 3)), jax.random.normal(key, (2, 4, 3, 2))
+    variables = layer.init(key, images)
+    state = bcdl_jax.export.torch_state_dict(layer.apply, variables, images)
+    flat = np.asarray(images).transpose(0, 3, 1, 2).reshape(2, -1)
+    outputs = layer.apply(variables, images)
+    np.testing.assert_allclose(flat @ state["weight"].T + state["bias"], outputs, rtol=1e-4, atol=1e-5)
+
+
 class Attention(nn.Module):
     """Attention over three heads of four features, which are flattened."""
 
@@ -214,6 +297,11 @@ def test_a_kernel_that_the_network_changes_becomes_the_result(key):
     kernel = jax.random.normal(key, (3, 4))
     state = bcdl_jax.export.torch_state_dict(lambda params, x: x @ params["kernel"].T, {"kernel": kernel}, x)
     np.testing.assert_array_equal(state["weight"], kernel)
+    left = lambda params, x: (params["kernel"] @ x[0].T).T  # noqa: E731
+    np.testing.assert_array_equal(bcdl_jax.export.torch_state_dict(left, {"kernel": kernel}, x)["weight"], kernel)
+    names = lambda params, x: x @ params["first"] @ params["last"]  # noqa: E731
+    own = {"first": kernel.T, "last": kernel}
+    assert set(bcdl_jax.export.torch_state_dict(names, own, x)) == {"first", "last"}
     half = lambda params, x: x.astype(jnp.bfloat16) @ params["kernel"].astype(jnp.bfloat16).T  # noqa: E731
     state = bcdl_jax.export.torch_state_dict(half, {"kernel": kernel}, x)
     np.testing.assert_array_equal(state["weight"], kernel)  # The weights are stored in the type of the params.

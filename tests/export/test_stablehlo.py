@@ -182,3 +182,18 @@ def test_numbers_that_grow_with_the_batch(tmp_path, key):
         for size in (1, 2, 5):
             batch = jnp.resize(ids, (size, 4)).astype(ids.dtype)
             np.testing.assert_allclose(exported.call(batch), apply(params, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loop", [jax.lax.map, lambda body, x: jax.lax.scan(lambda carry, row: (carry, body(row)), 0, x)[1]]
+)
+def test_a_small_network_that_loops_over_the_batch_is_exported(loop, tmp_path, key):
+    params = {"first": jax.random.normal(key, (6, 6)).at[:, 3:].set(0), "last": jax.random.normal(key, (6, 2))}
+    inputs = jax.random.normal(key, (4, 6))
+    apply = lambda params, x: loop(lambda row: jax.nn.relu(row @ params["first"]) @ params["last"], x)  # noqa: E731
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, inputs)
+    assert small["first"].shape == (6, 3)
+    bcdl_jax.export_stablehlo(tmp_path / "net", small_apply, small, inputs)
+    run = bcdl_jax.load_stablehlo(tmp_path / "net")
+    for size in (1, 3):
+        np.testing.assert_allclose(run(inputs[:size]), apply(params, inputs[:size]), rtol=1e-5, atol=1e-5)

@@ -167,3 +167,42 @@ def test_a_literal_may_be_reshaped():
     params, x = {"w": jnp.array([1.0, 0.0, 2.0])}, jnp.arange(8.0).reshape(2, 4)
     small_apply, small, _ = bcdl_jax.shrink(apply, params, x)
     np.testing.assert_allclose(small_apply(small, x), apply(params, x))
+
+
+def test_a_number_for_indices_out_of_range_is_no_constant(key):
+    """The channels 3 and 4 are 1, but 0 where an index is out of range."""
+    params = {"first": jax.random.normal(key, (6, 5)).at[:, 3:].set(0), "bias": jnp.ones(5), "last": jnp.ones((5, 2))}
+    inputs = jax.random.normal(key, (2, 3, 6))
+
+    def apply(params, x, indices):
+        hidden = jax.nn.relu(x @ params["first"] + params["bias"])
+        read = lambda row, at: row.at[at].get(mode="fill", fill_value=0)  # noqa: E731
+        return jax.vmap(read)(hidden, indices) @ params["last"]
+
+    small_apply, small, _ = bcdl_jax.shrink(apply, params, (inputs, jnp.array([[0, 1], [2, 0]])))
+    outside = jnp.array([[0, 3], [2, 0]])
+    expected = apply(params, inputs, outside)
+    np.testing.assert_allclose(small_apply(small, inputs, outside), expected, rtol=1e-5, atol=1e-5)
+    assert small["first"].shape == (6, 3)
+
+
+@pytest.mark.parametrize("choice", ["branch", "row", "expert", "mask"])
+def test_params_that_data_choose_stay_params(choice, key):
+    """They are equal, so that the result does not depend on the choice; they may differ after training."""
+    matrix, x = jax.random.normal(key, (6, 6)), jax.random.normal(key, (4, 6))
+    rows = jnp.array([0, 1, 2, 0])
+    apply, chosen = {
+        "branch": (
+            lambda w, x, i: jax.vmap(lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ w, lambda x: jnp.tanh(x @ w), x))(
+                x
+            ),
+            matrix,
+        ),
+        "row": (lambda w, x, i: x * w[i], jnp.ones((3, 6))),
+        "expert": (lambda w, x, i: jnp.einsum("bd,bdk->bk", x, w[i]), jnp.broadcast_to(matrix, (3, 6, 6))),
+        "mask": (lambda w, x, i: jnp.where(jnp.arange(6) < 3, x, w), jnp.ones(6)),
+    }[choice]
+    params = {"chosen": chosen, "last": jnp.ones((6, 2))}
+    whole = lambda params, x, i: apply(params["chosen"], x, i) @ params["last"]  # noqa: E731
+    _, small, _ = bcdl_jax.shrink(whole, params, (x, rows))
+    assert small["chosen"].shape == ((3,) if choice == "mask" else chosen.shape)

@@ -1,0 +1,206 @@
+"""The layouts of kernels and products: from any axes to those of a variational layer, and back.
+
+A variational layer has a kernel [*window, in / feature groups, out], inputs [examples, ..., in] and outputs [examples, ..., out].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcdl_jax.graph.program import Step
+from bcdl_jax.nn.linear_maps import ConvolutionMap, DenseMap, LinearMap
+from bcdl_jax.priors.posterior import GroupAxis
+
+Axes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonical:
+    """The operand of a product as the kernel of a variational layer.
+
+    Attributes:
+      order: The permutation of the operand's axes that puts the inputs before the outputs, as for ``jax.numpy.transpose``.
+      shape: The shape of the kernel, [*window, in / feature groups, out].
+      group_axis: The side of the groups, "input" for a matrix product and "output" for a convolution.
+      feature_groups: The number of feature groups of a grouped convolution.
+    """
+
+    order: Axes
+    shape: tuple[int, ...]
+    group_axis: GroupAxis
+    feature_groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+    """The relation between an array of the params and the kernel of its posterior.
+
+    Attributes:
+      shape: The shape of the array.
+      chain: The steps that move the array to its product.
+      canonical: The operand of the product as a kernel.
+    """
+
+    shape: tuple[int, ...]
+    chain: tuple[Step, ...]
+    canonical: Canonical
+
+    def to_kernel(self, array: Any) -> jax.Array:
+        """The kernel that holds the elements of the array."""
+        value = jnp.asarray(array)
+        for step in self.chain:
+            value = value if step.name == "convert_element_type" else step.bind(value)[0]
+        return jnp.transpose(value, self.canonical.order).reshape(self.canonical.shape)
+
+    def to_array(self, kernel: jax.Array) -> jax.Array:
+        """The array that holds the elements of a kernel, the inverse of ``to_kernel``."""
+        value = _untransposed(kernel, self._operand_shape, self.canonical.order)
+        for step in reversed(self.chain):
+            shape = step.equation.invars[0].aval.shape
+            if step.name == "rev":
+                value = jax.lax.rev(value, step.params["dimensions"])
+            elif step.name == "transpose":
+                value = jnp.transpose(value, _inverse(step.params["permutation"]))
+            else:
+                value = value.reshape(shape)
+        return value.reshape(self.shape)
+
+    def is_equal(self, other: KernelLayout) -> bool:
+        """Whether both layouts put each element at the same place of the same kernel."""
+        first, second = self.canonical, other.canonical
+        same = (first.shape, first.group_axis, first.feature_groups) == (
+            second.shape,
+            second.group_axis,
+            second.feature_groups,
+        )
+        return same and bool(np.array_equal(self._places, other._places))
+
+    @property
+    def _operand_shape(self) -> tuple[int, ...]:
+        return self.chain[-1].equation.outvars[0].aval.shape if self.chain else self.shape
+
+    @functools.cached_property
+    def _places(self) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self.to_kernel(np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductLayout:
+    """The relation between a product of the network and the linear map of a variational layer.
+
+    Attributes:
+      canonical: The operand of the product as a kernel.
+      linear_map: The linear map.
+      data_side: The operand that holds the data, 0 or 1.
+      data_order: The permutation of the data's axes to [examples, ..., *spatial, in].
+      num_inputs: The number of the last axes of the permuted data that become one axis of inputs.
+      out_shape: The shape of the outputs behind the axes of the data: the axes that are outputs of the layer.
+      out_order: The permutation of [examples, ..., *out_shape] to the axes of the product.
+    """
+
+    canonical: Canonical
+    linear_map: LinearMap
+    data_side: int
+    data_order: Axes
+    num_inputs: int
+    out_shape: tuple[int, ...]
+    out_order: Axes
+
+    def to_inputs(self, data: jax.Array) -> jax.Array:
+        """The inputs of the layer, [examples, ..., in]."""
+        data = jnp.transpose(data, self.data_order)
+        front = data.ndim - self.num_inputs
+        return data.reshape(*data.shape[:front], math.prod(data.shape[front:]))
+
+    def to_result(self, outputs: jax.Array) -> jax.Array:
+        """The result of the product."""
+        return jnp.transpose(outputs.reshape(*outputs.shape[:-1], *self.out_shape), self.out_order)
+
+
+def dot_layout(
+    params: Mapping[str, Any], side: int, shapes: Sequence[tuple[int, ...]], moving: frozenset[int]
+) -> ProductLayout | str:
+    """The layout of a ``dot_general``, or the reason why it has none.
+
+    Args:
+      params: The parameters of the primitive.
+      side: The operand that is the kernel, 0 or 1.
+      shapes: The shapes of both operands.
+      moving: The axes of the data that run over the examples.
+    """
+    contracted, batch = params["dimension_numbers"]
+    if batch[side]:
+        return "its product has a separate kernel for each index of an axis of the data"
+    inner, data_inner = tuple(contracted[side]), tuple(contracted[1 - side])
+    outer = tuple(axis for axis in range(len(shapes[side])) if axis not in inner)
+    data_outer = tuple(axis for axis in range(len(shapes[1 - side])) if axis not in data_inner)
+    examples = [axis for axis in data_outer if axis in moving]
+    if not examples:
+        return "its product sums over the examples" if moving else "its product reads no axis of examples"
+    front = (examples[0], *(axis for axis in data_outer if axis != examples[0]))
+    kernel = shapes[side]
+    shape = tuple(math.prod(kernel[axis] for axis in axes) for axes in (inner, outer))
+    # The product has the free axes of its first operand before those of the second. The layer has the axes of the data first.
+    data_places = [front.index(axis) for axis in data_outer]
+    kernel_places = [len(front) + place for place in range(len(outer))]
+    return ProductLayout(
+        canonical=Canonical((*inner, *outer), shape, "input"),
+        linear_map=DenseMap(params["precision"]),
+        data_side=1 - side,
+        data_order=(*front, *data_inner),
+        num_inputs=len(data_inner),
+        out_shape=tuple(kernel[axis] for axis in outer),
+        out_order=tuple(data_places + kernel_places if side == 1 else kernel_places + data_places),
+    )
+
+
+def convolution_layout(
+    params: Mapping[str, Any], side: int, shapes: Sequence[tuple[int, ...]], moving: frozenset[int]
+) -> ProductLayout | str:
+    """The layout of a ``conv_general_dilated``, or the reason why it has none. The arguments are those of ``dot_layout``."""
+    if side == 0:
+        return "it is the image of its convolution"
+    if params["batch_group_count"] != 1:
+        return "its convolution has groups along the examples"
+    numbers = params["dimension_numbers"]
+    (examples, channels, *spatial), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    if examples not in moving:
+        return "its convolution reads no axis of examples"
+    kernel, groups = shapes[1], params["feature_group_count"]
+    order = (*window, into, out)
+    out_examples, out_channels, *out_spatial = numbers.out_spec
+    return ProductLayout(
+        canonical=Canonical(order, tuple(kernel[axis] for axis in order), "output", groups),
+        linear_map=ConvolutionMap(
+            tuple(params["window_strides"]),
+            tuple(params["padding"]),
+            tuple(params["lhs_dilation"]),
+            tuple(params["rhs_dilation"]),
+            groups,
+            params["precision"],
+        ),
+        data_side=0,
+        data_order=(examples, *spatial, channels),
+        num_inputs=1,
+        out_shape=(kernel[out],),
+        out_order=_inverse((out_examples, *out_spatial, out_channels)),
+    )
+
+
+def _untransposed(kernel: jax.Array, shape: tuple[int, ...], order: Axes) -> jax.Array:
+    """The operand of this shape whose axes in ``order``, merged, are the kernel."""
+    return jnp.transpose(kernel.reshape([shape[axis] for axis in order]), _inverse(order))
+
+
+def _inverse(order: Sequence[int]) -> Axes:
+    """The permutation that undoes another one."""
+    return tuple(int(place) for place in np.argsort(order))

@@ -1,0 +1,57 @@
+"""The plan of a conversion: which arrays become variational, with which groups, and why the others stay plain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from bcdl_jax.priors.posterior import GroupAxis
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """The plan for one array of the params.
+
+    Attributes:
+      path: The path of the array, joined by "/".
+      shape: Its shape.
+      family: The name of its family of priors, or None if it stays plain.
+      groups: The number of its groups; 0 if it stays plain.
+      group_axis: The side of its groups, or None.
+      reason: The reason why it stays plain, or None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    family: str | None = None
+    groups: int = 0
+    group_axis: GroupAxis | None = None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.shape)) or "scalar"
+        if self.family is None:
+            return f"{self.path}  {size}: stays plain, since {self.reason}"
+        return f"{self.path}  {size}: {self.family}, {self.groups:,} groups of {self.group_axis}s"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionPlan:
+    """The plan of ``variational``. ``print(model.plan)`` shows it.
+
+    Attributes:
+      leaves: The plan for each array, in the order of ``jax.tree.leaves(params)``.
+      kl_divergence: The KL divergence of all posteriors at the start, in nats. Its share in the loss of an example is this number divided by
+        the number of training examples.
+      remark: A sentence on the batch sizes that the converted network supports and the given network does not, or None.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    kl_divergence: float
+    remark: str | None = None
+
+    def __str__(self) -> str:
+        sizes = [(math.prod(leaf.shape), leaf.family is not None) for leaf in self.leaves]
+        converted = sum(size for size, is_converted in sizes if is_converted)
+        total = f"{converted:,} of {sum(size for size, _ in sizes):,} numbers become variational, KL {self.kl_divergence:,.0f} nats at the start"
+        return "\n".join([*map(str, self.leaves), total, *([self.remark] if self.remark else [])])

@@ -1,0 +1,238 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bcdl_jax
+from bcdl_jax.conversion import variational
+
+
+class Transformer(nn.Module):
+    """Patches, a class token, attention, and a layer norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (4, 4), (4, 4))(x)
+        x = x.reshape(x.shape[0], -1, 8)
+        x = jnp.concatenate(
+            [jnp.broadcast_to(self.param("token", nn.initializers.normal(), (8,)), (len(x), 1, 8)), x], 1
+        )
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        return nn.Dense(3)(nn.gelu(nn.Dense(12)(x))[:, 0])
+
+
+class Convolutions(nn.Module):
+    """Grouped, strided and transposed convolutions, with batch norm, a skip and a flatten."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x)))
+        y = nn.Conv(8, (3, 2), 2, feature_group_count=2)(x)
+        x = nn.ConvTranspose(4, (2, 2), (2, 2))(nn.relu(y)) + x
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+class Half(nn.Module):
+    """Layers that compute in bfloat16."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, dtype=jnp.bfloat16)(
+            nn.relu(nn.DenseGeneral((2, 3), dtype=jnp.bfloat16)(x)).reshape(len(x), 6)
+        )
+
+
+def vector_network(params, x):
+    """A network for one example, as Equinox writes it: weights [out, in] on the left, with ``vmap`` over the examples."""
+
+    def one(x):
+        hidden = jax.nn.relu(params["first"] @ x + params["bias"])
+        return params["last"] @ (hidden + jax.nn.relu(params["again"] @ hidden))
+
+    return jax.vmap(one)(x)
+
+
+def tied_network(params, x):
+    """One weight for two layers, and a vector."""
+    for _ in range(2):
+        x = jnp.tanh(x @ params["weight"])
+    return x @ params["vector"]
+
+
+def vectors(key):
+    shapes = {"first": (6, 5), "bias": (6,), "again": (6, 6), "last": (3, 6)}
+    return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+
+def linen(model, shape):
+    return lambda key: (model.apply, jax.jit(model.init)(key, jnp.ones(shape)), jax.random.normal(key, shape))
+
+
+NETWORKS = {
+    "transformer": (linen(Transformer(), (2, 8, 8, 2)), 7),
+    "convolutions": (linen(Convolutions(), (2, 4, 4, 2)), 4),
+    "vectors": (lambda key: (vector_network, vectors(key), jax.random.normal(key, (2, 5))), 3),
+    "tied": (
+        lambda key: (
+            tied_network,
+            {"weight": jax.random.normal(key, (5, 5)), "vector": jnp.arange(5.0)},
+            jax.random.normal(key, (2, 5)),
+        ),
+        2,
+    ),
+    "half": (linen(Half(), (2, 5)), 2),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def case(request, key):
+    """(apply, params, inputs [2, ...], the variational network, the number of kernels)."""
+    make, count = NETWORKS[request.param]
+    apply, params, x = make(key)
+    return apply, params, x, variational(apply, params, x), count
+
+
+def compiled(model):
+    return jax.jit(lambda params, x, key: model.apply(params, x, key=key))
+
+
+def test_the_means_compute_the_same_at_any_batch_size(case, key):
+    apply, params, x, model, count = case
+    assert len(bcdl_jax.variational_layers(model.params)) == count
+    tolerance = 2e-2 if jax.tree.leaves(apply(params, x))[0].dtype == jnp.bfloat16 else 1e-5
+    for size in (1, 5):
+        inputs = jax.random.normal(key, (size, *x.shape[1:]))
+        expected = np.asarray(apply(params, inputs), np.float32)
+        found = np.asarray(jax.jit(model.apply)(model.params, inputs), np.float32)
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    restored = model.mean_params(model.params)
+    assert jax.tree.structure(restored) == jax.tree.structure(params)
+    for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-5)
+
+
+def test_samples_and_gradients(case, key):
+    _, _, x, model, _ = case
+    sample = compiled(model)
+    outputs = sample(model.params, x, key)
+    np.testing.assert_array_equal(outputs, sample(model.params, x, key))
+    assert bool((outputs != sample(model.params, x, jax.random.key(3))).any())
+    # The noise of an example depends neither on the batch nor on the other examples.
+    more = sample(model.params, jnp.concatenate([x, 2 * x, x]), key)
+    tolerance = 2e-2 if outputs.dtype == jnp.bfloat16 else 1e-4
+    np.testing.assert_allclose(more[:2].astype(float), outputs.astype(float), rtol=tolerance, atol=tolerance)
+    many = jax.jit(jax.vmap(lambda key: model.apply(model.params, x, key=key)))(jax.random.split(key, 3))
+    assert many.shape == (3, *outputs.shape)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, x, key=key).astype(jnp.float32) ** 2)))(
+        model.params
+    )
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+    variances = [layer.kernel_log_variance for layer in bcdl_jax.variational_layers(gradient).values()]
+    assert all(bool((leaf != 0).any()) for leaf in variances)
+
+
+def test_pruned_params_shrink_and_are_saved(case, key, tmp_path):
+    _, _, x, model, _ = case
+
+    def without_last_groups(layer):
+        return layer.prune_units(jnp.arange(layer.unit_mask.size) < layer.unit_mask.size - 1)
+
+    is_layer = lambda node: isinstance(node, bcdl_jax.Posterior)  # noqa: E731
+    pruned = jax.tree.map(
+        lambda node: without_last_groups(node) if is_layer(node) else node, model.params, is_leaf=is_layer
+    )
+    rounded = bcdl_jax.reduce_precision(pruned, 0.5)
+    outputs = np.asarray(jax.jit(model.apply)(rounded, x), np.float32)
+    bcdl_jax.save(tmp_path / "net.bcdl", rounded)
+    loaded = bcdl_jax.load(tmp_path / "net.bcdl", like=model.params)
+    np.testing.assert_array_equal(np.asarray(jax.jit(model.apply)(loaded, x), np.float32), outputs)
+    small_apply, small, report = bcdl_jax.shrink(model.apply, pruned, x)
+    assert report.bytes[1] < report.bytes[0]
+    expected = np.asarray(jax.jit(model.apply)(pruned, x), np.float32)
+    found = np.asarray(jax.jit(small_apply)(small, x), np.float32)
+    np.testing.assert_allclose(found, expected, atol=2e-2 * np.abs(expected).max())
+    with pytest.raises(ValueError, match="which has no noise to sample; pass no key"):
+        model.apply(rounded, x, key=key)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_samples_have_the_predicted_moments(side, key):
+    x = jax.random.normal(key, (2, 3, 4))
+    weight = jax.random.normal(key, (4, 5) if side == "right" else (5, 4))
+    apply = {
+        "right": lambda params, x: x @ params["weight"],
+        "left": lambda params, x: jnp.einsum("oi,bti->bto", params["weight"], x),
+    }[side]
+    model = variational(apply, {"weight": weight}, x)
+    node = model.params["weight"].replace(
+        kernel_log_variance=jnp.linspace(-3, 0, 20).reshape(4, 5), scale_log_variance=jnp.linspace(-3, -1, 4)
+    )
+    samples = jax.jit(jax.vmap(lambda key: model.apply({"weight": node}, x, key=key)))(jax.random.split(key, 40_000))
+    mean, variance = node.kernel_moments()
+    deviation = np.sqrt(x**2 @ variance)
+    np.testing.assert_allclose(samples.mean(0), x @ mean, atol=5 * float(deviation.max()) / 200)
+    np.testing.assert_allclose(samples.std(0), deviation, rtol=0.05)
+
+
+def test_products_that_share_a_weight_share_its_scales(key):
+    """Without noise of the weights, two products with one kernel and equal inputs are equal."""
+    x = jnp.ones((3, 4))
+    model = variational(
+        lambda params, x: (x @ params["weight"], (2 * x) @ params["weight"]), {"weight": jnp.ones((4, 5))}, x
+    )
+    node = model.params["weight"].replace(kernel_log_variance=jnp.full((4, 5), -60.0), scale_log_variance=jnp.zeros(4))
+    first, second = model.apply({"weight": node}, x, key=key)
+    np.testing.assert_allclose(2 * first, second, rtol=1e-2, atol=1e-2)
+    assert float(first.std()) > 0.1
+
+
+def test_the_plan_names_what_stays_plain_and_why(key):
+    x = jnp.arange(6).reshape(2, 3)
+
+    def apply(params, x):
+        hidden = params["embedding"][x] @ params["kernel"]
+        return hidden @ params["plain"] + jnp.where(params["flags"], params["bias"], 0)
+
+    params = {
+        "embedding": jnp.ones((7, 4)),
+        "kernel": jnp.ones((4, 5)),
+        "plain": jnp.ones((5, 2)),
+        "bias": jnp.ones(2),
+        "flags": jnp.ones(2, bool),
+        "unused": jnp.ones(3),
+    }
+    model = variational(apply, params, x, rules={"plain": None, "ker": bcdl_jax.GroupHorseshoe()})
+    assert str(model.plan).splitlines() == [
+        "bias  2: stays plain, since it is read by select_n",
+        "embedding  7 x 4: stays plain, since it is read by gather",
+        "flags  2: stays plain, since it has the type bool",
+        "kernel  4 x 5: GroupHorseshoe, 4 groups of inputs",
+        "plain  5 x 2: stays plain, since a rule says so",
+        "unused  3: stays plain, since nothing reads it",
+        f"20 of 65 numbers become variational, KL {model.plan.kl_divergence:,.0f} nats at the start",
+    ]
+    np.testing.assert_allclose(bcdl_jax.kl_divergence(model.params), model.plan.kl_divergence, rtol=1e-5)
+
+
+def test_bad_input_is_refused(key):
+    apply = lambda params, x: x @ params["weight"]  # noqa: E731
+    params, x = {"weight": jnp.ones((4, 5))}, jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"The pattern 'heads' of rules matches no array; params holds weight\."):
+        variational(apply, params, x, rules={"heads": None})
+    with pytest.raises(ValueError, match=r"rules\['weight'\] is a str; it must be a Family or None"):
+        variational(apply, params, x, rules={"weight": "normal"})
+    with pytest.raises(ValueError, match=r"No array of params can become variational\. weight: it is read by add"):
+        variational(lambda params, x: x + params["weight"], {"weight": jnp.ones((4,))}, x)
+    with pytest.raises(ValueError, match="weight of params holds 1 values that are not finite in float32"):
+        variational(apply, {"weight": jnp.ones((4, 5)).at[0, 0].set(jnp.nan)}, x)
+    model = variational(apply, params, x)
+    with pytest.raises(ValueError, match="params has another structure than the params of the converted network"):
+        model.apply({"other": 1}, x)
+    with pytest.raises(ValueError, match="at weight; it must hold a posterior or a quantised layer"):
+        model.apply(params, x)
+    seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), model.params)
+    with pytest.raises(
+        ValueError, match=r"The kernel at weight has shape \(2, 4, 5\); it must have \(4, 5\)\. .* jax\.vmap"
+    ):
+        model.apply(seeds, x)
