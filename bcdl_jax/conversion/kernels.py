@@ -20,6 +20,23 @@ _MOVES = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
+class Bias:
+    """An array of the params that is added to the outputs of a product, one element for each output.
+
+    Attributes:
+      place: The number of the array in the order of ``jax.tree.leaves(params)``.
+      shape: Its shape.
+      step: The index of the step that adds it.
+      moved: Indices of the steps that only move it towards this step.
+    """
+
+    place: int
+    shape: tuple[int, ...]
+    step: int
+    moved: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
     """An array of the params that becomes the kernel of a variational layer.
 
@@ -27,11 +44,13 @@ class Kernel:
       layout: The relation between the array and the kernel [*window, in / feature groups, out] of a posterior.
       products: The layout of each product that reads the array, by the index of its step.
       moved: Indices of the steps that only move the array towards its products.
+      bias: The bias of the layer, or None.
     """
 
     layout: KernelLayout
     products: dict[int, ProductLayout]
     moved: frozenset[int]
+    bias: Bias | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +86,9 @@ def find_kernels(program: Program, moving: Moving, num_params: int) -> Kernels:
             found[place] = _kernel(program, moving, number, readers, depends)
         except NotAKernel as reason:
             reasons[place] = str(reason)
+    for place, kernel in found.items():
+        if (bias := _bias(program, kernel, readers, num_params)) is not None:
+            found[place] = dataclasses.replace(kernel, bias=bias)
     return Kernels(found, reasons)
 
 
@@ -132,3 +154,32 @@ def _product(program: Program, moving: Moving, step: Step, kernel: Atom, depends
     if isinstance(product, str):
         raise NotAKernel(f"{product}{where}")
     return product
+
+
+def _bias(program: Program, kernel: Kernel, readers: dict[Atom, list[int]], num_params: int) -> Bias | None:
+    """The bias of a kernel, if one product reads the kernel, and nothing but the sum with the bias reads the product."""
+    if len(kernel.products) != 1:
+        return None
+    ((index, layout),) = kernel.products.items()
+    outputs = program.steps[index].outputs[0]
+    if len(readers.get(outputs, ())) != 1 or outputs in program.outputs:
+        return None
+    (added,) = readers[outputs]
+    step = program.steps[added]
+    if step.name not in ("add", "add_any") or step.inputs[0] == step.inputs[1]:
+        return None
+    producers = {number: index for index, step in enumerate(program.steps) for number in step.outputs}
+    value, chain = step.inputs[1 - step.inputs.index(outputs)], list[int]()
+    while value in producers:
+        if readers[value] != [chain[-1] if chain else added] or program.steps[producers[value]].name not in _MOVES:
+            return None
+        chain.append(producers[value])
+        value = program.steps[chain[-1]].inputs[0]
+    params = program.inputs[:num_params]
+    if value not in params or readers[value] != [chain[-1] if chain else added] or value in program.outputs:
+        return None
+    struct = program.shapes[value]
+    steps = [program.steps[each] for each in reversed(chain)]
+    if not layout.adds_to_outputs(struct.shape, steps, program.shapes[outputs].shape):
+        return None
+    return Bias(params.index(value), struct.shape, added, frozenset(chain))

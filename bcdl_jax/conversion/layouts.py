@@ -55,9 +55,7 @@ class KernelLayout:
 
     def to_kernel(self, array: Any) -> jax.Array:
         """The kernel that holds the elements of the array."""
-        value = jnp.asarray(array)
-        for step in self.chain:
-            value = value if step.name == "convert_element_type" else step.bind(value)[0]
+        value = moved(jnp.asarray(array), self.chain)
         return jnp.transpose(value, self.canonical.order).reshape(self.canonical.shape)
 
     def to_array(self, kernel: jax.Array) -> jax.Array:
@@ -124,6 +122,30 @@ class ProductLayout:
     def to_result(self, outputs: jax.Array) -> jax.Array:
         """The result of the product."""
         return jnp.transpose(outputs.reshape(*outputs.shape[:-1], *self.out_shape), self.out_order)
+
+    def adds_to_outputs(self, shape: tuple[int, ...], chain: Sequence[Step], result: tuple[int, ...]) -> bool:
+        """Whether an array of this shape is added to the result of the product with one element for each output, in their order.
+
+        Args:
+          shape: The shape of the array.
+          chain: The steps that move it to the sum.
+          result: The shape of the result.
+        """
+        count = math.prod(shape)
+        if count != self.canonical.shape[-1]:
+            return False
+        with jax.ensure_compile_time_eval():
+            places = np.asarray(moved(jnp.arange(count, dtype=jnp.int32).reshape(shape), chain))
+        places = np.transpose(np.broadcast_to(places, result), _inverse(self.out_order))
+        places = places.reshape(-1, count)
+        return bool((places == np.arange(count)).all())
+
+
+def moved(array: jax.Array, chain: Sequence[Step]) -> jax.Array:
+    """The array after steps that move its elements, in its own type."""
+    for step in chain:
+        array = array if step.name == "convert_element_type" else step.bind(array)[0]
+    return array
 
 
 def dot_layout(

@@ -31,7 +31,8 @@ class VariationalModel:
     """A network whose kernels have posteriors, the result of ``variational``.
 
     Attributes:
-      params: The params that training starts from: the given tree, with a ``Posterior`` in place of each converted array.
+      params: The params that training starts from: the given tree, with a ``Posterior`` in place of each converted kernel, and None in place
+        of a bias, which the posterior of its kernel holds.
       plan: The plan of the conversion, to print.
     """
 
@@ -104,26 +105,37 @@ class VariationalModel:
     def _unflatten(self, nodes: list[Any]) -> PyTree:
         arrays = list(nodes)
         for place, kernel in self._kernels.found.items():
-            arrays[place] = kernel.layout.to_array(nodes[place].mean_weights()[0])
+            weights, bias = nodes[place].mean_weights()
+            arrays[place] = kernel.layout.to_array(weights)
+            if kernel.bias is not None:
+                arrays[kernel.bias.place] = bias.reshape(kernel.bias.shape)
         return jax.tree.unflatten(self._structure, arrays)
 
     def _sampled(self, program: Program, nodes: list[Any], inputs: list[Any], key: jax.Array) -> PyTree:
+        kernels = self._kernels.found.items()
         products = {
             index: (place, number, layout)
-            for place, kernel in self._kernels.found.items()
+            for place, kernel in kernels
             for number, (index, layout) in enumerate(kernel.products.items())
         }
-        moved = frozenset[int]().union(*(kernel.moved for kernel in self._kernels.found.values()))
+        done = set[int]()
+        for _, kernel in kernels:
+            done |= kernel.moved if kernel.bias is None else kernel.moved | kernel.bias.moved
+        sums = {
+            index: kernel.bias.step for _, kernel in kernels if kernel.bias is not None for index in kernel.products
+        }
         values: dict[int, Any] = dict(zip(program.inputs, [*nodes, *inputs], strict=True)) | program.constant_values()
         for index, step in enumerate(program.steps):
-            if index in moved:
+            if index in done or index in sums.values():
                 continue
             if index in products:
                 place, number, layout = products[index]
                 path = self.plan.leaves[place].path
                 data = values[step.inputs[layout.data_side]]
                 outputs = _sampled_product(nodes[place], path, layout, data, jax.random.fold_in(key, place), number)
-                values[step.outputs[0]] = outputs.astype(program.shapes[step.outputs[0]].dtype)
+                # The sampled outputs include the bias.
+                (result,) = program.steps[sums.get(index, index)].outputs
+                values[result] = outputs.astype(program.shapes[result].dtype)
             else:
                 results = step.bind_at_any_size(*(values[number] for number in step.inputs))
                 values |= dict(zip(step.outputs, results, strict=True))
@@ -162,8 +174,8 @@ def variational(
     """Makes a network variational without changing its code.
 
     The function is traced. Each array of ``params`` that only matrix products or convolutions with data read becomes the mean of a posterior.
-    Its groups are the inputs of a matrix product, or the output channels of a convolution. All other arrays stay plain, and the plan says
-    why. At its means, the variational network computes the same outputs as the given network.
+    Its groups are the inputs of a matrix product, or the output channels of a convolution. A bias that is added to the outputs belongs to
+    the same posterior. All other arrays stay plain, and the plan says why. At its means, the variational network computes the same outputs as the given network.
 
     The scales are balanced, see ``balance_scales``. The log-variances start near -9.
 
@@ -191,20 +203,27 @@ def variational(
     if not kernels.found:
         reasons = "; ".join(f"{path}: {kernels.reasons[place]}" for place, path in enumerate(paths))
         raise ValueError(f"No array of params can become variational. {reasons or 'It holds no arrays'}.")
-    for place in kernels.found:
+    biases = {kernel.bias.place: place for place, kernel in kernels.found.items() if kernel.bias is not None}
+    for place in [*kernels.found, *biases]:
         check_finite(paths[place], leaves[place], dtype_of(leaves[place]), "params")
     nodes = _start_posteriors(kernels, families, leaves)
     plan = ConversionPlan(
         tuple(
-            _planned(path, jnp.shape(leaf), nodes.get(place), kernels.reasons.get(place))
+            _planned(
+                path,
+                jnp.shape(leaf),
+                nodes.get(place),
+                kernels.reasons.get(place),
+                paths[biases[place]] if place in biases else None,
+            )
             for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
         ),
         float(kl_divergence(nodes)),
         None if network.larger else "It samples for the batch size of the example inputs alone.",
     )
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf)) for leaf in leaves)
-    start = jax.tree.unflatten(structure, [nodes.get(place, leaf) for place, leaf in enumerate(leaves)])
-    return VariationalModel(start, plan, apply, network, kernels, structs, structure)
+    start = [None if place in biases else nodes.get(place, leaf) for place, leaf in enumerate(leaves)]
+    return VariationalModel(jax.tree.unflatten(structure, start), plan, apply, network, kernels, structs, structure)
 
 
 def _families(paths: list[str], prior: Family, rules: Mapping[str, Family | None]) -> list[Family | None]:
@@ -224,28 +243,40 @@ def _families(paths: list[str], prior: Family, rules: Mapping[str, Family | None
 def _chosen(kernels: Kernels, families: list[Family | None]) -> Kernels:
     """The kernels without those that a rule leaves plain."""
     plain = [place for place in kernels.found if families[place] is None]
-    found = {place: kernel for place, kernel in kernels.found.items() if place not in plain}
-    return Kernels(found, kernels.reasons | dict.fromkeys(plain, "a rule says so"))
+    found = {
+        place: kernel
+        if kernel.bias is None or families[kernel.bias.place] is not None
+        else dataclasses.replace(kernel, bias=None)
+        for place, kernel in kernels.found.items()
+        if place not in plain
+    }
+    reasons = kernels.reasons | {place: "a rule says so" for place, family in enumerate(families) if family is None}
+    return Kernels(found, reasons)
 
 
 def _start_posteriors(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> dict[int, Posterior]:
     """The posteriors that training starts from, by the number of the array. Their means are the given arrays."""
 
-    def start(arrays: dict[int, jax.Array]) -> dict[int, Posterior]:
+    def start(arrays: list[jax.Array]) -> dict[int, Posterior]:
         nodes = {}
-        for place, array in arrays.items():
-            layout, family = kernels.found[place].layout, families[place]
+        for place, kernel in kernels.found.items():
+            family, canonical = families[place], kernel.layout.canonical
             assert family is not None
-            means, canonical = layout.to_kernel(array), layout.canonical
-            node = family.create(jax.random.key(place), means, None, canonical.group_axis, canonical.feature_groups)
-            nodes[place] = with_mean_weights(node, means, None)
+            means = kernel.layout.to_kernel(arrays[place])
+            bias = None if kernel.bias is None else arrays[kernel.bias.place].reshape(-1)
+            node = family.create(jax.random.key(place), means, bias, canonical.group_axis, canonical.feature_groups)
+            nodes[place] = with_mean_weights(node, means, bias)
         return balance_scales(nodes)
 
-    arrays = {place: jnp.asarray(leaves[place]) for place in kernels.found}
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
     return compile_quickly(start, arrays)(arrays)
 
 
-def _planned(path: str, shape: tuple[int, ...], node: Posterior | None, reason: str | None) -> LeafPlan:
+def _planned(
+    path: str, shape: tuple[int, ...], node: Posterior | None, reason: str | None, bias_of: str | None
+) -> LeafPlan:
+    if bias_of is not None:
+        return LeafPlan(path, shape, bias_of=bias_of)
     if node is None:
         return LeafPlan(path, shape, reason=reason)
     family = type(node).__name__.removesuffix("Posterior")

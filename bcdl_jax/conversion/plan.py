@@ -18,6 +18,7 @@ class LeafPlan:
       family: The name of its family of priors, or None if it stays plain.
       groups: The number of its groups; 0 if it stays plain.
       group_axis: The side of its groups, or None.
+      bias_of: The path of the kernel whose posterior holds it as its bias, or None.
       reason: The reason why it stays plain, or None.
     """
 
@@ -26,10 +27,18 @@ class LeafPlan:
     family: str | None = None
     groups: int = 0
     group_axis: GroupAxis | None = None
+    bias_of: str | None = None
     reason: str | None = None
+
+    @property
+    def is_variational(self) -> bool:
+        """Whether the array becomes variational."""
+        return self.family is not None or self.bias_of is not None
 
     def __str__(self) -> str:
         size = " x ".join(map(str, self.shape)) or "scalar"
+        if self.bias_of is not None:
+            return f"{self.path}  {size}: the bias of {self.bias_of}"
         if self.family is None:
             return f"{self.path}  {size}: stays plain, since {self.reason}"
         return f"{self.path}  {size}: {self.family}, {self.groups:,} groups of {self.group_axis}s"
@@ -51,7 +60,7 @@ class ConversionPlan:
     remark: str | None = None
 
     def __str__(self) -> str:
-        sizes = [(math.prod(leaf.shape), leaf.family is not None) for leaf in self.leaves]
+        sizes = [(math.prod(leaf.shape), leaf.is_variational) for leaf in self.leaves]
         converted = sum(size for size, is_converted in sizes if is_converted)
         total = f"{converted:,} of {sum(size for size, _ in sizes):,} numbers become variational, KL {self.kl_divergence:,.0f} nats at the start"
         return "\n".join([*map(str, self.leaves), total, *([self.remark] if self.remark else [])])

@@ -175,6 +175,37 @@ def test_samples_have_the_predicted_moments(side, key):
     np.testing.assert_allclose(samples.std(0), deviation, rtol=0.05)
 
 
+@pytest.mark.parametrize("layer", ["dense", "convolution"])
+def test_a_bias_belongs_to_the_posterior_of_its_kernel(layer, key):
+    """The converted layer has the distribution of the library's own layer."""
+    if layer == "dense":
+        plain, own, x = nn.Dense(3), bcdl_jax.Dense(3), jax.random.normal(key, (2, 4))
+    else:
+        plain, own, x = nn.Conv(3, (2, 2)), bcdl_jax.Conv(3, (2, 2)), jax.random.normal(key, (2, 3, 3, 2))
+    params = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), plain.init(key, x))
+    model = variational(plain.apply, params, x)
+    node = model.params["params"]["kernel"]
+    assert model.params["params"]["bias"] is None
+    assert node.bias_mean.shape == (3,)
+    assert str(model.plan.leaves[0]) == "params/bias  3: the bias of params/kernel"
+    node = node.replace(bias_log_variance=jnp.array([0.0, -1, -2]), scale_log_variance=node.scale_log_variance / 3)
+    keys = jax.random.split(key, 20_000)
+    converted = {"params": {"kernel": node, "bias": None}}
+    samples = jax.jit(jax.vmap(lambda key: model.apply(converted, x, key=key)))(keys)
+    expected = jax.jit(
+        jax.vmap(lambda key: own.apply({"params": {"posterior": node}}, x, deterministic=False, rngs={"noise": key}))
+    )(keys)
+    spread = np.asarray(expected.std(0))
+    np.testing.assert_allclose(samples.mean(0), expected.mean(0), atol=6 * spread.max() / np.sqrt(len(keys)))
+    np.testing.assert_allclose(samples.std(0), spread, rtol=0.06)
+    np.testing.assert_allclose(
+        model.apply(converted, x), own.apply({"params": {"posterior": node}}, x), rtol=1e-4, atol=1e-5
+    )
+    without = variational(plain.apply, params, x, rules={"bias": None})
+    assert without.params["params"]["kernel"].bias_mean is None
+    np.testing.assert_allclose(without.apply(without.params, x), plain.apply(params, x), rtol=1e-4, atol=1e-5)
+
+
 def test_products_that_share_a_weight_share_its_scales(key):
     """Without noise of the weights, two products with one kernel and equal inputs are equal."""
     x = jnp.ones((3, 4))
