@@ -27,12 +27,14 @@ class Bias:
       place: The number of the array in the order of ``jax.tree.leaves(params)``.
       shape: Its shape.
       step: The index of the step that adds it.
-      moved: Indices of the steps that only move it towards this step.
+      outputs: The number of the other operand of this step: the product, or the product after steps that move it.
+      moved: Indices of the steps that only move the bias towards this step.
     """
 
     place: int
     shape: tuple[int, ...]
     step: int
+    outputs: Atom
     moved: frozenset[int]
 
 
@@ -161,11 +163,16 @@ def _bias(program: Program, kernel: Kernel, readers: dict[Atom, list[int]], num_
     if len(kernel.products) != 1:
         return None
     ((index, layout),) = kernel.products.items()
-    outputs = program.steps[index].outputs[0]
-    if len(readers.get(outputs, ())) != 1 or outputs in program.outputs:
-        return None
-    (added,) = readers[outputs]
-    step = program.steps[added]
+    (outputs,), behind = program.steps[index].outputs, list[Step]()
+    while True:
+        if len(readers.get(outputs, ())) != 1 or outputs in program.outputs:
+            return None
+        (added,) = readers[outputs]
+        step = program.steps[added]
+        if step.name not in _MOVES or not _keeps_elements(program, step):
+            break
+        behind.append(step)
+        outputs = step.outputs[0]
     if step.name not in ("add", "add_any") or step.inputs[0] == step.inputs[1]:
         return None
     producers = {number: index for index, step in enumerate(program.steps) for number in step.outputs}
@@ -178,8 +185,8 @@ def _bias(program: Program, kernel: Kernel, readers: dict[Atom, list[int]], num_
     params = program.inputs[:num_params]
     if value not in params or readers[value] != [chain[-1] if chain else added] or value in program.outputs:
         return None
-    struct = program.shapes[value]
+    shape = program.shapes[value].shape
     steps = [program.steps[each] for each in reversed(chain)]
-    if not layout.adds_to_outputs(struct.shape, steps, program.shapes[outputs].shape):
+    if not layout.adds_to_outputs(shape, steps, program.shapes[program.steps[index].outputs[0]].shape, behind):
         return None
-    return Bias(params.index(value), struct.shape, added, frozenset(chain))
+    return Bias(params.index(value), shape, added, outputs, frozenset(chain))

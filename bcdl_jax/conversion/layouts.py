@@ -123,22 +123,26 @@ class ProductLayout:
         """The result of the product."""
         return jnp.transpose(outputs.reshape(*outputs.shape[:-1], *self.out_shape), self.out_order)
 
-    def adds_to_outputs(self, shape: tuple[int, ...], chain: Sequence[Step], result: tuple[int, ...]) -> bool:
-        """Whether an array of this shape is added to the result of the product with one element for each output, in their order.
+    def adds_to_outputs(
+        self, shape: tuple[int, ...], chain: Sequence[Step], result: tuple[int, ...], behind: Sequence[Step]
+    ) -> bool:
+        """Whether an array is added to the result of the product with one element for each output, in their order.
 
         Args:
           shape: The shape of the array.
-          chain: The steps that move it to the sum.
-          result: The shape of the result.
+          chain: The steps that move the array to the sum.
+          result: The shape of the result of the product.
+          behind: The steps that move the result to the sum.
         """
         count = math.prod(shape)
         if count != self.canonical.shape[-1]:
             return False
+        usual = [result[axis] for axis in _inverse(self.out_order)][: len(result) - len(self.out_shape)]
+        numbers = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*usual, count))
         with jax.ensure_compile_time_eval():
-            places = np.asarray(moved(jnp.arange(count, dtype=jnp.int32).reshape(shape), chain))
-        places = np.transpose(np.broadcast_to(places, result), _inverse(self.out_order))
-        places = places.reshape(-1, count)
-        return bool((places == np.arange(count)).all())
+            outputs = np.asarray(moved(self.to_result(numbers), behind))
+            added = np.asarray(moved(jnp.arange(count, dtype=jnp.int32).reshape(shape), chain))
+        return np.array_equal(np.broadcast_to(added, outputs.shape), outputs)
 
 
 def moved(array: jax.Array, chain: Sequence[Step]) -> jax.Array:

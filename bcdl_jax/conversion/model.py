@@ -121,21 +121,19 @@ class VariationalModel:
         done = set[int]()
         for _, kernel in kernels:
             done |= kernel.moved if kernel.bias is None else kernel.moved | kernel.bias.moved
-        sums = {
-            index: kernel.bias.step for _, kernel in kernels if kernel.bias is not None for index in kernel.products
-        }
+        sums = {kernel.bias.step: kernel.bias.outputs for _, kernel in kernels if kernel.bias is not None}
         values: dict[int, Any] = dict(zip(program.inputs, [*nodes, *inputs], strict=True)) | program.constant_values()
         for index, step in enumerate(program.steps):
-            if index in done or index in sums.values():
+            if index in done:
                 continue
             if index in products:
                 place, number, layout = products[index]
                 path = self.plan.leaves[place].path
                 data = values[step.inputs[layout.data_side]]
                 outputs = _sampled_product(nodes[place], path, layout, data, jax.random.fold_in(key, place), number)
-                # The sampled outputs include the bias.
-                (result,) = program.steps[sums.get(index, index)].outputs
-                values[result] = outputs.astype(program.shapes[result].dtype)
+                values[step.outputs[0]] = outputs.astype(program.shapes[step.outputs[0]].dtype)
+            elif index in sums:  # The sampled outputs include the bias.
+                values[step.outputs[0]] = values[sums[index]]
             else:
                 results = step.bind_at_any_size(*(values[number] for number in step.inputs))
                 values |= dict(zip(step.outputs, results, strict=True))

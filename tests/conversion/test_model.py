@@ -206,6 +206,29 @@ def test_a_bias_belongs_to_the_posterior_of_its_kernel(layer, key):
     np.testing.assert_allclose(without.apply(without.params, x), plain.apply(params, x), rtol=1e-4, atol=1e-5)
 
 
+def test_biases_of_transposed_products_and_of_several_axes(key):
+    def bias_after(apply, params, inputs):
+        return variational(apply, params, inputs).params["bias"]
+
+    vectors = {"weight": jnp.ones((6, 5)), "bias": jnp.arange(6.0)}
+    examples = lambda params, x: jax.vmap(lambda x: params["weight"] @ x + params["bias"])(x)  # noqa: E731
+    assert bias_after(examples, vectors, jnp.ones((2, 5))) is None
+    reverse = lambda params, x: x @ params["weight"].T + params["bias"][::-1]  # noqa: E731
+    assert bias_after(reverse, vectors, jnp.ones((2, 5))) is not None
+    once = lambda params, x: x @ params["weight"].T + params["bias"] * params["bias"]  # noqa: E731
+    assert bias_after(once, vectors, jnp.ones((2, 5))) is not None
+    # A sum along another axis of the same size.
+    rows = lambda params, x: jnp.einsum("bti,oi->bto", x, params["weight"]) + params["bias"][:, None]  # noqa: E731
+    assert bias_after(rows, vectors, jnp.ones((2, 6, 5))) is not None
+
+    layer, x = nn.DenseGeneral((2, 3)), jax.random.normal(key, (4, 5))
+    params = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), layer.init(key, x))
+    model = variational(layer.apply, params, x)
+    assert model.params["params"]["bias"] is None
+    np.testing.assert_allclose(model.apply(model.params, x), layer.apply(params, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.apply(model.params, x, key=key), layer.apply(params, x), atol=0.5)
+
+
 def test_products_that_share_a_weight_share_its_scales(key):
     """Without noise of the weights, two products with one kernel and equal inputs are equal."""
     x = jnp.ones((3, 4))
