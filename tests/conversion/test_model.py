@@ -85,7 +85,12 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+SLOW = ("half", "convolutions")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
+)
 def case(request, key):
     """(apply, params, inputs [2, ...], the variational network, the number of kernels)."""
     make, count = NETWORKS[request.param]
