@@ -42,6 +42,7 @@ def test_a_centre_without_values_stays_and_nothing_kept_is_no_nan():
     assert np.isfinite(bcdl_jax.baselines.cluster_values(jnp.ones(3), jnp.zeros(3, bool), 2)).all()
 
 
+@pytest.mark.slow
 def test_every_weight_goes_to_its_nearest_level(net):
     _, pruned = pruned_net(net)
     places, levels = bcdl_jax.baselines.share_weights(pruned, 6)

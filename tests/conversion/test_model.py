@@ -85,7 +85,7 @@ NETWORKS = {
 }
 
 
-SLOW = ("half", "convolutions")
+SLOW = ("half", "convolutions", "tied")
 
 
 @pytest.fixture(

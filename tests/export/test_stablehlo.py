@@ -165,6 +165,7 @@ def test_inputs_without_a_batch_are_refused(tmp_path):
         bcdl_jax.export_stablehlo(tmp_path / "a", lambda params, x: x * params, np.float32(2), np.float32(1))
 
 
+@pytest.mark.slow
 def test_numbers_that_grow_with_the_batch(tmp_path, key):
     """Rows that are chosen by place and index, as in CLIP, and a mean over the batch."""
 

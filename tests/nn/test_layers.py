@@ -406,6 +406,7 @@ class Cell(nn.RNNCellBase):
         return 1
 
 
+@pytest.mark.slow
 def test_a_key_that_does_not_reach_a_loop_is_named(key):
     inputs, rngs = jnp.ones((2, 3, 4)), {"params": key, "noise": key}
     with pytest.raises(

@@ -88,6 +88,7 @@ def test_inputs_read_by_agrees_with_brute_force(key, shape, group_axis, feature_
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_pruned_weights_are_zero_in_the_outputs(small):
     model, params, images = small
     pruned = jax.jit(lambda params: bcdl_jax.prune(params, -2.0, CHAIN))(params)

@@ -113,6 +113,7 @@ def test_a_layer_is_cut_as_a_whole(family, quantized):
         assert (rows == outputs == 0) == (name in GONE)
 
 
+@pytest.mark.slow
 @each_family
 def test_transforms_of_variational_layers(family):
     _, params, _, small, report = shrunk(family)
