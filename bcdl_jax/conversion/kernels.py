@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
+import jax.numpy as jnp
 
 from bcdl_jax.conversion.layouts import KernelLayout, ProductLayout, convolution_layout, dot_layout
 from bcdl_jax.graph.moving import Moving
@@ -108,7 +108,7 @@ def _kernel(
 ) -> Kernel:
     """The kernel at a param."""
     struct = program.shapes[number]
-    if not np.issubdtype(struct.dtype, np.inexact) and struct.dtype.name not in ("bfloat16",):
+    if not jnp.issubdtype(struct.dtype, jnp.floating):
         raise NotAKernel(f"it has the type {struct.dtype}")
     if number in program.outputs:
         raise NotAKernel("the network returns it")

@@ -351,9 +351,8 @@ class _OrderTracker:
             return layout
         first, size = layout.places[0], math.prod(layout.shape)
         if first.ndim == 2 < len(layout.shape) and first.size == size and first.shape[-1] == layout.shape[-1]:
-            return self._own_layout(
-                number, False
-            )  # Positions have become tokens, which PyTorch has before the channels, too.
+            # Positions have become tokens, which PyTorch has before the channels, too.
+            return self._own_layout(number, False)
         keeps_order = bool((np.diff(first.reshape(-1)) > 0).all())
         return layout if first.ndim != len(layout.shape) or keeps_order else self._own_layout(number, True)
 
