@@ -139,7 +139,7 @@ def test_noise_of_an_example_depends_on_key_and_index_alone(kind, request, key):
     assert float(jnp.abs(run(model, params, inputs, jax.random.key(1)) - few).min()) > 0
 
 
-@pytest.mark.parametrize("kind", ["net", "conv_net"])
+@pytest.mark.parametrize("kind", ["net", pytest.param("conv_net", marks=pytest.mark.slow)])
 def test_layers_work_under_jit_vmap_and_grad(kind, request, key):
     model, params, inputs = request.getfixturevalue(kind)
 
@@ -156,6 +156,7 @@ def test_layers_work_under_jit_vmap_and_grad(kind, request, key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_for_zero_scales_and_variances(key):
     layer, inputs = bcdl_jax.Dense(3), jnp.zeros((2, 4))
     params = jax.jit(layer.init)(key, inputs)["params"]["posterior"]
@@ -216,6 +217,7 @@ def test_pruned_groups_are_exactly_zero_sampled_or_not(key):
         np.testing.assert_array_equal(outputs, run(dense, {"posterior": posterior}, rows.at[:, 1].set(1e6), noise_key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [bcdl_jax.Dense(4, dtype=jnp.bfloat16), bcdl_jax.Conv(4, (3,), dtype=jnp.bfloat16)])
 def test_dtypes(layer, key):
     inputs = jnp.ones((2, 6, 3))

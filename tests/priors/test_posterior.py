@@ -17,6 +17,7 @@ FAMILIES = [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe(), bcdl_jax.
 CASES = [((4, 3), "input"), ((3, 2, 4), "output"), ((3, 3, 2, 4), "output"), ((2, 3, 3, 2, 4), "output")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "axis"), CASES)
 def test_moments_against_monte_carlo(key, shape, axis):
     posterior = make_posterior(key, shape, axis)

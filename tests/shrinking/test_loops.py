@@ -74,6 +74,7 @@ def test_stacked_layers_lose_units_that_are_dead_in_all_layers(remat, inputs, ke
     assert after["params/layers/down/kernel"] == (3, 3, 4)
 
 
+@pytest.mark.slow
 def test_stacked_layers_shrink_like_separate_layers(params, inputs):
     def by_scan(params, x):
         layer = lambda x, each: (x + jnp.tanh(x @ each["up"]) @ each["down"], None)  # noqa: E731

@@ -117,6 +117,7 @@ def test_an_nnx_model(key):
     assert sorted(torch) == ["first.bias", "first.weight", "second.bias", "second.weight"]
 
 
+@pytest.mark.slow
 def test_an_equinox_model(key):
     equinox = pytest.importorskip("equinox")
     first, second = jax.random.split(key)

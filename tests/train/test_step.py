@@ -89,6 +89,7 @@ def test_training_goes_on_from_a_pruned_net(data):
     assert float(jnp.abs(after.kernel_mean - before.kernel_mean).max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
