@@ -46,23 +46,21 @@ def plain_layers(
 ) -> PyTree:
     """The tree of the plain twin: nodes of the given types become ``function(node)``, other leaves ``other(leaf)``.
 
-    A node that is stored under ``NODE_ENTRY`` is merged into its module: the entries of ``function(node)`` stand beside the module's others.
+    A node is stored under the ``NODE_ENTRY`` of its module. The entries of ``function(node)`` take its place, beside the module's others.
 
     Raises:
-      ValueError: A node is several layers, stacked.
+      ValueError: A node is several layers, stacked, or is not stored under ``NODE_ENTRY``.
     """
-    for name, node in _layers_by_name(params, node_types).items():
-        check_not_stacked(name, node)
+    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types)):
+        if isinstance(node, node_types):
+            _check_is_in_module(path, node)
+            check_not_stacked(layer_name(path), node)
 
     def is_layer(node: Any) -> bool:
-        return isinstance(node, node_types) or (
-            isinstance(node, Mapping) and isinstance(node.get(NODE_ENTRY), node_types)
-        )
+        return isinstance(node, Mapping) and isinstance(node.get(NODE_ENTRY), node_types)
 
     def replace(node: Any) -> Any:
-        if isinstance(node, node_types):
-            return function(node)
-        if isinstance(node, Mapping):
+        if is_layer(node):
             others = {key: value for key, value in node.items() if key != NODE_ENTRY}
             return function(node[NODE_ENTRY]) | jax.tree.map(replace, others, is_leaf=is_layer)
         return other(node)
@@ -108,6 +106,15 @@ def check_not_stacked(name: str, node: Any) -> None:
         raise ValueError(
             f"{name} of params is several layers, stacked: its input_mask has shape {mask.shape}, where one axis is allowed. Params of many "
             "seeds, and layers under nn.vmap or nn.scan, must go through jax.vmap, or be taken apart by train.select_seed(params, index)."
+        )
+
+
+def _check_is_in_module(path: tuple[Any, ...], node: Any) -> None:
+    """Raises ValueError for a node that does not stand for the kernel and the bias of a module."""
+    if path[-1:] != (jax.tree_util.DictKey(NODE_ENTRY),):
+        raise ValueError(
+            f"params {'holds' if path else 'is'} a {type(node).__name__}{f' at {path_name(path)}' if path else ''}; it must be the entry "
+            f"{NODE_ENTRY} of a layer. For the params of bcdl_jax.variational, use VariationalModel.mean_params."
         )
 
 
@@ -197,7 +204,10 @@ def check_arrays(tree: PyTree, argument: str = "params") -> None:
 
 
 def takes_arrays(function: Function) -> Function:
-    """Makes a function call ``check_arrays`` on its first argument. Written above ``jax.jit``, whose own error names no way out."""
+    """Makes a function call ``check_arrays`` on its first argument.
+
+    Apply this decorator outside ``jax.jit``: the error of ``jax.jit`` does not explain the cure.
+    """
 
     @functools.wraps(function)
     def checked(params: PyTree, *args: Any, **kwargs: Any) -> Any:

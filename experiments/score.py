@@ -9,25 +9,23 @@ from pathlib import Path
 
 from experiments.io.data import DATASETS, EMBEDDED
 from experiments.registry import EXPERIMENTS
+from experiments.runtime.command import reporting_errors
 from experiments.runtime.errors import UserError
 
 
+@reporting_errors()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = _parser().parse_args(arguments)
     if args.dataset is None:
         args.dataset = _default_dataset(has_widths=args.vgg is not None)
-    try:
-        if args.dataset not in DATASETS:
-            raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(DATASETS)}.")
-        if args.vgg is not None and not 0 < args.vgg <= 1:
-            raise UserError(f"--vgg is {args.vgg}; it must be more than 0 and at most 1.")
-        from experiments.report import scoring  # JAX takes seconds to import
+    if args.dataset not in DATASETS:
+        raise UserError(f"--dataset is {args.dataset!r}; allowed are {', '.join(DATASETS)}.")
+    if args.vgg is not None and not 0 < args.vgg <= 1:
+        raise UserError(f"--vgg is {args.vgg}; it must be more than 0 and at most 1.")
+    from experiments.report import scoring  # JAX takes seconds to import
 
-        errors = scoring.test_errors(args.files, args.dataset, args.data_dir, args.vgg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    errors = scoring.test_errors(args.files, args.dataset, args.data_dir, args.vgg)
     if args.json:
         print(json.dumps(errors))
         return 0

@@ -11,23 +11,18 @@ from experiments.io import files
 from experiments.io.data import DATASETS, EMBEDDED
 from experiments.registry import paper_datasets
 from experiments.report import quick_runs, tables, tradeoff
+from experiments.runtime.command import reporting_errors
 from experiments.runtime.errors import UserError
 
 
+@reporting_errors(OSError)
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = _parser().parse_args(arguments)
-    try:
-        _check(args)
-        files.check_out(args.out, overwrite=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        _make(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    _check(args)
+    files.check_out(args.out, overwrite=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    _make(args)
     return 0
 
 

@@ -144,6 +144,12 @@ def _network(model, key, shape):
     return model, jax.jit(lambda: spread(model.init(key, inputs)["params"], key))(), inputs
 
 
+def prune_half(params, chain=None):
+    """The params without the groups whose score is not below the median score of all groups."""
+    scores = np.concatenate([np.ravel(score) for score in bcdl_jax.compression.pruning_scores(params).values()])
+    return bcdl_jax.prune(params, float(np.median(scores)), chain)
+
+
 def run(model, params, inputs, key=None):
     """The compiled forward pass: at the means, or sampled if there is a key."""
     return _run(model, params, inputs) if key is None else _run(model, params, inputs, key)

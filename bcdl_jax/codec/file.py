@@ -178,7 +178,7 @@ def _summary(name: str, value: QuantizedLayer | np.ndarray, size: float) -> Reco
         return RecordSummary(name, value.shape, kept, 8 * value.dtype.itemsize, size, dtype=value.dtype.name)
     *window, fan_in, _ = value.kernel_shape
     # The kernel of a grouped convolution has entries for all of its inputs.
-    kept_inputs = int(np.sum(value.input_mask)) if value.input_mask.size == fan_in else fan_in
+    kept_inputs = int(np.sum(value.input_mask)) if value.feature_groups == 1 else fan_in
     kept = (*window, kept_inputs, int(np.sum(value.output_mask)))
     biases = 0 if value.bias is None else value.bias.size
     return RecordSummary(name, value.kernel_shape, kept, int(value.kernel_bits), size, biases)

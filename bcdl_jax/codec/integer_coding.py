@@ -173,7 +173,7 @@ def encode_integers(encoder: Encoder, values: np.ndarray, layout: Layout, scale:
     Args:
       encoder: The range coder.
       values: The integers.
-      layout: Their layout, see ``layout_of``.
+      layout: The layout of the integers, see ``layout_of``.
       scale: The scale of the prior, see ``prior_table``.
     """
     values = values.astype(np.int64)

@@ -45,16 +45,14 @@ class FileWriter:
         """Adds a layer. Raises ValueError, with the layer's name, if the format cannot hold the layer."""
         kernel, inputs, outputs = (np.asarray(value) for value in (layer.kernel, layer.input_mask, layer.output_mask))
         bias = None if layer.bias is None else np.asarray(layer.bias)
-        fan_in = kernel.shape[-2]
-        feature_groups = inputs.size // fan_in if fan_in else 1
-        kept_kernel = kernel[..., outputs] if feature_groups != 1 else kernel[..., inputs, :][..., outputs]
+        kept_kernel = kernel[..., outputs] if layer.feature_groups != 1 else kernel[..., inputs, :][..., outputs]
         if np.count_nonzero(kept_kernel) != np.count_nonzero(kernel):
             raise ValueError(
                 f"The kernel of layer {name} has nonzero integers at pruned inputs or outputs; allowed is 0."
             )
         if bias is not None and bias[~outputs].any():
             raise ValueError(f"The bias of layer {name} has nonzero integers at pruned outputs; allowed is 0.")
-        header = _layer_header(name, layer, feature_groups)
+        header = _layer_header(name, layer)
         self._headers += _layer_header_bytes(header)
         self._count += 1
         self.memory += header.memory
@@ -109,7 +107,7 @@ class FileWriter:
         return data + zlib.crc32(data).to_bytes(4, "little")
 
 
-def _layer_header(name: str, layer: QuantizedLayer, feature_groups: int) -> LayerHeader:
+def _layer_header(name: str, layer: QuantizedLayer) -> LayerHeader:
     kernel = np.asarray(layer.kernel)
     arrays, steps, bits = [kernel], [np.asarray(layer.kernel_step)], [int(layer.kernel_bits)]
     if layer.bias is not None:
@@ -130,14 +128,15 @@ def _layer_header(name: str, layer: QuantizedLayer, feature_groups: int) -> Laye
     for flag, condition in (
         (LayerFlag.BIAS, layer.bias is not None),
         (LayerFlag.OUTPUT_GROUPS, layer.group_axis == "output"),
-        (LayerFlag.FEATURE_GROUPS, feature_groups != 1),
+        (LayerFlag.FEATURE_GROUPS, layer.feature_groups != 1),
         (LayerFlag.BITS, bits_stored),
         (LayerFlag.PRUNED_WEIGHTS, layer.prunes_weights),
         (LayerFlag.LEVELS, levels is not None),
     ):
         if condition:
             flags |= flag
-    return LayerHeader(kernel.shape, flags, feature_groups, tuple(bits) if bits_stored else None, tuple(steps), levels)
+    stored_bits = tuple(bits) if bits_stored else None
+    return LayerHeader(kernel.shape, flags, layer.feature_groups, stored_bits, tuple(steps), levels)
 
 
 def _layer_header_bytes(header: LayerHeader) -> bytes:

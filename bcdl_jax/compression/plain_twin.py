@@ -106,7 +106,8 @@ def mean_weights(params: PyTree) -> PyTree:
       where pruned, so that ``shrink`` can cut the twin.
 
     Raises:
-      ValueError: A node holds several stacked layers, or a leaf of the tree is not an array.
+      ValueError: A node holds several stacked layers or is not the entry of a layer, as in the params of ``bcdl_jax.variational``, or a leaf
+        of the tree is not an array. ``VariationalModel.mean_params`` makes plain params of the former.
     """
     check_arrays(params)
 
@@ -130,7 +131,7 @@ def weight_variances(params: PyTree) -> PyTree:
       zero where pruned.
 
     Raises:
-      ValueError: The tree holds no variational layer.
+      ValueError: The tree holds no variational layer, or a posterior is not the entry of a layer, as in the params of ``bcdl_jax.variational``.
     """
     variational_layers(params)
 

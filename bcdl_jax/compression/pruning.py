@@ -32,8 +32,8 @@ def prune(
       thresholds: One threshold for all layers, or a mapping from layer names to thresholds.
       chain: The names of layers that feed one another in this order. Only elementwise functions that map 0 to 0 (ReLU, tanh), pooling and a
         flatten (channels last) may lie between them. With a chain, outputs that the next layer does not read are pruned too, as are
-        inputs that read only pruned outputs. None to prune each layer alone. A chain that contradicts the shapes is refused, but shapes
-        cannot tell every wrong chain: each layer must read only the layer before it. Prune with several chains one after the other.
+        inputs that read only pruned outputs. None to prune each layer alone. A chain that contradicts the shapes raises an error. A wrong
+        chain can still fit the shapes, so each layer must read only the layer before it. Prune with several chains one after the other.
       score: The score that is compared with the thresholds, ``log_dropout_rate`` or ``log_noise_to_signal``.
 
     Returns:

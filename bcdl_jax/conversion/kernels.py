@@ -1,22 +1,28 @@
-"""Finds the arrays of a traced network that can become variational: the kernels of its matrix products and convolutions."""
+"""Finds the arrays of a traced network that can become variational: the kernels of its matrix products and
+convolutions with their biases, and the tables of its lookups.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
-from bcdl_jax.conversion.layouts import KernelLayout, ProductLayout, convolution_layout, dot_layout
+from bcdl_jax.conversion.layouts import (
+    KernelLayout,
+    LookupLayout,
+    ProductLayout,
+    convolution_layout,
+    dot_layout,
+    lookup_layout,
+)
+from bcdl_jax.conversion.readings import Address, Block, CannotFollow, Reading, readings
 from bcdl_jax.graph.moving import Moving
 from bcdl_jax.graph.products import PRODUCTS
 from bcdl_jax.graph.program import Atom, Program, Step, data_dependent
-
-# Primitives that move or cast the elements of their only operand, one to one.
-_MOVES = frozenset(
-    ["broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "reshape", "rev", "squeeze", "transpose"]
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,34 +31,47 @@ class Bias:
 
     Attributes:
       place: The number of the array in the order of ``jax.tree.leaves(params)``.
-      shape: Its shape.
-      step: The index of the step that adds it.
+      shape: The shape of the array, or of a slice for one layer.
+      address: The address of the step that adds it.
       outputs: The number of the other operand of this step: the product, or the product after steps that move it.
-      moved: Indices of the steps that only move the bias towards this step.
+      moves: The addresses of the steps that only move the bias towards this step.
     """
 
     place: int
     shape: tuple[int, ...]
-    step: int
+    address: Address
     outputs: Atom
-    moved: frozenset[int]
+    moves: frozenset[Address]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An array of the params that becomes the kernel of a variational layer.
+    """An array of the params that becomes the kernel of a variational layer, or of one layer for each slice of it.
+
+    A table whose rows the network looks up counts as a kernel, too.
 
     Attributes:
-      layout: The relation between the array and the kernel [*window, in / feature groups, out] of a posterior.
-      products: The layout of each product that reads the array, by the index of its step.
-      moved: Indices of the steps that only move the array towards its products.
+      layout: The relation between the array, or a slice of it, and the kernel [*window, in / feature groups, out] of a posterior.
+      products: The layout of each product or lookup that reads the array, by its address.
+      moves: The addresses of the steps that only move the array towards its products.
+      slices: The address of the scan that reads one slice of the array in each iteration, or None.
+      layers: The number of slices, or None if the array is one kernel.
       bias: The bias of the layer, or None.
     """
 
     layout: KernelLayout
-    products: dict[int, ProductLayout]
-    moved: frozenset[int]
+    products: dict[Address, ProductLayout | LookupLayout]
+    moves: frozenset[Address]
+    slices: Address | None = None
+    layers: int | None = None
     bias: Bias | None = None
+
+    @property
+    def groups_of(self) -> Literal["inputs", "output channels", "columns"]:
+        """The kind of the groups."""
+        if any(isinstance(layout, LookupLayout) for layout in self.products.values()):
+            return "columns"
+        return "inputs" if self.layout.canonical.group_axis == "input" else "output channels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +87,6 @@ class Kernels:
     reasons: dict[int, str]
 
 
-class NotAKernel(Exception):
-    """The reason why an array cannot become variational."""
-
-
 def find_kernels(program: Program, moving: Moving, num_params: int) -> Kernels:
     """Finds the arrays of the params that reach only products with data, by steps that only move or cast their elements.
 
@@ -80,113 +95,119 @@ def find_kernels(program: Program, moving: Moving, num_params: int) -> Kernels:
       moving: The parts of the program that depend on the batch size.
       num_params: The number of arrays of the params.
     """
-    readers = _readers(program)
-    depends = data_dependent(program, num_params)
+    network = Block(program, moving, frozenset(data_dependent(program, num_params)))
     found, reasons = dict[int, Kernel](), dict[int, str]()
+    read = dict[int, list[Reading]]()
     for place, number in enumerate(program.inputs[:num_params]):
         try:
-            found[place] = _kernel(program, moving, number, readers, depends)
-        except NotAKernel as reason:
+            read[place] = readings(network, number)
+            found[place] = _kernel(program.shapes[number], read[place])
+        except CannotFollow as reason:
             reasons[place] = str(reason)
-    for place, kernel in found.items():
-        if (bias := _bias(program, kernel, readers, num_params)) is not None:
-            found[place] = dataclasses.replace(kernel, bias=bias)
+    places = {
+        address: place for place, kernel in found.items() if len(kernel.products) == 1 for address in kernel.products
+    }
+    for place in reasons:
+        if len(read.get(place, ())) == 1:
+            (reading,) = read[place]
+            if (biased := _biased_product(reading)) is None or biased[0] not in places:
+                continue
+            kernel = found[places[biased[0]]]
+            bias = _bias(place, program.shapes[program.inputs[place]].shape, reading, kernel, *biased)
+            if bias is not None and kernel.bias is None:
+                found[places[biased[0]]] = dataclasses.replace(kernel, bias=bias)
     return Kernels(found, reasons)
 
 
-def _readers(program: Program) -> dict[Atom, list[int]]:
-    """The indices of the steps that read each value."""
-    readers: dict[Atom, list[int]] = {}
-    for index, step in enumerate(program.steps):
-        for number in dict.fromkeys(step.inputs):
-            readers.setdefault(number, []).append(index)
-    return readers
+def _kernel(struct: jax.ShapeDtypeStruct, read: Sequence[Reading]) -> Kernel:
+    """The kernel at a param with these readings."""
+    shape, dtype = struct.shape, struct.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise CannotFollow(f"it has the type {dtype}")
+    if not read:
+        raise CannotFollow("nothing reads it")
+    if len({reading.slices for reading in read}) > 1:
+        raise CannotFollow("it is read both as a whole and by slices, or by the slices of several scans")
+    slices = read[0].slices
+    shape, layers = (shape, None) if slices is None else (shape[1:], shape[0])
+    products = {reading.address: _product(reading) for reading in read}
+    layouts = [KernelLayout(shape, each.chain, products[each.address].canonical) for each in read]
+    if not all(layout.is_equal(layouts[0]) for layout in layouts):
+        raise CannotFollow("its products read it in different layouts")
+    moves = frozenset(address for reading in read for address in reading.moves)
+    return Kernel(layouts[0], products, moves, slices, layers)
 
 
-def _kernel(
-    program: Program, moving: Moving, number: Atom, readers: dict[Atom, list[int]], depends: set[Atom]
-) -> Kernel:
-    """The kernel at a param."""
-    struct = program.shapes[number]
-    if not jnp.issubdtype(struct.dtype, jnp.floating):
-        raise NotAKernel(f"it has the type {struct.dtype}")
-    if number in program.outputs:
-        raise NotAKernel("the network returns it")
-    chains: list[tuple[Atom, tuple[int, ...]]] = [(number, ())]
-    moved, products = set[int](), dict[int, ProductLayout]()
-    layout: KernelLayout | None = None
-    while chains:
-        value, chain = chains.pop()
-        for index in readers.get(value, []):
-            step = program.steps[index]
-            if step.name in _MOVES and _keeps_elements(program, step):
-                if step.outputs[0] in program.outputs:
-                    raise NotAKernel("the network returns it")
-                moved.add(index)
-                chains.append((step.outputs[0], (*chain, index)))
-                continue
-            product = _product(program, moving, step, value, depends)
-            own = KernelLayout(struct.shape, tuple(program.steps[each] for each in chain), product.canonical)
-            if layout is not None and not own.is_equal(layout):
-                raise NotAKernel("its products read it in different layouts")
-            layout = layout or own
-            products[index] = product
-    if layout is None:
-        raise NotAKernel("nothing reads it")
-    return Kernel(layout, products, frozenset(moved))
-
-
-def _keeps_elements(program: Program, step: Step) -> bool:
-    before, after = (math.prod(program.shapes[number].shape) for number in (step.inputs[0], step.outputs[0]))
-    return len(step.inputs) == 1 and before == after
-
-
-def _product(program: Program, moving: Moving, step: Step, kernel: Atom, depends: set[Atom]) -> ProductLayout:
-    """The layout of the product that reads a kernel."""
+def _product(reading: Reading) -> ProductLayout | LookupLayout:
+    """The layout of the product or lookup that reads a kernel."""
+    step, block = reading.step, reading.block
     where = f" at {step.scope}" if step.scope else ""
-    if step.name not in PRODUCTS:
-        raise NotAKernel(f"it is read by {step.name}{where}")
-    side = step.inputs.index(kernel)
+    if step.name not in PRODUCTS and (step.name != "gather" or step.inputs[0] != reading.value):
+        raise CannotFollow(f"it is read by {step.name}{where}")
+    side = step.inputs.index(reading.value)
     data = step.inputs[1 - side]
-    if data not in depends or data == kernel:
-        raise NotAKernel(f"its product{where} reads no data")
-    shapes: Sequence[tuple[int, ...]] = [program.shapes[number].shape for number in step.inputs]
-    make = dot_layout if step.name == "dot_general" else convolution_layout
-    product = make(step.params, side, shapes, moving.axes[data])
+    if data not in block.depends or data == reading.value:
+        raise CannotFollow(f"its {'lookup' if step.name == 'gather' else 'product'}{where} reads no data")
+    shapes: Sequence[tuple[int, ...]] = [block.program.shapes[number].shape for number in step.inputs]
+    product: ProductLayout | LookupLayout | str
+    if step.name == "gather":
+        product = lookup_layout(step, shapes[0], shapes[1], block.moving.axes[data])
+    else:
+        make = dot_layout if step.name == "dot_general" else convolution_layout
+        product = make(step.params, side, shapes, block.moving.axes[data])
     if isinstance(product, str):
-        raise NotAKernel(f"{product}{where}")
+        raise CannotFollow(f"{product}{where}")
     return product
 
 
-def _bias(program: Program, kernel: Kernel, readers: dict[Atom, list[int]], num_params: int) -> Bias | None:
-    """The bias of a kernel, if one product reads the kernel, and nothing but the sum with the bias reads the product."""
-    if len(kernel.products) != 1:
+def _biased_product(reading: Reading) -> tuple[Address, Atom, list[Step]] | None:
+    """The other operand of a sum with an array, if it is a product that nothing else reads.
+
+    Returns:
+      The address of the step that may be a product, the number of the operand, and the steps that move the product to the sum.
+    """
+    step, block = reading.step, reading.block
+    if step.name not in ("add", "add_any"):
         return None
-    ((index, layout),) = kernel.products.items()
-    (outputs,), behind = program.steps[index].outputs, list[Step]()
-    while True:
-        if len(readers.get(outputs, ())) != 1 or outputs in program.outputs:
+    outputs = step.inputs[1 - step.inputs.index(reading.value)]
+    value, behind = outputs, list[Step]()
+    while value in block.producers:
+        if len(block.readers[value]) != 1 or value in block.program.outputs:
             return None
-        (added,) = readers[outputs]
-        step = program.steps[added]
-        if step.name not in _MOVES or not _keeps_elements(program, step):
-            break
-        behind.append(step)
-        outputs = step.outputs[0]
-    if step.name not in ("add", "add_any") or step.inputs[0] == step.inputs[1]:
+        index = block.producers[value]
+        producer = block.program.steps[index]
+        if not block.only_moves(producer):
+            return block.address_of(index), outputs, behind[::-1]
+        behind.append(producer)
+        value = producer.inputs[0]
+    return None
+
+
+def _bias(
+    place: int,
+    shape: tuple[int, ...],
+    reading: Reading,
+    kernel: Kernel,
+    product: Address,
+    outputs: Atom,
+    behind: Sequence[Step],
+) -> Bias | None:
+    """The bias of a kernel, or None if its elements are not those of the outputs, in their order.
+
+    Args:
+      place: The number of the array.
+      shape: Its shape.
+      reading: The step that adds it.
+      kernel: The kernel.
+      product: The address of the product of the kernel.
+      outputs: The number of the operand that the array is added to.
+      behind: The steps that move the product to this operand.
+    """
+    if reading.slices != kernel.slices:
         return None
-    producers = {number: index for index, step in enumerate(program.steps) for number in step.outputs}
-    value, chain = step.inputs[1 - step.inputs.index(outputs)], list[int]()
-    while value in producers:
-        if readers[value] != [chain[-1] if chain else added] or program.steps[producers[value]].name not in _MOVES:
-            return None
-        chain.append(producers[value])
-        value = program.steps[chain[-1]].inputs[0]
-    params = program.inputs[:num_params]
-    if value not in params or readers[value] != [chain[-1] if chain else added] or value in program.outputs:
+    shape = shape if kernel.layers is None else shape[1:]
+    program, layout = reading.block.program, kernel.products[product]
+    result = program.shapes[program.steps[product[-1]].outputs[0]].shape
+    if isinstance(layout, LookupLayout) or not layout.adds_to_outputs(shape, reading.chain, result, behind):
         return None
-    shape = program.shapes[value].shape
-    steps = [program.steps[each] for each in reversed(chain)]
-    if not layout.adds_to_outputs(shape, steps, program.shapes[program.steps[index].outputs[0]].shape, behind):
-        return None
-    return Bias(params.index(value), shape, added, outputs, frozenset(chain))
+    return Bias(place, shape, reading.address, outputs, frozenset(reading.moves))

@@ -17,7 +17,9 @@ import numpy as np
 
 from bcdl_jax.graph.program import Step
 from bcdl_jax.nn.linear_maps import ConvolutionMap, DenseMap, LinearMap
-from bcdl_jax.priors.posterior import GroupAxis
+from bcdl_jax.nn.sampling import sample_outputs, sample_rows
+from bcdl_jax.priors.layer_node import GroupAxis
+from bcdl_jax.priors.posterior import Posterior
 
 Axes = tuple[int, ...]
 
@@ -113,6 +115,22 @@ class ProductLayout:
     out_shape: tuple[int, ...]
     out_order: Axes
 
+    @property
+    def example_axis(self) -> int:
+        """The axis of the data that runs over the examples."""
+        return self.data_order[0]
+
+    def sampled(self, posterior: Posterior, data: jax.Array, scale: jax.Array, noise_key: jax.Array) -> jax.Array:
+        """The result of the product with sampled weights.
+
+        Args:
+          posterior: The posterior of the kernel.
+          data: The other operand.
+          scale: The sampled scales of the kernel, [examples, groups].
+          noise_key: The key of the other noise.
+        """
+        return self.to_result(sample_outputs(posterior, self.to_inputs(data), scale, noise_key, self.linear_map))
+
     def to_inputs(self, data: jax.Array) -> jax.Array:
         """The inputs of the layer, [examples, ..., in]."""
         data = jnp.transpose(data, self.data_order)
@@ -145,6 +163,46 @@ class ProductLayout:
         return np.array_equal(np.broadcast_to(added, outputs.shape), outputs)
 
 
+@dataclasses.dataclass(frozen=True)
+class LookupLayout:
+    """The relation between a ``gather`` of rows of a table, such as an embedding, and the kernel of its posterior.
+
+    The kernel is [columns, rows], with the columns as groups of inputs. So a table that the network also multiplies, transposed, with data has
+    one posterior for both.
+
+    Attributes:
+      canonical: The table as a kernel.
+      step: The ``gather``.
+      shape: The shape of the table.
+      example_axis: The axis of the indices that runs over the examples.
+      order: The permutation of the result's axes to [examples, ..., *columns].
+      num_columns: The number of the last axes of the permuted result that are columns.
+    """
+
+    canonical: Canonical
+    step: Step
+    shape: tuple[int, ...]
+    example_axis: int
+    order: Axes
+    num_columns: int
+    data_side: int = 1
+
+    def sampled(self, posterior: Posterior, data: jax.Array, scale: jax.Array, noise_key: jax.Array) -> jax.Array:
+        """The rows at the indices ``data``, with sampled weights. The arguments are those of ``ProductLayout.sampled``."""
+        posterior = posterior.in_float32()
+        moments = (jnp.where(posterior.kernel_mask, each, 0) for each in posterior.sampled_moments())
+        mean, variance = (self._rows(each, data) for each in moments)
+        shape = mean.shape
+        columns = (*shape[: len(shape) - self.num_columns], -1)
+        rows = sample_rows(mean.reshape(columns), variance.reshape(columns), scale, noise_key)
+        return jnp.transpose(rows.reshape(shape), _inverse(self.order))
+
+    def _rows(self, kernel: jax.Array, indices: jax.Array) -> jax.Array:
+        """The rows at the indices, [examples, ..., *columns]."""
+        (rows,) = self.step.bind(_untransposed(kernel, self.shape, self.canonical.order), indices)
+        return jnp.transpose(rows, self.order)
+
+
 def moved(array: jax.Array, chain: Sequence[Step]) -> jax.Array:
     """The array after steps that move its elements, in its own type."""
     for step in chain:
@@ -165,7 +223,7 @@ def dot_layout(
     """
     contracted, batch = params["dimension_numbers"]
     if batch[side]:
-        return "its product has a separate kernel for each index of an axis of the data"
+        return "its product has batch axes"
     inner, data_inner = tuple(contracted[side]), tuple(contracted[1 - side])
     outer = tuple(axis for axis in range(len(shapes[side])) if axis not in inner)
     data_outer = tuple(axis for axis in range(len(shapes[1 - side])) if axis not in data_inner)
@@ -219,6 +277,40 @@ def convolution_layout(
         num_inputs=1,
         out_shape=(kernel[out],),
         out_order=_inverse((out_examples, *out_spatial, out_channels)),
+    )
+
+
+def lookup_layout(
+    step: Step, table: tuple[int, ...], indices: tuple[int, ...], moving: frozenset[int]
+) -> LookupLayout | str:
+    """The layout of a ``gather`` from a table, or the reason why it has none.
+
+    Args:
+      step: The ``gather``.
+      table: The shape of the table.
+      indices: The shape of the indices. Their last axis holds one index for each axis of rows.
+      moving: The axes of the indices that run over the examples.
+    """
+    numbers, rows = step.params["dimension_numbers"], step.params["dimension_numbers"].start_index_map
+    columns = tuple(axis for axis in range(len(table)) if axis not in rows)
+    sizes = step.params["slice_sizes"]
+    whole = all(sizes[axis] == table[axis] for axis in columns) and all(sizes[axis] == 1 for axis in rows)
+    if numbers.operand_batching_dims or {*numbers.collapsed_slice_dims} != {*rows} or not whole:
+        return "its gather reads other parts than rows"
+    examples = [axis for axis in range(len(indices) - 1) if axis in moving]
+    if not examples:
+        return "its gather reads no axis of examples"
+    rank = len(indices) - 1 + len(columns)
+    places = [axis for axis in range(rank) if axis not in numbers.offset_dims]
+    others = [place for axis, place in enumerate(places) if axis != examples[0]]
+    shape = tuple(math.prod(table[axis] for axis in axes) for axes in (columns, rows))
+    return LookupLayout(
+        canonical=Canonical((*columns, *rows), shape, "input"),
+        step=step,
+        shape=table,
+        example_axis=examples[0],
+        order=(places[examples[0]], *others, *numbers.offset_dims),
+        num_columns=len(columns),
     )
 
 

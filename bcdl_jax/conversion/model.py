@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree, check_arrays, named_arrays
 from bcdl_jax.compression.plain_twin import check_finite, with_mean_weights
-from bcdl_jax.conversion.kernels import Kernels, find_kernels
-from bcdl_jax.conversion.layouts import ProductLayout
+from bcdl_jax.conversion.kernels import Kernel, Kernels, find_kernels
 from bcdl_jax.conversion.plan import ConversionPlan, LeafPlan
-from bcdl_jax.graph.program import Program, compile_quickly, dtype_of
+from bcdl_jax.conversion.sampling import run_sampled
+from bcdl_jax.graph.batch_size import TracedNetwork, trace_for_any_batch
+from bcdl_jax.graph.example_inputs import as_inputs
+from bcdl_jax.graph.program import compile_quickly, dtype_of
 from bcdl_jax.graph.tracing import trace
-from bcdl_jax.nn.sampling import sample_outputs
 from bcdl_jax.priors.balancing import balance_scales
 from bcdl_jax.priors.family import Family
 from bcdl_jax.priors.kl import kl_divergence
 from bcdl_jax.priors.normal_jeffreys import GroupNormalJeffreys
 from bcdl_jax.priors.posterior import Posterior
-from bcdl_jax.shrinking.batch_size import TracedNetwork, trace_for_any_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class VariationalModel:
     """A network whose kernels have posteriors, the result of ``variational``.
 
     Attributes:
-      params: The params that training starts from: the given tree, with a ``Posterior`` in place of each converted kernel, and None in place
-        of a bias, which the posterior of its kernel holds.
+      params: The params that training starts from: the given tree, with a ``Posterior`` in place of each converted kernel, a tuple of them in
+        place of the stacked kernels of the layers in a scan, and None in place of a bias, which the posterior of its kernel holds.
       plan: The plan of the conversion, to print.
     """
 
@@ -71,7 +71,8 @@ class VariationalModel:
                 f"The inputs have the shapes {shapes}. The converted network cannot sample there: the given network runs other operations "
                 "than for the example inputs."
             )
-        return self._sampled(program, nodes, jax.tree.leaves(inputs), key)
+        paths = [leaf.path for leaf in self.plan.leaves]
+        return run_sampled(program, self._kernels.found, paths, [*nodes, *jax.tree.leaves(inputs)], key)
 
     def mean_params(self, params: PyTree) -> PyTree:
         """The params of the given network: the mean or rounded weights in place of each node, exactly zero where pruned.
@@ -90,75 +91,23 @@ class VariationalModel:
                 f"params has another structure than the params of the converted network: {error}"
             ) from error
         for place, kernel in self._kernels.found.items():
-            shape, expected = getattr(nodes[place], "kernel_shape", None), kernel.layout.canonical.shape
-            if shape is None:
+            path, value = self.plan.leaves[place].path, nodes[place]
+            if kernel.layers is not None and not (isinstance(value, tuple | list) and len(value) == kernel.layers):
                 raise ValueError(
-                    f"params holds {type(nodes[place]).__name__} at {self.plan.leaves[place].path}; it must hold a posterior or a quantised layer."
+                    f"params holds {type(value).__name__} at {path}; it must hold a tuple of {kernel.layers} posteriors or quantised layers."
                 )
-            if shape != expected:
-                raise ValueError(
-                    f"The kernel at {self.plan.leaves[place].path} has shape {shape}; it must have {expected}. Apply the params of many seeds "
-                    "with jax.vmap. The small function of shrink takes the params of a shrunk network."
-                )
+            for node in _layers(kernel, value):
+                _check_node(path, node, kernel)
         return nodes
 
     def _unflatten(self, nodes: list[Any]) -> PyTree:
         arrays = list(nodes)
         for place, kernel in self._kernels.found.items():
-            weights, bias = nodes[place].mean_weights()
-            arrays[place] = kernel.layout.to_array(weights)
+            weights, biases = zip(*(node.mean_weights() for node in _layers(kernel, nodes[place])), strict=True)
+            arrays[place] = _whole(kernel, [kernel.layout.to_array(each) for each in weights])
             if kernel.bias is not None:
-                arrays[kernel.bias.place] = bias.reshape(kernel.bias.shape)
+                arrays[kernel.bias.place] = _whole(kernel, [each.reshape(kernel.bias.shape) for each in biases])
         return jax.tree.unflatten(self._structure, arrays)
-
-    def _sampled(self, program: Program, nodes: list[Any], inputs: list[Any], key: jax.Array) -> PyTree:
-        kernels = self._kernels.found.items()
-        products = {
-            index: (place, number, layout)
-            for place, kernel in kernels
-            for number, (index, layout) in enumerate(kernel.products.items())
-        }
-        done = set[int]()
-        for _, kernel in kernels:
-            done |= kernel.moved if kernel.bias is None else kernel.moved | kernel.bias.moved
-        sums = {kernel.bias.step: kernel.bias.outputs for _, kernel in kernels if kernel.bias is not None}
-        values: dict[int, Any] = dict(zip(program.inputs, [*nodes, *inputs], strict=True)) | program.constant_values()
-        for index, step in enumerate(program.steps):
-            if index in done:
-                continue
-            if index in products:
-                place, number, layout = products[index]
-                path = self.plan.leaves[place].path
-                data = values[step.inputs[layout.data_side]]
-                outputs = _sampled_product(nodes[place], path, layout, data, jax.random.fold_in(key, place), number)
-                values[step.outputs[0]] = outputs.astype(program.shapes[step.outputs[0]].dtype)
-            elif index in sums:  # The sampled outputs include the bias.
-                values[step.outputs[0]] = values[sums[index]]
-            else:
-                results = step.bind_at_any_size(*(values[number] for number in step.inputs))
-                values |= dict(zip(step.outputs, results, strict=True))
-        return jax.tree.unflatten(program.result_tree, [values[number] for number in program.outputs])
-
-
-def _sampled_product(
-    node: Any, path: str, layout: ProductLayout, data: jax.Array, key: jax.Array, number: int
-) -> jax.Array:
-    """A product with a sampled kernel.
-
-    Args:
-      node: The posterior of the kernel.
-      path: Its path, for errors.
-      layout: The layout of the product.
-      data: The other operand.
-      key: The key of the kernel.
-      number: The place of the product among those that read the kernel. They share the scales of each example.
-    """
-    if not isinstance(node, Posterior):
-        raise ValueError(f"params holds a {type(node).__name__} at {path}, which has no noise to sample; pass no key.")
-    scale_key, noise_key = jax.random.split(key)
-    if number:
-        noise_key = jax.random.fold_in(noise_key, number)
-    return layout.to_result(sample_outputs(node, layout.to_inputs(data), scale_key, noise_key, layout.linear_map))
 
 
 def variational(
@@ -172,8 +121,11 @@ def variational(
     """Makes a network variational without changing its code.
 
     The function is traced. Each array of ``params`` that only matrix products or convolutions with data read becomes the mean of a posterior.
-    Its groups are the inputs of a matrix product, or the output channels of a convolution. A bias that is added to the outputs belongs to
-    the same posterior. All other arrays stay plain, and the plan says why. At its means, the variational network computes the same outputs as the given network.
+    Its groups are the inputs of a matrix product, or the output channels of a convolution. A table whose rows the network looks up, such as
+    an embedding, becomes variational, too; its groups are its columns. A bias that is added to the outputs belongs to the same posterior.
+    This holds within ``jax.lax.scan``, too: a recurrent cell has one posterior for all times, stacked layers have one for each layer. All
+    other arrays stay plain, and the plan gives the reason. At its means, the variational network computes the same outputs as the given
+    network.
 
     The scales are balanced, see ``balance_scales``. The log-variances start near -9.
 
@@ -192,7 +144,7 @@ def variational(
       ValueError: A pattern of ``rules`` matches no path, no array can become variational, or a converted array has values that are not finite.
     """
     check_arrays(params)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_inputs(example_inputs)
     leaves, structure = jax.tree.flatten(params)
     paths = [name for name, _ in named_arrays(params)]
     families = _families(paths, GroupNormalJeffreys() if prior is None else prior, rules or {})
@@ -211,13 +163,15 @@ def variational(
                 path,
                 jnp.shape(leaf),
                 nodes.get(place),
+                families[place],
+                kernels.found.get(place),
                 kernels.reasons.get(place),
                 paths[biases[place]] if place in biases else None,
             )
             for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
         ),
         float(kl_divergence(nodes)),
-        None if network.larger else "It samples for the batch size of the example inputs alone.",
+        None if network.limit is None else f"With a key, ``apply`` {network.limit}",
     )
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf)) for leaf in leaves)
     start = [None if place in biases else nodes.get(place, leaf) for place, leaf in enumerate(leaves)]
@@ -248,34 +202,85 @@ def _chosen(kernels: Kernels, families: list[Family | None]) -> Kernels:
         for place, kernel in kernels.found.items()
         if place not in plain
     }
-    reasons = kernels.reasons | {place: "a rule says so" for place, family in enumerate(families) if family is None}
+    reasons = kernels.reasons | {
+        place: "rules leaves it plain" for place, family in enumerate(families) if family is None
+    }
     return Kernels(found, reasons)
 
 
-def _start_posteriors(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> dict[int, Posterior]:
-    """The posteriors that training starts from, by the number of the array. Their means are the given arrays."""
+def _layers(kernel: Kernel, value: Any) -> Sequence[Any]:
+    """The nodes of all layers of a kernel."""
+    return [value] if kernel.layers is None else value
 
-    def start(arrays: list[jax.Array]) -> dict[int, Posterior]:
+
+def _check_node(path: str, node: Any, kernel: Kernel) -> None:
+    shape, expected = getattr(node, "kernel_shape", None), kernel.layout.canonical.shape
+    if shape is None:
+        raise ValueError(
+            f"params holds {type(node).__name__} at {path}; it must hold a posterior or a quantised layer."
+        )
+    if shape != expected:
+        raise ValueError(
+            f"The kernel at {path} has shape {shape}; it must have {expected}. Apply the params of many seeds "
+            "with jax.vmap. The small function of shrink takes the params of a shrunk network."
+        )
+
+
+def _start_posteriors(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> dict[int, Any]:
+    """The posteriors that training starts from, by the number of the array: one, or a tuple of one for each layer.
+
+    Their means are the given arrays.
+    """
+
+    def start(arrays: list[jax.Array]) -> dict[int, Any]:
         nodes = {}
         for place, kernel in kernels.found.items():
-            family, canonical = families[place], kernel.layout.canonical
-            assert family is not None
-            means = kernel.layout.to_kernel(arrays[place])
-            bias = None if kernel.bias is None else arrays[kernel.bias.place].reshape(-1)
-            node = family.create(jax.random.key(place), means, bias, canonical.group_axis, canonical.feature_groups)
-            nodes[place] = with_mean_weights(node, means, bias)
+            layers = range(kernel.layers or 1)
+            means = _slices(kernel, arrays[place])
+            biases = [None for _ in layers] if kernel.bias is None else _slices(kernel, arrays[kernel.bias.place])
+            keys = [jax.random.fold_in(jax.random.key(place), layer) for layer in layers]
+            each = tuple(
+                _start_posterior(kernel, families[place], *layer) for layer in zip(keys, means, biases, strict=True)
+            )
+            nodes[place] = each[0] if kernel.layers is None else each
         return balance_scales(nodes)
 
     arrays = [jnp.asarray(leaf) for leaf in leaves]
     return compile_quickly(start, arrays)(arrays)
 
 
+def _slices(kernel: Kernel, array: jax.Array) -> Sequence[jax.Array]:
+    """The arrays of all layers of a kernel."""
+    return [array] if kernel.layers is None else [array[layer] for layer in range(kernel.layers)]
+
+
+def _whole(kernel: Kernel, slices: Sequence[jax.Array]) -> jax.Array:
+    """The array of which all layers of a kernel have these slices, the inverse of ``_slices``."""
+    return slices[0] if kernel.layers is None else jnp.stack(slices)
+
+
+def _start_posterior(
+    kernel: Kernel, family: Family | None, key: jax.Array, array: jax.Array, bias: jax.Array | None
+) -> Posterior:
+    assert family is not None
+    canonical = kernel.layout.canonical
+    means, bias = kernel.layout.to_kernel(array), None if bias is None else bias.reshape(-1)
+    node = family.create(key, means, bias, canonical.group_axis, canonical.feature_groups)
+    return with_mean_weights(node, means, bias)
+
+
 def _planned(
-    path: str, shape: tuple[int, ...], node: Posterior | None, reason: str | None, bias_of: str | None
+    path: str,
+    shape: tuple[int, ...],
+    start: Any,
+    family: Family | None,
+    kernel: Kernel | None,
+    reason: str | None,
+    bias_of: str | None,
 ) -> LeafPlan:
     if bias_of is not None:
         return LeafPlan(path, shape, bias_of=bias_of)
-    if node is None:
+    if kernel is None:
         return LeafPlan(path, shape, reason=reason)
-    family = type(node).__name__.removesuffix("Posterior")
-    return LeafPlan(path, shape, family, node.group_mask.size, node.group_axis)
+    groups = sum(node.group_mask.size for node in _layers(kernel, start))
+    return LeafPlan(path, shape, type(family).__name__, groups, kernel.groups_of)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-
-from bcdl_jax.priors.posterior import GroupAxis
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,8 @@ class LeafPlan:
       shape: Its shape.
       family: The name of its family of priors, or None if it stays plain.
       groups: The number of its groups; 0 if it stays plain.
-      group_axis: The side of its groups, or None.
+      groups_of: The kind of its groups, or None: the inputs of a matrix product, the output channels of a convolution, or the columns of a
+        table whose rows the network looks up.
       bias_of: The path of the kernel whose posterior holds it as its bias, or None.
       reason: The reason why it stays plain, or None.
     """
@@ -26,7 +26,7 @@ class LeafPlan:
     shape: tuple[int, ...]
     family: str | None = None
     groups: int = 0
-    group_axis: GroupAxis | None = None
+    groups_of: Literal["inputs", "output channels", "columns"] | None = None
     bias_of: str | None = None
     reason: str | None = None
 
@@ -41,7 +41,7 @@ class LeafPlan:
             return f"{self.path}  {size}: the bias of {self.bias_of}"
         if self.family is None:
             return f"{self.path}  {size}: stays plain, since {self.reason}"
-        return f"{self.path}  {size}: {self.family}, {self.groups:,} groups of {self.group_axis}s"
+        return f"{self.path}  {size}: {self.family}, a group for each of {self.groups:,} {self.groups_of}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ConversionPlan:
       leaves: The plan for each array, in the order of ``jax.tree.leaves(params)``.
       kl_divergence: The KL divergence of all posteriors at the start, in nats. Its share in the loss of an example is this number divided by
         the number of training examples.
-      remark: A sentence on the batch sizes that the converted network supports and the given network does not, or None.
+      remark: A sentence on the batch sizes that the given network supports and the converted network does not, or None.
     """
 
     leaves: tuple[LeafPlan, ...]

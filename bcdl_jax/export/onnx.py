@@ -15,9 +15,10 @@ import numpy as np
 
 from bcdl_jax._atomic_file import check_writable
 from bcdl_jax._tree import PyTree, array_names, check_arrays, is_key, named_arrays
-from bcdl_jax.export.onnx_converter import Converter, describe
-from bcdl_jax.export.onnx_graph import IR_VERSION, OPSET, Graph, Tensor
+from bcdl_jax.export.onnx_converter import Converter
+from bcdl_jax.export.onnx_graph import IR_VERSION, OPSET, Graph, Tensor, describe
 from bcdl_jax.export.symbolic_batch import batch_size_errors, first_line, symbolic_inputs
+from bcdl_jax.graph.example_inputs import as_inputs, resized
 from bcdl_jax.graph.program import Program, compile_quickly
 from bcdl_jax.graph.tracing import trace
 
@@ -64,7 +65,7 @@ def export_onnx(path: str | os.PathLike[str], apply: Callable[..., PyTree], para
         )
     with batch_size_errors():
         program = trace(apply, params, *inputs)
-    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    examples = as_inputs(example_inputs)
     target = Path(path)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".onnx") as directory:
         draft = Path(directory) / target.name
@@ -230,22 +231,15 @@ def _two_batches(
 ) -> list[tuple[PyTree, ...]]:
     """The examples, and the same with another number of them."""
     size = next(np.shape(leaf)[0] for leaf in jax.tree.leaves(examples) if np.ndim(leaf))
-
-    def resized(count: int) -> tuple[PyTree, ...]:
-        def resize(leaf: Any) -> Any:
-            return (
-                jnp.take(leaf, np.arange(count) % size, axis=0) if np.ndim(leaf) and np.shape(leaf)[0] == size else leaf
-            )
-
-        return jax.tree.map(resize, examples)
-
-    given = resized(size) if size else resized(0)
+    given = resized(examples, size, size)
+    if not size:
+        return [given]
     other = 1 if size > 1 else 2
     try:
-        jax.eval_shape(apply, params, *resized(other))
+        jax.eval_shape(apply, params, *resized(examples, size, other))
     except Exception:  # The network failed with this batch size; the type of its error is unknown.
         other = size + 1
-    return [given, resized(other)] if size else [given]
+    return [given, resized(examples, size, other)]
 
 
 def _compare(mine: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:

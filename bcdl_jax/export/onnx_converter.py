@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax.export import onnx_elementwise, onnx_indexing, onnx_products, onnx_structure
-from bcdl_jax.export.onnx_graph import Graph, Tensor, UnsupportedError, onnx_type
-from bcdl_jax.graph.primitives import CUSTOM, evaluate_elementwise, is_plain
+from bcdl_jax.export.onnx_graph import Graph, Tensor, UnsupportedError
+from bcdl_jax.export.onnx_loops import LOOPS
+from bcdl_jax.graph.primitives import CUSTOM, MOVES, evaluate_elementwise, is_plain
 from bcdl_jax.graph.program import Atom, Program, Step, is_expression, program_of, trace_fixed_sizes
 
 _RULES = {**onnx_structure.RULES, **onnx_products.RULES, **onnx_indexing.RULES}
@@ -20,8 +21,8 @@ _MOST_STORED = 2**20
 _WRAPPING = frozenset(["add", "sub", "mul", "neg", "not", "convert_element_type", "integer_pow", "square"])
 
 # Steps that the graph computes although their operands are known, so that the file holds the params as they are. Runtimes compute such
-# steps once, when they load the file.
-_KEEPING = frozenset(["broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "squeeze", "transpose"])
+# steps once, when they load the file. Copies and reversed arrays are stored as such.
+_KEEPING = (MOVES - {"copy", "rev"}) | {"convert_element_type"}
 
 Value = Any  # A Tensor, or an array that is known at the time of the export.
 
@@ -52,9 +53,8 @@ class Converter:
 
     def run(self) -> list[Value]:
         """Converts all steps that the outputs depend on, and returns the outputs."""
-        needed = _needed_steps(self._program)
         for index, step in enumerate(self._program.steps):
-            if index not in needed:
+            if index not in self._program.live_steps:
                 continue
             try:
                 results = self._fold(step) if self._can_be_folded(step) else self._convert(step)
@@ -109,11 +109,8 @@ class Converter:
         shapes = [self._program.shapes[number].shape for number in step.outputs]
         if name in CUSTOM:
             return self._convert_custom(step)
-        if name in ("scan", "while", "cond"):
-            operands = [self.whole(number) for number in step.inputs]
-            return {"scan": convert_scan, "while": convert_while, "cond": convert_cond}[name](
-                graph, step, operands, shapes
-            )
+        if name in LOOPS:
+            return LOOPS[name](graph, step, [self.whole(number) for number in step.inputs], shapes, convert_jaxpr)
         if name == "dim_as_value":  # JAX reads a symbolic size as a number.
             return [self._size(step.params["dim"], self._program.shapes[step.outputs[0]].dtype)]
         if name == "broadcast_in_dim":
@@ -170,119 +167,7 @@ class NestedError(NotImplementedError):
     """An error that names its step."""
 
 
-def _needed_steps(program: Program) -> set[int]:
-    """The steps that the outputs depend on."""
-    live, needed = set(program.outputs), set()
-    for index, step in reversed(list(enumerate(program.steps))):
-        if live.intersection(step.outputs):
-            needed.add(index)
-            live.update(step.inputs)
-    return needed
-
-
 def convert_jaxpr(graph: Graph, closed: Any, operands: Sequence[Value]) -> list[Value]:
     """Adds the nodes of a jaxpr to a graph. Returns its outputs: tensors, or known arrays."""
     program = program_of(closed)
     return Converter(program, graph, dict(zip(program.inputs, operands, strict=True))).run()
-
-
-def _whole_outputs(graph: Graph, closed: Any, operands: Sequence[Value]) -> list[Tensor]:
-    """Like ``convert_jaxpr``, with tensors of their full shapes that nodes of this graph compute."""
-    outputs = []
-    for value, aval in zip(convert_jaxpr(graph, closed, operands), closed.out_avals, strict=True):
-        tensor = value if isinstance(value, Tensor) else graph.constant(np.asarray(value, aval.dtype))
-        whole = graph.whole(tensor, aval.shape)
-        outputs.append(graph.add("Identity", [whole], aval.shape, whole.dtype))
-    return outputs
-
-
-# Loops and branches. Their bodies read constants and the tensors around them by name.
-
-
-def convert_scan(graph: Graph, step: Step, operands: Sequence[Tensor], shapes: Sequence[Sequence[Any]]) -> list[Tensor]:
-    """A ``lax.scan`` as a Scan node."""
-    params, closed = step.params, step.params["jaxpr"]
-    consts, carry = params["num_consts"], params["num_carry"]
-    scanned = list(operands[consts + carry :])
-    if not scanned:  # A Scan node needs an array to run along.
-        scanned = [graph.constant(np.zeros(params["length"], np.int32))]
-    body = Graph(graph.floats_in_float32, outer=graph)
-    states = [_body_input(body, operand.sizes, operand.dtype) for operand in operands[consts : consts + carry]]
-    parts = [_body_input(body, operand.sizes[1:], operand.dtype) for operand in scanned]
-    taken = parts if len(operands) > consts + carry else []
-    outputs = _whole_outputs(body, closed, [*operands[:consts], *states, *taken])
-    direction = int(params["reverse"])
-    inputs = [*operands[consts : consts + carry], *scanned]
-    results = [(shape, output.dtype) for shape, output in zip(shapes, outputs, strict=True)]
-    if not results:
-        return []
-    return graph.add_many(
-        "Scan",
-        inputs,
-        results,
-        body=_body_graph(body, [*states, *parts], outputs),
-        num_scan_inputs=len(scanned),
-        scan_input_directions=[direction] * len(scanned),
-        **({"scan_output_directions": [direction] * (len(outputs) - carry)} if len(outputs) > carry else {}),
-    )
-
-
-def convert_while(
-    graph: Graph, step: Step, operands: Sequence[Tensor], shapes: Sequence[Sequence[Any]]
-) -> list[Tensor]:
-    """A ``lax.while_loop`` as a Loop node."""
-    params = step.params
-    cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
-    first = cond_consts + body_consts
-    start = list(operands[first:])
-    (go_on,) = _whole_outputs(graph, params["cond_jaxpr"], [*operands[:cond_consts], *start])
-    body = Graph(graph.floats_in_float32, outer=graph)
-    count, flag = _body_input(body, (), np.int64), _body_input(body, (), bool)
-    states = [_body_input(body, operand.sizes, operand.dtype) for operand in start]
-    outputs = _whole_outputs(body, params["body_jaxpr"], [*operands[cond_consts:first], *states])
-    (next_flag,) = _whole_outputs(body, params["cond_jaxpr"], [*operands[:cond_consts], *outputs])
-    results = [(shape, output.dtype) for shape, output in zip(shapes, outputs, strict=True)]
-    return graph.add_many(
-        "Loop", [None, go_on, *start], results, body=_body_graph(body, [count, flag, *states], [next_flag, *outputs])
-    )
-
-
-def convert_cond(graph: Graph, step: Step, operands: Sequence[Tensor], shapes: Sequence[Sequence[Any]]) -> list[Tensor]:
-    """A ``lax.cond`` or ``lax.switch`` as nested If nodes."""
-    which, *arguments = operands
-    return _branch(graph, which, step.params["branches"], arguments, shapes)
-
-
-def _branch(
-    graph: Graph, which: Tensor, branches: Sequence[Any], arguments: Sequence[Tensor], shapes: Sequence[Sequence[Any]]
-) -> list[Tensor]:
-    if len(branches) == 1:
-        return _whole_outputs(graph, branches[0], arguments)
-    numbers = graph.cast(which, np.int32)
-    is_last = graph.binary("GreaterOrEqual", numbers, graph.scalar(len(branches) - 1, np.int32), bool)
-    bodies, outputs = [], []
-    for taken in (branches[-1:], branches[:-1]):
-        body = Graph(graph.floats_in_float32, outer=graph)
-        outputs = _branch(body, numbers, taken, arguments, shapes)
-        bodies.append(_body_graph(body, [], outputs))
-    results = [(shape, output.dtype) for shape, output in zip(shapes, outputs, strict=True)]
-    return graph.add_many("If", [is_last], results, then_branch=bodies[0], else_branch=bodies[1])
-
-
-def _body_input(body: Graph, sizes: Sequence[Any], dtype: Any) -> Tensor:
-    return Tensor(body.new_name("value"), tuple(sizes), np.dtype(dtype))
-
-
-def _body_graph(body: Graph, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Any:
-    from onnx import helper
-
-    entries = [[describe(each) for each in part] for part in (inputs, outputs)]
-    return helper.make_graph(body.nodes, body.new_name("body"), entries[0], entries[1])
-
-
-def describe(tensor: Tensor) -> Any:
-    """The entry of an input or output of a graph: name, type and shape."""
-    from onnx import helper
-
-    shape = [size if isinstance(size, int) else str(size).replace(" ", "") for size in tensor.sizes]
-    return helper.make_tensor_value_info(tensor.name, onnx_type(tensor.dtype), shape)

@@ -10,12 +10,13 @@ Broadcasting is lazy: a tensor may have size 1 along an axis where the value has
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from bcdl_jax.export.symbolic_batch import size_at
 
 _FLOAT32, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _CARRIERS: dict[str, np.dtype] = {
@@ -216,6 +217,14 @@ def onnx_type(dtype: Any) -> int:
     return int(getattr(TensorProto, _ONNX_NAMES.get(name, name.upper())))
 
 
+def describe(tensor: Tensor) -> Any:
+    """The entry of an input or output of a graph: name, type and shape."""
+    from onnx import helper
+
+    shape = [size if isinstance(size, int) else str(size).replace(" ", "") for size in tensor.sizes]
+    return helper.make_tensor_value_info(tensor.name, onnx_type(tensor.dtype), shape)
+
+
 def broadcast(*shapes: Sequence[Any]) -> tuple[Any, ...]:
     """The common shape of tensors that are broadcast against each other."""
     rank = max(map(len, shapes))
@@ -227,13 +236,8 @@ def broadcast(*shapes: Sequence[Any]) -> tuple[Any, ...]:
 
 def linear_size(size: Any) -> tuple[int, int]:
     """The slope and the value at 0 of a size that is linear in the batch size. Raises UnsupportedError for another size."""
-    names = {"floordiv": operator.floordiv, "mod": operator.mod, "max": max, "min": min}
-
-    def at(batch: int) -> int:
-        return int(eval(str(size), {"__builtins__": {}}, names | {"batch": batch}))
-
-    slope = at(3) - at(2)
-    start = at(2) - 2 * slope
-    if any(at(batch) != slope * batch + start for batch in (1, 7, 1000)):
+    slope = size_at(size, 3) - size_at(size, 2)
+    start = size_at(size, 2) - 2 * slope
+    if any(size_at(size, batch) != slope * batch + start for batch in (1, 7, 1000)):
         raise UnsupportedError(f"the size {size} of an array is not linear in the batch size")
     return slope, start

@@ -123,7 +123,7 @@ def flat_places(
       removed: The axes of the operand that the result lacks.
       index_map: The axis of the operand for each entry of an index vector.
       batching: The axes of the operand that run along axes of the indices, without entries of their own.
-      index_batching: These axes of the indices.
+      index_batching: The axes of the indices that correspond to ``batching``, in the same order.
     """
     index_axes = [axis for axis in range(rank) if axis not in window_axes]
     kept = [axis for axis in range(len(operand_sizes)) if axis not in (*removed, *batching)]

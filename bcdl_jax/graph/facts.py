@@ -1,7 +1,7 @@
 """Facts about the values of a program, the result of ``analyze``.
 
 The arrays of a fact are *compact*: along each axis, they have the size of the value, or size 1 if they do not change along the axis. The
-facts about a batch of images are so as small as the facts about one pixel, unless pixels differ.
+facts about a batch of images are therefore as small as the facts about one pixel, unless pixels differ.
 """
 
 from __future__ import annotations

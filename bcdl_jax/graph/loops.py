@@ -24,7 +24,10 @@ _MAX_ITERATIONS = 8
 
 
 def split_operands(step: Step) -> tuple[slice, slice, slice]:
-    """The operands of a scan or while: constants of the body, values that are passed on, and stacks with one slice per iteration."""
+    """The operands of a scan or while: constants of the body, values that are passed on, and stacks with one slice per iteration.
+
+    The operands in front of the constants of the body are the constants of the condition. A scan has none.
+    """
     if step.name == "scan":
         first, last = step.params["num_consts"], step.params["num_consts"] + step.params["num_carry"]
         return slice(0, first), slice(first, last), slice(last, len(step.inputs))
@@ -48,7 +51,9 @@ def loop_forward(
     """
     if step.name == "cond":
         return _branches_forward(step, inputs, moving, forward)
-    constants, carried, stacks = (inputs[part] for part in split_operands(step))
+    parts = split_operands(step)
+    constants, carried, stacks = (inputs[part] for part in parts)
+    for_condition = inputs[: parts[0].start]
     slices = [_slice_of(fact) for fact in stacks]
     body, body_moving = step.bodies[-1], moving[-1]
     carried = [as_data(fact) for fact in carried]
@@ -65,8 +70,7 @@ def loop_forward(
         outputs.append((fact.unknown[None], fact.value[None]))
     if step.name == "scan":
         return outputs, (found,)
-    condition_constants = inputs[: step.params["cond_nconsts"]]
-    condition = forward(step.bodies[0], [*condition_constants, *carried], moving[0])
+    condition = forward(step.bodies[0], [*for_condition, *carried], moving[0])
     return outputs, (condition, found)
 
 
@@ -86,10 +90,10 @@ def loop_backward(
     """
     if step.name == "cond":
         return _branches_backward(step, found, lives, backward)
-    _, carried, stacks = split_operands(step)
+    constants, carried, stacks = split_operands(step)
     body, num_carried = step.bodies[-1], carried.stop - carried.start
-    first_carried = carried.start if step.name == "scan" else carried.start - step.params["cond_nconsts"]
-    carried_inputs = body.inputs[first_carried : first_carried + num_carried]
+    num_constants = constants.stop - constants.start
+    carried_inputs = body.inputs[num_constants : num_constants + num_carried]
     live = list(lives[:num_carried])
     others = [np.asarray(flags.any(0)) for flags in lives[num_carried:]]
     analyses: tuple[Analysis, ...] = ()
@@ -98,9 +102,8 @@ def loop_backward(
         condition = step.bodies[0]
         analysis = backward(condition, found[0], [np.ones((), bool)])
         needs = [analysis.facts[number].live for number in condition.inputs]
-        count = step.params["cond_nconsts"]
-        needs_of_condition = needs[:count]
-        live = [flags | need for flags, need in zip(live, needs[count:], strict=True)]
+        needs_of_condition = needs[: constants.start]
+        live = [flags | need for flags, need in zip(live, needs[constants.start :], strict=True)]
         analyses = (analysis,)
     while True:
         analysis = backward(body, found[-1], [*live, *others])

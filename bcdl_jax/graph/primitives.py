@@ -27,6 +27,9 @@ ELEMENTWISE = frozenset(
 )
 # fmt: on
 
+# Primitives that only move the elements of their only operand.
+MOVES = frozenset(["broadcast_in_dim", "copy", "expand_dims", "reshape", "rev", "squeeze", "transpose"])
+
 # Functions with a custom derivative. Their parameter "call_jaxpr" holds the function.
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 

@@ -18,6 +18,7 @@ import numpy as np
 from bcdl_jax.graph.facts import Fact, Flags, Product, Shape, along, any_along, compact, in_full
 from bcdl_jax.graph.known_values import values_of
 from bcdl_jax.graph.program import Program, Step
+from bcdl_jax.graph.windows import positions_read
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -357,6 +358,8 @@ def _convolution(params: Mapping[str, Any], shapes: tuple[Shape, Shape]) -> _Con
     numbers = params["dimension_numbers"]
     x_order = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     w_order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    positions, window = [shapes[0][axis] for axis in x_order[1:-1]], [shapes[1][axis] for axis in w_order[:-2]]
+    others = (params[name] for name in ("window_strides", "padding", "lhs_dilation", "rhs_dilation"))
     padded = any(low or high for low, high in params["padding"]) or any(spread > 1 for spread in params["lhs_dilation"])
     return _Convolution(
         shapes=shapes,
@@ -366,30 +369,6 @@ def _convolution(params: Mapping[str, Any], shapes: tuple[Shape, Shape]) -> _Con
         x_order=x_order,
         w_order=w_order,
         out_order=(numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]),
-        positions_read=_positions_read(
-            params, [shapes[0][axis] for axis in x_order[1:-1]], [shapes[1][axis] for axis in w_order[:-2]]
-        ),
+        positions_read=tuple(positions_read(*each) for each in zip(positions, window, *others, strict=True)),
         groups=params["feature_group_count"],
     )
-
-
-def _positions_read(
-    params: Mapping[str, Any], positions: Sequence[int], window: Sequence[int]
-) -> tuple[np.ndarray, ...]:
-    """``positions_read`` of ``_Convolution``."""
-    reads = []
-    for size, taps, stride, (low, high), spread, dilation in zip(
-        positions,
-        window,
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        strict=True,
-    ):
-        length = low + high + ((size - 1) * spread + 1 if size else 0)
-        count = max(0, (length - ((taps - 1) * dilation + 1)) // stride + 1)
-        place = np.arange(count)[:, None] * stride + np.arange(taps) * dilation - low
-        valid = (place >= 0) & (place <= (size - 1) * spread) & (place % spread == 0)
-        reads.append(np.where(valid, place // spread, -1))
-    return tuple(reads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,6 +138,16 @@ class Program:
         run = compile_quickly(lambda arguments: everything.run(arguments, {}), arguments)
         return run(arguments)
 
+    @functools.cached_property
+    def live_steps(self) -> frozenset[int]:
+        """The indices of the steps on which the results depend. Flax's recurrent layers, for one, trace other steps, too."""
+        needed, live = set(self.outputs), set[int]()
+        for index in reversed(range(len(self.steps))):
+            if needed.intersection(self.steps[index].outputs):
+                live.add(index)
+                needed.update(self.steps[index].inputs)
+        return frozenset(live)
+
     def signature(self) -> list[tuple[str, tuple[Atom, ...], tuple[Atom, ...]]]:
         """Primitives and values of all steps, without shapes. Two traces of one function at different batch sizes should have the same."""
         return [(step.name, step.inputs, step.outputs) for step in self.steps]
@@ -230,7 +240,12 @@ def data_dependent(program: Program, num_params: int) -> set[Atom]:
       program: A program whose first inputs are params. All other inputs are data.
       num_params: The number of inputs that are params.
     """
-    depends = set(program.inputs[num_params:])
+    return dependent(program, program.inputs[num_params:])
+
+
+def dependent(program: Program, sources: Iterable[Atom]) -> set[Atom]:
+    """Numbers of the values that depend on given values, and these values."""
+    depends = set(sources)
     for step in program.steps:
         if depends & set(step.inputs):
             depends |= set(step.outputs)

@@ -15,6 +15,7 @@ from bcdl_jax.graph.facts import Fact, Flags, Shape, any_along, compact, in_full
 from bcdl_jax.graph.known_values import elementwise_values, values_of
 from bcdl_jax.graph.program import Program, Step
 from bcdl_jax.graph.structural import STRUCTURAL, move_backward, move_forward
+from bcdl_jax.graph.windows import positions_read
 
 REDUCTIONS = (
     "reduce_sum",
@@ -227,20 +228,11 @@ def _mixing(step: Step, axis: int, in_shapes: Sequence[Shape], num_outputs: int)
 
 def _window(step: Step, shape: Shape) -> FlowRule:
     """The rule of pooling. In the code, ``cover[axis][o, i]`` marks that the window of output o covers input i."""
-    params, cover = step.params, []
-    for size, window, stride, (low, high), base, dilation in zip(
-        shape,
-        params["window_dimensions"],
-        params["window_strides"],
-        params["padding"],
-        params["base_dilation"],
-        params["window_dilation"],
-        strict=True,
-    ):
-        spread = (size - 1) * base + 1 if size else 0
-        count = max(0, (low + spread + high - ((window - 1) * dilation + 1)) // stride + 1)
-        place = (np.arange(count)[:, None] * stride + np.arange(window) * dilation - low)[..., None]
-        cover.append((place == np.arange(size) * base).any(1))
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    cover = [
+        (positions_read(size, *numbers)[..., None] == np.arange(size)).any(1)
+        for size, *numbers in zip(shape, *(step.params[name] for name in names), strict=True)
+    ]
     pooled = [axis for axis, matrix in enumerate(cover) if not _is_identity(matrix)]
 
     def forward(inputs: Sequence[Fact]) -> list[Known]:

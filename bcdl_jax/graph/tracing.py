@@ -29,7 +29,7 @@ def trace(function: Callable[..., Any], *arguments: PyTree) -> Program:
 
     Args:
       function: A JAX function of pytrees of arrays.
-      *arguments: Its arguments: arrays or ``jax.ShapeDtypeStruct``. Sizes may be symbolic, see ``jax.export.symbolic_shape``.
+      *arguments: The arguments of the function: arrays or ``jax.ShapeDtypeStruct``. Sizes may be symbolic, see ``jax.export.symbolic_shape``.
 
     Returns:
       The program. With symbolic sizes it runs at any size.

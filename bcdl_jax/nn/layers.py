@@ -157,7 +157,7 @@ class Conv(_VariationalLayer):
       features: The number of output channels.
       kernel_size: The shape of the window, one number per spatial axis. An int for one spatial axis.
       strides: The strides, an int for all axes or one per axis. None for 1.
-      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one spatial axis), an int, or an int or a (low, high) pair per axis.
+      padding: The padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (one spatial axis), an int, or an int or a (low, high) pair per axis.
       input_dilation: The dilation of the inputs, an int for all axes or one per axis. None for 1.
       kernel_dilation: The dilation of the kernel, an int for all axes or one per axis. None for 1.
       feature_group_count: The number of groups that the channels are split into. Both channel counts must be multiples of it.
@@ -188,7 +188,7 @@ class Conv(_VariationalLayer):
         Args:
           inputs: The inputs, [examples, ..., *spatial, in], or [*spatial, in] for a single example. The axes between the first and the
             spatial ones share the example's scales.
-          deterministic: The same flag as for ``Dense``.
+          deterministic: True for the posterior means, False to sample, None for the attribute, as in ``Dense``.
 
         Returns:
           The outputs, [examples, ..., *spatial out, features], or [*spatial out, features] for a single example.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bcdl_jax._arrays import of_rank
 from bcdl_jax._backend import on_cpu
 
 
@@ -44,6 +45,30 @@ class Moments(NamedTuple):
     variance: jax.Array
     order: tuple[int, ...]
 
+    def in_order(self, values: jax.Array) -> jax.Array:
+        """Transposes values that broadcast against the outputs, such that they broadcast against the moments."""
+        return of_rank(values, len(self.order)).transpose(self.order)
+
+    def restored(self, values: jax.Array) -> jax.Array:
+        """Transposes values of the shape of the moments to the outputs, [n, ..., out]."""
+        return restored(values, self.order)
+
+
+def examples_last(num_spatial: int, num_leading: int = 1) -> tuple[int, ...]:
+    """The order [out, *spatial, n, ...] of the axes of outputs [n, ..., *spatial, out], as for ``jax.numpy.transpose``.
+
+    Args:
+      num_spatial: The number of spatial axes.
+      num_leading: The number of axes in front of them.
+    """
+    last = num_leading + num_spatial
+    return last, *range(num_leading, last), *range(num_leading)
+
+
+def restored(values: jax.Array, order: Sequence[int]) -> jax.Array:
+    """The array whose axes in this order are those of the values."""
+    return values.transpose(np.argsort(order))
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseMap:
@@ -68,7 +93,7 @@ class ConvolutionMap:
 
     Attributes:
       strides: The strides, one per spatial axis. Their number is the number of spatial axes.
-      padding: "SAME", or a (low, high) pair per spatial axis.
+      padding: The padding, "SAME" or a (low, high) pair per spatial axis.
       input_dilation: The dilations of the inputs, one per spatial axis.
       kernel_dilation: The dilations of the kernel, one per spatial axis.
       feature_group_count: The number of feature groups of a grouped convolution.
@@ -100,7 +125,7 @@ class ConvolutionMap:
         if self._uses_xla_convolution(kernel):
             return self(inputs, kernel)
         matrix, product, order = self._product(inputs, kernel.shape)
-        return product(kernel, matrix).transpose(np.argsort(order))
+        return restored(product(kernel, matrix), order)
 
     def _uses_xla_convolution(self, kernel: jax.Array) -> bool:
         return not on_cpu() or self.feature_group_count > 1 or math.prod(kernel.shape) == 0
@@ -116,8 +141,7 @@ class ConvolutionMap:
             rows = kernel.reshape(-1, kernel.shape[-1]).T
             return jnp.matmul(rows, matrix, precision=self.precision).reshape(-1, *patches.shape[2:-1], *leading)
 
-        rank, front = len(self.strides), len(leading)
-        order = (front + rank, *range(front, front + rank), *range(front))
+        order = examples_last(len(self.strides), len(leading))
         return patches.reshape(math.prod(kernel_shape[:-1]), -1), product, order
 
     def _images(self, inputs: jax.Array) -> tuple[jax.Array, tuple[int, ...], str | Sequence[tuple[int, int]]]:

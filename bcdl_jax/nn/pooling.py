@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._backend import on_cpu
+from bcdl_jax.nn.linear_maps import examples_last, restored
 
 
 def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
@@ -40,11 +41,11 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
         )
     if not on_cpu():
         return nn.max_pool(inputs, window, window)
-    examples_last = (inputs.ndim - 1, *range(1, inputs.ndim - 1), 0)
+    order = examples_last(len(window))
     counts = [length // size for size, length in zip(window, spatial, strict=True)]
     whole = tuple(slice(count * size) for count, size in zip(counts, window, strict=True))
     split = [number for pair in zip(counts, window, strict=True) for number in pair]
-    windows = inputs.transpose(examples_last)[(slice(None), *whole)].reshape(inputs.shape[-1], *split, inputs.shape[0])
+    windows = inputs.transpose(order)[(slice(None), *whole)].reshape(inputs.shape[-1], *split, inputs.shape[0])
     axes = tuple(range(2, 2 * len(window) + 1, 2))
     largest = jax.lax.stop_gradient(windows.max(axis=axes))
     is_largest = windows == jnp.expand_dims(largest, axes)
@@ -52,4 +53,4 @@ def max_pool(inputs: jax.Array, window_shape: Sequence[int]) -> jax.Array:
     # jnp.max would then divide by zero. So the gradient comes from the last term, whose value is zero and whose divisor is at least one.
     count = jnp.maximum(jnp.sum(is_largest.astype(windows.dtype), axis=axes), 1)
     gradient_term = jnp.where(is_largest, windows - jax.lax.stop_gradient(windows), 0).sum(axis=axes) / count
-    return (largest + gradient_term).transpose(examples_last)
+    return restored(largest + gradient_term, order)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bcdl_jax._arrays import is_kept, of_rank
 from bcdl_jax.nn.linear_maps import LinearMap
@@ -60,34 +59,49 @@ def apply_sampled(posterior: Posterior, inputs: jax.Array, key: jax.Array, linea
       The outputs, [examples, ..., out], exactly zero for pruned ones.
     """
     scale_key, noise_key = jax.random.split(key)
-    return sample_outputs(posterior, inputs, scale_key, noise_key, linear_map)
+    scale = posterior.in_float32().sample_scale(scale_key, inputs.shape[0])
+    return sample_outputs(posterior, inputs, scale, noise_key, linear_map)
 
 
 def sample_outputs(
-    posterior: Posterior, inputs: jax.Array, scale_key: jax.Array, noise_key: jax.Array, linear_map: LinearMap
+    posterior: Posterior, inputs: jax.Array, scale: jax.Array, noise_key: jax.Array, linear_map: LinearMap
 ) -> jax.Array:
-    """``apply_sampled`` with separate keys for the scales and for the noise of the outputs. Several products can so share their scales."""
+    """``apply_sampled`` with sampled scales [examples, groups] and the key for the noise of the outputs. Products can so share their scales."""
     dtype = inputs.dtype
     posterior = posterior.in_float32()
-    scale = posterior.sample_scale(scale_key, inputs.shape[0]).astype(dtype)
-    scale = scale.reshape(inputs.shape[0], *(1,) * (inputs.ndim - 2), scale.shape[-1])
+    scale = scale.astype(dtype).reshape(inputs.shape[0], *(1,) * (inputs.ndim - 2), scale.shape[-1])
     if posterior.group_axis == "input":
         inputs = inputs * scale
     inputs = _masked(inputs, posterior.input_mask)
     kernel_mean, kernel_variance = posterior.sampled_moments()
-    mean, variance, order = linear_map.moments(inputs, kernel_mean.astype(dtype), kernel_variance.astype(dtype))
+    moments = linear_map.moments(inputs, kernel_mean.astype(dtype), kernel_variance.astype(dtype))
+    mean, variance, order = moments
     if posterior.bias_mean is not None and posterior.bias_log_variance is not None:
-        mean += _in_order(posterior.bias_mean.astype(dtype), order)
-        variance += _in_order(jnp.exp(posterior.bias_log_variance).astype(dtype), order)
+        mean += moments.in_order(posterior.bias_mean.astype(dtype))
+        variance += moments.in_order(jnp.exp(posterior.bias_log_variance).astype(dtype))
     outputs = mean + _deviation(variance) * example_normal(noise_key, mean.shape, dtype, order)
     if posterior.group_axis == "output":
-        outputs = outputs * _in_order(scale, order)
-    return _masked(outputs, _in_order(posterior.output_mask, order)).transpose(np.argsort(order))
+        outputs = outputs * moments.in_order(scale)
+    return moments.restored(_masked(outputs, moments.in_order(posterior.output_mask)))
 
 
-def _in_order(values: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    """Transposes values that broadcast against the outputs, such that they broadcast against outputs with this order of axes."""
-    return of_rank(values, len(order)).transpose(order)
+def sample_rows(mean: jax.Array, variance: jax.Array, scale: jax.Array, noise_key: jax.Array) -> jax.Array:
+    """Samples rows of a table whose columns are groups.
+
+    M and S are means and variances of the rows that each example reads. There is one z per example and column, and one standard normal e per
+    element: h = z (M + e sqrt(S)). A row that an example reads twice has the exact distribution at each place, with independent e.
+
+    Args:
+      mean: The means of the rows, [examples, ..., columns].
+      variance: Their variances, of the same shape.
+      scale: The sampled scales, [examples, columns].
+      noise_key: A PRNG key.
+
+    Returns:
+      The rows, of the shape of ``mean``.
+    """
+    scale = scale.astype(mean.dtype).reshape(mean.shape[0], *(1,) * (mean.ndim - 2), mean.shape[-1])
+    return scale * (mean + _deviation(variance) * example_normal(noise_key, mean.shape, mean.dtype))
 
 
 def _deviation(variance: jax.Array) -> jax.Array:

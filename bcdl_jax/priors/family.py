@@ -46,7 +46,7 @@ class Family(abc.ABC):
         """The start values of the fields that the family adds to ``Posterior``.
 
         Args:
-          keys: ``start_keys`` PRNG keys.
+          keys: The PRNG keys, ``start_keys`` in number.
           kernel: The means of the weights, for shape and dtype.
           groups: The number of groups.
 
@@ -70,7 +70,7 @@ class Family(abc.ABC):
           key: A PRNG key for the start values.
           kernel: The means of the weights, [*window, in / feature_group_count, out], from an initialiser or a trained network.
           bias: The means of the biases, [out], or None.
-          group_axis: "input" for dense layers, "output" for convolutions.
+          group_axis: The side of the groups, "input" for dense layers and "output" for convolutions.
           feature_group_count: The number of feature groups of a grouped convolution.
 
         Returns:

@@ -59,6 +59,11 @@ class LayerNode(abc.ABC):
         """The number of bits of the steps or levels. It is 0 before precision reduction."""
 
     @property
+    def feature_groups(self) -> int:
+        """The number of feature groups of a grouped convolution, else 1. A layer without inputs counts as one group."""
+        return _feature_groups(self.kernel_shape, self.input_mask)
+
+    @property
     def group_mask(self) -> jax.Array:
         """Mask of this layer's groups, [groups]."""
         return self.input_mask if self.group_axis == "input" else self.output_mask
@@ -81,7 +86,12 @@ def kernel_mask(kernel_shape: tuple[int, ...], input_mask: jax.Array, output_mas
       An array of bool that broadcasts against the kernel: [1, ..., in / feature groups, out], the same for all positions of the window.
     """
     inputs, features = kernel_shape[-2:]
-    feature_groups = input_mask.shape[-1] // inputs if inputs else 1  # A shrunk layer may have no inputs.
-    kept_inputs = is_kept(input_mask).reshape(feature_groups, inputs)
-    mask = jnp.repeat(kept_inputs.T, features // feature_groups, axis=1) & of_rank(is_kept(output_mask), 2)
+    groups = _feature_groups(kernel_shape, input_mask)
+    kept_inputs = is_kept(input_mask).reshape(groups, inputs)
+    mask = jnp.repeat(kept_inputs.T, features // groups, axis=1) & of_rank(is_kept(output_mask), 2)
     return of_rank(mask, len(kernel_shape))
+
+
+def _feature_groups(kernel_shape: tuple[int, ...], input_mask: jax.Array) -> int:
+    inputs = kernel_shape[-2]
+    return input_mask.shape[-1] // inputs if inputs else 1  # A shrunk layer may have no inputs.

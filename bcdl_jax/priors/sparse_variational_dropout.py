@@ -92,8 +92,7 @@ class SparseVariationalDropoutPosterior(Posterior):
     def _by_feature_group(self, connections: jax.Array) -> jax.Array:
         """Reshapes [in / feature groups, out] to [in / feature groups, feature groups, out / feature groups]."""
         inputs, features = self.kernel_shape[-2:]
-        feature_groups = self.input_mask.shape[-1] // inputs if inputs else 1
-        return connections.reshape(inputs, feature_groups, features // feature_groups)
+        return connections.reshape(inputs, self.feature_groups, features // self.feature_groups)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from bcdl_jax.graph.program import Step
+from bcdl_jax.graph.windows import window_count
 from bcdl_jax.shrinking.chunks import in_chunks
 
 # The size of the patches that are multiplied at a time, measured like the size of a chunk in ``cpu``.
@@ -102,7 +103,7 @@ def _product(step: Step, images: jax.Array, kernel: jax.Array, product: Callable
 
 def _output_sizes(images: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> tuple[int, int]:
     rows, columns = (
-        (images.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis]) // strides[axis] + 1 for axis in (0, 1)
+        window_count(images.shape[axis + 1] + sum(padding[axis]), kernel.shape[axis], strides[axis]) for axis in (0, 1)
     )
     return rows, columns
 

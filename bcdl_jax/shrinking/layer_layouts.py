@@ -58,7 +58,7 @@ def _layouts_of_layer(layer: Any, layouts: Sequence[Layout | None]) -> list[Layo
         for side, indices in zip(sides, layout or (), strict=layout is not None):
             if side is not None:
                 kept[side][slice(None) if indices is None else indices] = True
-    kept = _with_equal_groups(kept)
+    kept = _with_equal_groups(kept, layer.feature_groups)
     is_gone = not any(flags.any() for flags in kept.values())
 
     def layout_of(sides: _Axes, shape: tuple[int, ...]) -> Layout | None:
@@ -96,11 +96,9 @@ def _axes(layer: Any, field: dataclasses.Field[Any]) -> _Axes:
     return (*(None,) * (len(shape) - len(sides)), *sides)
 
 
-def _with_equal_groups(kept: dict[_Side, np.ndarray]) -> dict[_Side, np.ndarray]:
+def _with_equal_groups(kept: dict[_Side, np.ndarray], groups: int) -> dict[_Side, np.ndarray]:
     """The kept indices with further ones, such that all feature groups that are left keep the same rows and numbers of outputs."""
-    rows = kept["row"].size
-    groups = kept["input"].size // rows if rows else 1
-    inputs, outputs = kept["input"].reshape(groups, rows), kept["output"].reshape(groups, -1).copy()
+    inputs, outputs = kept["input"].reshape(groups, kept["row"].size), kept["output"].reshape(groups, -1).copy()
     in_use = np.asarray(inputs.any(1) | outputs.any(1))
     kept_rows = (kept["row"] | inputs.any(0)) & in_use.any()
     count = outputs.sum(1).max()

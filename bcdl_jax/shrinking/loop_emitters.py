@@ -43,7 +43,7 @@ def emit_scan(machine: Machine, index: int, step: Step, run: Run) -> None:
         iteration,
         _carry(body, _expanded(first, body.inputs[carried])),
         [value for _, value, _ in slices],
-        # The length may be a symbolic batch size, which the stacks know and ``scan`` does not take.
+        # The length may be symbolic. ``scan`` does not accept a symbolic length, but infers it from the stacks.
         length=None if slices else step.params["length"],
         **{name: step.params[name] for name in ("reverse", "unroll")},
     )
@@ -121,7 +121,7 @@ LOOP_EMITTERS: dict[str, Callable[[Machine, int, Step, Run], None]] = {
 def _operands(
     machine: Machine, outside: Sequence[Atom], inside: Sequence[Atom], plan: Plan, leading_axes: int = 0
 ) -> list[Operand]:
-    """The operands that a body needs, in the layouts of its plan, apart from leading axes that the body does not see."""
+    """The operands that a body needs, in the layouts of its plan, apart from leading axes that the body's operands lack."""
     operands = []
     for number, own in zip(outside, inside, strict=True):
         layout = plan.layouts[own]

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._tree import PyTree, named_arrays
+from bcdl_jax.graph.batch_size import trace_for_any_batch
 from bcdl_jax.graph.counting import multiply_adds
 from bcdl_jax.graph.data_flow import analyze
+from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.graph.program import Program, compile_quickly
 from bcdl_jax.graph.tracing import trace
-from bcdl_jax.shrinking.batch_size import trace_for_any_batch
 from bcdl_jax.shrinking.cutting import cut_leaf
 from bcdl_jax.shrinking.layer_layouts import layer_layouts
 from bcdl_jax.shrinking.layouts import kept_indices
@@ -87,7 +88,7 @@ def shrink_at_any_batch_size(
         raise ValueError(f"multiple_of is {multiple_of}; it must be an int of at least 1.")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_inputs(example_inputs)
     leaves, structure = jax.tree.flatten(params)
     paths = [name for name, _ in named_arrays(params)]
 
@@ -122,7 +123,7 @@ def shrink_at_any_batch_size(
         ),
         difference=_largest_difference(before, after, tolerance, network.program),
         structure=structure,
-        remark=network.remark,
+        remark=None if network.limit is None else f"The small function {network.limit}",
     )
     # A scalar is kept in any case, so it does not make its layer one of which something is left.
     warn_of_empty_layers(report, [shape != () and 0 not in shape for shape in shapes])

@@ -11,10 +11,14 @@ import numpy as np
 from bcdl_jax.graph.facts import Analysis, Fact, along, in_full
 from bcdl_jax.graph.known_values import values_of
 from bcdl_jax.graph.moving import Moving
+from bcdl_jax.graph.primitives import MOVES
 from bcdl_jax.graph.program import Program, Step
 from bcdl_jax.graph.reshapes import AxisGroups, reshape_groups
 from bcdl_jax.graph.rules import MIXING, REDUCTIONS, WINDOWS, unindexed_axes
 from bcdl_jax.shrinking.layouts import Axis, Layout, indices
+
+# Primitives that compute their outputs at some indices without the others, like elementwise primitives.
+_ANY_INDICES = (MOVES - {"reshape"}) | {"concatenate", "dot_general", "iota", "slice", "split", *REDUCTIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ def make_plan(program: Program, analysis: Analysis, moving: Moving, multiple_of:
 
     Args:
       program: The program of the whole network.
-      analysis: Its analysis.
+      analysis: The analysis of the program.
       moving: The parts of the program that depend on the batch size. Axes whose size depends on it stay whole.
       multiple_of: The divisor of kept widths. Each width is rounded up to a multiple of it.
     """
@@ -83,7 +87,7 @@ def make_plan(program: Program, analysis: Analysis, moving: Moving, multiple_of:
 
 
 def _light(fact: Fact, layout: Layout | None) -> Fact:
-    """The fact without what the small function does not need, since that keeps it forever.
+    """The fact without the arrays that the small function does not read. The small function holds its facts for its whole lifetime.
 
     The small function computes a fixed value. It reads the fact only for indices that the layout leaves out.
     """
@@ -112,17 +116,7 @@ def _whole_axes(step: Step, program: Program, moving_axes: Sequence[frozenset[in
     """The axes along which the outputs of a step must be computed whole."""
     rank = len(program.shapes[step.outputs[0]].shape)
     params = step.params
-    if step.elementwise or step.name in (
-        "squeeze",
-        "expand_dims",
-        "transpose",
-        "broadcast_in_dim",
-        "slice",
-        "rev",
-        "split",
-    ):
-        return set()
-    if step.name in ("concatenate", "iota", "dot_general", *REDUCTIONS):
+    if step.elementwise or step.name in _ANY_INDICES:
         return set()
     if step.name in WINDOWS:
         return {axis for axis in range(rank) if not _window_is_trivial(params, axis)}
@@ -155,7 +149,7 @@ def _folded_constant(index: int, program: Program, analysis: Analysis, contracte
     Args:
       index: The index of the product's step.
       program: The program of the whole network.
-      analysis: Its analysis.
+      analysis: The analysis of the program.
       contracted: The indices that the small product sums over.
     """
     step, product = program.steps[index], analysis.products[index]

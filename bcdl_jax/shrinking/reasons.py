@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bcdl_jax.graph.facts import Analysis, Fact, along
+from bcdl_jax.graph.primitives import MOVES
 from bcdl_jax.graph.products import product_rule
 from bcdl_jax.graph.program import Atom, Program, Step
 from bcdl_jax.shrinking.layouts import Layout, indices
@@ -14,7 +15,8 @@ from bcdl_jax.shrinking.plan import Plan
 
 Reason = tuple[str, int]  # The reason, and the number of elements that are kept for it.
 
-_COPIES = ("broadcast_in_dim", "convert_element_type", "copy", "reshape")
+# Primitives that move or cast the elements of an array.
+_MOVES = MOVES | {"convert_element_type"}
 
 
 def reasons_for_kept(program: Program, analysis: Analysis, plan: Plan, numbers: Sequence[Atom]) -> list[Reason | None]:
@@ -22,12 +24,12 @@ def reasons_for_kept(program: Program, analysis: Analysis, plan: Plan, numbers: 
 
     Args:
       program: The program of the whole network.
-      analysis: Its analysis.
+      analysis: The analysis of the program.
       plan: The plan of the small program.
       numbers: Numbers of the arrays of the params.
 
     Returns:
-      For each array, the reason and the number of elements; None if all dead channels are gone.
+      The reason and the number of elements for each array; None if all dead channels are gone.
     """
     opaque = _opaque_readers(program, analysis)
     makers = {step.outputs[0]: step for step in program.steps if len(step.outputs) == 1}
@@ -75,7 +77,7 @@ def _elements_of_zero_slices(fact: Fact, layout: Layout, shape: tuple[int, ...])
 
 
 def _reader(number: Atom, program: Program, analysis: Analysis, opaque: dict[Atom, set[str]]) -> str:
-    """What keeps the zeros of an array."""
+    """The reason why the small network keeps the zeros of an array."""
     if names := ", ".join(sorted(opaque.get(number, set()))):
         return f"read whole by {names}"
     step = _first_mixer(number, program, analysis)
@@ -107,7 +109,7 @@ def _only_added(program: Program, makers: Mapping[Atom, Step]) -> set[Atom]:
     added: set[Atom] = set()
     used: set[Atom] = set()
     for step in program.steps:
-        if step.name not in _COPIES:
+        if step.name not in _MOVES:
             (added if step.name in ("add", "sub") else used).update(_origin(number, makers) for number in step.inputs)
     return added - used
 
@@ -146,7 +148,7 @@ def _rows_of_constants(index: int, step: Step, program: Program, analysis: Analy
 
 
 def _origin(number: Atom, makers: Mapping[Atom, Step]) -> Atom:
-    """The value from which a value is copied, broadcast or converted. ``makers`` holds the step that computes each value."""
-    while number in makers and makers[number].name in _COPIES:
+    """The value whose elements were moved or cast to a value. ``makers`` holds the step that computes each value."""
+    while number in makers and makers[number].name in _MOVES:
         number = makers[number].inputs[0]
     return number

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from bcdl_jax._tree import PyTree
+from bcdl_jax.graph.batch_size import TracedNetwork, is_like
 from bcdl_jax.graph.program import Program, dtype_of
 from bcdl_jax.graph.tracing import trace
-from bcdl_jax.shrinking.batch_size import TracedNetwork, is_like
 from bcdl_jax.shrinking.execute import run_small_program
 from bcdl_jax.shrinking.layouts import Layout, kept_indices
 from bcdl_jax.shrinking.plan import Plan
@@ -29,7 +29,7 @@ def small_function(
 
     Args:
       apply: The whole network, ``apply(params, *inputs)``.
-      params: Its params.
+      params: The params of the whole network.
       network: The trace of the whole network.
       plan: The plan of the small program.
       paths: The names of the params, for errors.
@@ -70,7 +70,7 @@ class _Traces:
 
     Attributes:
       apply: The whole network, ``apply(params, *inputs)``.
-      params: Shapes and dtypes of its params.
+      params: Shapes and dtypes of the params of the whole network.
       network: The trace at the time of shrinking.
       programs: The traces, by tree structure, shapes and dtypes of the inputs.
     """

@@ -14,7 +14,9 @@ from bcdl_jax._tree import PyTree
 
 
 def steps_per_epoch(examples: int, batch_size: int, shards: int = 1) -> int:
-    """The number of batches of an epoch. Each epoch leaves out the examples that fill no whole batch, other ones each time.
+    """The number of batches of an epoch.
+
+    Each epoch leaves out the examples that fill no whole batch. The order is random, so epochs leave out different examples.
 
     Raises:
       ValueError: ``batch_size`` is not between 1 and ``examples``, or one of them is not a multiple of ``shards``.

@@ -29,10 +29,10 @@ def each_seed(function: Callable[..., Any]) -> Callable[..., Any]:
     product after the other, and the state of one seed fits the cache.
 
     Args:
-      function: ``function(state, *shared)``, such as an epoch or a loop from ``make_train_loop``.
+      function: A function (state, *shared), such as an epoch or a loop from ``make_train_loop``.
 
     Returns:
-      ``function(states, *shared)``, to be compiled for one device. Its results are stacked along a new leading axis. For seeds that are
+      A function (states, *shared), to be compiled for one device. Its results are stacked along a new leading axis. For seeds that are
       spread over the devices of a mesh, use ``jax.vmap``.
     """
 

@@ -13,7 +13,7 @@ from bcdl_jax.train.state import NegativeLogLikelihood, TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class ShrinkingConfig:
-    """When and how a network shrinks while it is trained.
+    """The times at which a network shrinks while it is trained, and the way in which it shrinks.
 
     A pruning check finds the groups that can be pruned and masks them. The network shrinks after a check if that saves enough.
 

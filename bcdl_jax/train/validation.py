@@ -18,7 +18,7 @@ Measured = tuple[jax.Array, dict[str, jax.Array]]
 
 
 class Validation:
-    """Measures runs at full size, or without the groups that are left out once their sizes change rarely."""
+    """Measures runs at full size. Once the sizes of a shrunk run change rarely, it measures them without the pruned groups."""
 
     def __init__(
         self,

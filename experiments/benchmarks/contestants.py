@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import bcdl_jax
+from experiments.networks.layers import norm_pairs
 from experiments.networks.vgg import VGG
 from experiments.registry import NETWORKS
+from experiments.runtime import backend
 
 SIDES = ("dense", "masked", "shrunk")
 
@@ -74,8 +76,8 @@ class Contestant:
     """A network in one engine.
 
     Attributes:
-      side: "dense", "masked" or "shrunk".
-      engine: "XLA", "XLA, for_cpu" or "onnxruntime".
+      side: The form of the network, "dense", "masked" or "shrunk".
+      engine: The engine, "XLA", "XLA, for_cpu" or "onnxruntime".
       run: A function that processes one batch.
       bytes: The memory of the program in bytes (arguments, results and temporary arrays); None if the engine does not report it.
     """
@@ -112,7 +114,7 @@ def contestants_of(case: PrunedCase, batch: int, seed: int = 0) -> tuple[list[Co
         "masked": (masked, (variables, masks)),
         "shrunk": (small_apply, small),
     }
-    on_cpu = bcdl_jax.train.on_cpu()
+    on_cpu = backend.on_cpu()
     contestants = []
     for side, (apply, params) in sides.items():
         engines = {"XLA": apply} | ({"XLA, for_cpu": bcdl_jax.for_cpu(apply)} if on_cpu else {})
@@ -142,7 +144,7 @@ def masks_of(case: PrunedCase, variables: dict[str, Any], seed: int) -> dict[str
     params, chain = masks["params"], NETWORKS[case.network].chain
     convolutions = dict(zip(_of_rank(params, chain, 4), case.outputs, strict=True))
     dense = dict(zip(_of_rank(params, chain, 2), case.inputs, strict=True))
-    last_channels = _mask_convolutions(params, convolutions, generator)
+    last_channels = _mask_convolutions(params, convolutions, dict(norm_pairs(case.model)), generator)
     _mask_dense_layers(params, dense, last_channels, generator)
     return masks
 
@@ -157,16 +159,22 @@ def _of_rank(params: Any, chain: tuple[str, ...], rank: int) -> list[str]:
     return [name for name in chain if params[name]["kernel"].ndim == rank]
 
 
-def _mask_convolutions(params: Any, outputs: dict[str, int], generator: np.random.Generator) -> np.ndarray | None:
-    """Masks the output channels of the convolutions in place. Returns the mask of the last one; None without convolutions."""
+def _mask_convolutions(
+    params: Any, outputs: dict[str, int], norms: dict[str, str], generator: np.random.Generator
+) -> np.ndarray | None:
+    """Masks the output channels of the convolutions and of their norms in place.
+
+    Returns:
+      The mask of the last convolution; None without convolutions.
+    """
     kept = None
-    for number, (name, count) in enumerate(outputs.items()):
+    for name, count in outputs.items():
         layer = params[name]
         kept = _random_mask(layer["kernel"].shape[-1], count, generator)
         layer["kernel"] *= kept
         layer["bias"] *= kept
-        norm = params.get(f"BatchNorm_{number}")
-        if norm is not None:
+        if name in norms:
+            norm = params[norms[name]]
             norm["scale"] *= kept
             norm["bias"] *= kept
     return kept

@@ -78,7 +78,7 @@ def floor_seconds(layers: Sequence[Products], dtype: str, device: str) -> list[d
     Args:
       layers: The products of the layers, from ``products_of``.
       dtype: The dtype of the products, "float32" or "bfloat16".
-      device: "cpu" or "gpu".
+      device: The kind of device, "cpu" or "gpu".
 
     Returns:
       The seconds of each layer by library: "XLA", "torch" if it is installed (on a GPU with CUDA), and "numpy" on a CPU in float32.

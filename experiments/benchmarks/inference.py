@@ -8,19 +8,18 @@ onnxruntime if it is installed; its fastest engine counts. All run in turn, in o
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-import bcdl_jax
+from experiments.benchmarks import speed_bars
 from experiments.benchmarks.contestants import CASES, SIDES, Contestant, contestants_of, has_onnx
 from experiments.io.files import check_out, prepare_out, write_json
-from experiments.report.figures import speed_bars
+from experiments.runtime import backend
+from experiments.runtime.command import command_line, reporting_errors
 from experiments.runtime.errors import UserError
 from experiments.runtime.machine import machine
 
@@ -49,7 +48,7 @@ def benchmark(nets: Sequence[str], rounds: int, seconds: float) -> list[dict[str
     if not 0 < seconds < 3600:
         raise UserError(f"--seconds is {seconds}; it must be more than 0 and less than 3600.")
     print(f"{machine()}, jax {jax.__version__}, {rounds} rounds in turn: median (lowest to highest)")
-    if bcdl_jax.train.on_cpu() and not has_onnx():
+    if backend.on_cpu() and not has_onnx():
         print("onnxruntime or onnx is not installed (pip install -e '.[onnx]'): only XLA is timed.")
     return [_compare(name, batch, rounds, seconds) for name in nets for batch in CASES[name].batches]
 
@@ -116,6 +115,7 @@ def _times(runs: Sequence[Callable[[], Any]], rounds: int, seconds: float) -> li
     return times
 
 
+@reporting_errors()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark_inference", description=__doc__)
@@ -137,17 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
     args = parser.parse_args(arguments)
-    try:
-        check_out(args.out, args.overwrite)
-        results = benchmark(args.nets, args.rounds, args.seconds)
-        out = prepare_out(args.out, args.overwrite, [RESULT, PICTURE])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    command = shlex.join(
-        ["python", "-m", "experiments.benchmark_inference", *(sys.argv[1:] if arguments is None else arguments)]
-    )
-    write_json(out / RESULT, {"command": command, "machine": machine(), "jax": jax.__version__, "results": results})
-    speed_bars(out / PICTURE, results)
+    check_out(args.out, args.overwrite)
+    results = benchmark(args.nets, args.rounds, args.seconds)
+    out = prepare_out(args.out, args.overwrite, [RESULT, PICTURE])
+    about = {"command": command_line("benchmark_inference", arguments), "machine": machine(), "jax": jax.__version__}
+    write_json(out / RESULT, about | {"results": results})
+    speed_bars.draw(out / PICTURE, results)
     print(f"{out / RESULT} and {out / PICTURE} written.")
     return 0

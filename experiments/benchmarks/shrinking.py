@@ -19,6 +19,7 @@ import jax
 
 import bcdl_jax
 from experiments.benchmarks.large_models import LARGE_MODELS
+from experiments.runtime.command import reporting_errors
 from experiments.runtime.machine import machine
 
 _STATUS = Path("/proc/self/statm")
@@ -64,7 +65,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def _memory() -> int:
-    """The memory of this process in bytes; 0 on a system that does not tell."""
+    """The memory of this process in bytes; 0 on a system without /proc/self/statm."""
     if not _STATUS.exists():
         return 0
     import resource
@@ -76,6 +77,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
+@reporting_errors()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark_shrinking", description=__doc__)

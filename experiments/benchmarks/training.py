@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ import jax
 from experiments.benchmarks import training_measures as measures
 from experiments.benchmarks.training_sides import CASES, Settings, images_of
 from experiments.io.files import write_json
+from experiments.runtime import backend
+from experiments.runtime.command import command_line, reporting_errors
 from experiments.runtime.errors import UserError
 from experiments.runtime.machine import machine, versions
 
@@ -106,10 +106,10 @@ def _device(requested: str | None) -> str:
         jax.config.update("jax_platforms", "cpu")
     elif requested == "gpu":  # JAX leaves memory for PyTorch.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    found = jax.default_backend()
+    found = backend.name()
     if requested is not None and found != requested:
         raise UserError(f"--device is {requested}, but jax finds no {requested} here: it runs on {found}.")
-    return "cpu" if found == "cpu" else "gpu"
+    return "cpu" if backend.on_cpu() else "gpu"
 
 
 def _examples(args: argparse.Namespace, device: str) -> dict[str, int]:
@@ -166,13 +166,8 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
                 add(measures.memory(settings))
 
 
+@reporting_errors()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
-    args = _parser().parse_args(arguments)
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        benchmark(args, shlex.join(["python", "-m", "experiments.benchmark_training", *given]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    benchmark(_parser().parse_args(arguments), command_line("benchmark_training", arguments))
     return 0

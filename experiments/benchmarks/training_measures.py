@@ -17,7 +17,7 @@ import numpy as np
 import bcdl_jax
 from experiments.benchmarks.floor import Products, floor_seconds, products_of
 from experiments.benchmarks.training_sides import Settings, fresh_state, jax_epoch, our_side, torch_side
-from experiments.runtime import machine
+from experiments.runtime import backend, machine
 from experiments.runtime.errors import first_line
 
 OURS, EAGER, COMPILED = "bcdl_jax", "torch eager", "torch.compile"
@@ -53,7 +53,7 @@ def speed(settings: Settings, rounds: int, device: str) -> dict[str, Any]:
     Args:
       settings: The settings of the training.
       rounds: The number of epochs of each side.
-      device: "cpu" or "gpu".
+      device: The kind of device, "cpu" or "gpu".
 
     Returns:
       The measurement as entries of the result file.
@@ -213,7 +213,7 @@ def memory(settings: Settings) -> dict[str, Any]:
     settings = dataclasses.replace(settings, images=settings.images[:fewer], labels=settings.labels[:fewer])
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
-        peaks = process.submit(_trained_peaks, settings, bcdl_jax.train.on_cpu()).result()
+        peaks = process.submit(_trained_peaks, settings, backend.on_cpu()).result()
     print(
         f"Peak memory of a process that trains {settings.title}, {settings.dtype}, batch {settings.batch_size}: "
         + ", ".join(f"{where} {size / 1e9:.2f} GB" for where, size in peaks.items()),

@@ -29,7 +29,7 @@ class TrainingCase:
     """A network of the training benchmark, the options of its twin in PyTorch, and the sizes of the measurements.
 
     Attributes:
-      make_model: ``make_model(dtype, width)``, the variational Flax module.
+      make_model: A function (dtype, width) that returns the variational Flax module.
       cross_entropy: A function (model, params, batch, key) that returns the mean cross-entropy of the batch in nats, for sampled weights.
       torch_options: The options of ``torch_twins.network``.
       seeds: The number of seeds that are trained in one program.
@@ -164,7 +164,7 @@ def torch_side(settings: Settings, device: str, compiled: bool) -> Callable[[], 
 
     Args:
       settings: The settings of the training.
-      device: "cpu" or "gpu".
+      device: The kind of device, "cpu" or "gpu".
       compiled: True for ``torch.compile``, False for eager PyTorch.
 
     Returns:

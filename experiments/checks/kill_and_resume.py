@@ -29,6 +29,7 @@ from experiments.pipeline.context import STAGES, RunContext, params_file
 from experiments.pipeline.progress import SHRUNK
 from experiments.pipeline.recipe import Recipe
 from experiments.registry import NETWORKS
+from experiments.runtime.command import reporting_errors
 from experiments.runtime.errors import UserError
 
 _LOG, _FRAMES = "log.txt", "frames.npz"
@@ -289,6 +290,7 @@ def _failure(process: Process) -> UserError:
     return UserError(f"A run failed:\n{process.log().decode(errors='replace')[-2000:]}")
 
 
+@reporting_errors()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the test and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.crash_test", description=__doc__)
@@ -298,14 +300,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", metavar="DIR", help="train as the run that is killed, with its files in DIR")
     args = parser.parse_args(arguments)
     size = SHORT if args.short else WHOLE
-    try:
-        if args.kills < 1:
-            raise UserError(f"--kills is {args.kills}; it must be at least 1.")
-        if args.train is not None:
-            train(Path(args.train), size)
-            return 0
-        with tempfile.TemporaryDirectory() as directory:
-            return 0 if crash_test(args.kills, args.seed, size, Path(directory)) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.kills < 1:
+        raise UserError(f"--kills is {args.kills}; it must be at least 1.")
+    if args.train is not None:
+        train(Path(args.train), size)
+        return 0
+    with tempfile.TemporaryDirectory() as directory:
+        return 0 if crash_test(args.kills, args.seed, size, Path(directory)) else 1

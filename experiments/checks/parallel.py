@@ -31,9 +31,11 @@ import optax
 
 import bcdl_jax
 from bcdl_jax.train import epoch_rows, take_batch
+from experiments.checks.differences import relative_difference
 from experiments.io.data import EMBEDDED, load
 from experiments.pipeline.measures import mean_cross_entropy, sampled_cross_entropy
 from experiments.runtime import devices
+from experiments.runtime.command import reporting_errors
 from experiments.runtime.errors import UserError
 
 STEPS, BATCH, EXAMPLES = 20, 64, 320
@@ -149,16 +151,6 @@ class Training:
         )
 
 
-def largest_difference(found: Any, expected: Any) -> float:
-    """The largest max |a - b| / max |b| of all arrays of two trees, with a of ``found`` and b of ``expected``."""
-
-    def of_array(a: np.ndarray, b: np.ndarray) -> float:
-        difference, scale = np.abs(a.astype(np.float64) - b).max(), np.abs(b).max()
-        return float(difference / scale if scale else difference)
-
-    return max(jax.tree.leaves(jax.tree.map(of_array, found, expected)))
-
-
 def measure(net: str, way: str) -> dict[str, Any]:
     """Trains on many devices and on one, in this process.
 
@@ -177,8 +169,8 @@ def measure(net: str, way: str) -> dict[str, Any]:
         "way": way,
         "devices": len(jax.devices()),
         "processes": jax.process_count(),
-        "params": largest_difference(found["params"], expected["params"]),
-        "gradients": largest_difference(found["gradients"], expected["gradients"]),
+        "params": relative_difference(found["params"], expected["params"]),
+        "gradients": relative_difference(found["gradients"], expected["gradients"]),
     }
 
 
@@ -244,26 +236,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@reporting_errors()
 def main(arguments: list[str] | None = None) -> int:
     """Runs the check and returns the exit status: 0, 1 for a difference that is too large, 2 for an error."""
-    try:
-        args = parse(arguments)
-        devices.check(args)
-        if args.worker:
-            devices.join(args)
-            print(json.dumps(measure(args.nets[0], args.ways[0])))
-            return 0
-        passed = True
-        print(f"{'net':<15}{'way':<11}{'devices':>8}{'processes':>11}{'params':>10}{'gradients':>11}")
-        for net in args.nets:
-            for way in args.ways:
-                found = in_child_processes(net, way)
-                passed &= max(found["params"], found["gradients"]) <= LARGEST_DIFFERENCE
-                print(
-                    f"{net:<15}{way:<11}{found['devices']:>8}{found['processes']:>11}{found['params']:>10.1e}{found['gradients']:>11.1e}",
-                    flush=True,
-                )
-        return 0 if passed else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse(arguments)
+    devices.check(args)
+    if args.worker:
+        devices.join(args)
+        print(json.dumps(measure(args.nets[0], args.ways[0])))
+        return 0
+    passed = True
+    print(f"{'net':<15}{'way':<11}{'devices':>8}{'processes':>11}{'params':>10}{'gradients':>11}")
+    for net in args.nets:
+        for way in args.ways:
+            found = in_child_processes(net, way)
+            passed &= max(found["params"], found["gradients"]) <= LARGEST_DIFFERENCE
+            print(
+                f"{net:<15}{way:<11}{found['devices']:>8}{found['processes']:>11}{found['params']:>10.1e}{found['gradients']:>11.1e}",
+                flush=True,
+            )
+    return 0 if passed else 1

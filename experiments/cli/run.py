@@ -6,18 +6,19 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import experiments.runtime.timing  # noqa: F401  It records the start of the program.
 from experiments.cli.options import adapt, parse
 from experiments.io.dataset_table import EMBEDDED
 from experiments.pipeline.recipe import Training
 from experiments.registry import PLAIN_METHODS, PRIORS, Experiment, is_plain, method_title, title_at_width
-from experiments.runtime import devices
+from experiments.runtime import caches, devices, memory
+from experiments.runtime.command import command_line, reporting_errors
 from experiments.runtime.errors import UserError
 
 # JAX takes seconds to import, which --help and bad arguments need not wait for: functions import what needs it.
@@ -30,21 +31,10 @@ if TYPE_CHECKING:
 _PROFILED_STEPS = 5
 
 
+@reporting_errors()
 def main(experiment: Experiment, arguments: list[str] | None = None) -> int:
     """Runs the experiment; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        run(
-            experiment,
-            parse(experiment, arguments),
-            shlex.join(["python", "-m", f"experiments.{experiment.name}", *given]),
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    run(experiment, parse(experiment, arguments), command_line(experiment.name, arguments))
     return 0
 
 
@@ -84,7 +74,6 @@ class _Setup:
 
 def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None:
     from experiments.io import logs
-    from experiments.runtime import startup
 
     start = time.perf_counter()
     setup = _set_up(experiment, args)
@@ -92,8 +81,8 @@ def _run(experiment: Experiment, args: argparse.Namespace, command: str) -> None
     _print_plan(experiment, args, setup)
     try:
         with (
-            startup.compilation_cache(not args.no_compilation_cache),
-            startup.rare_garbage_collection(),
+            caches.compilation_cache(not args.no_compilation_cache),
+            memory.rare_garbage_collection(),
             logs.Logs(out, tensorboard=args.tensorboard) as log,
         ):
             context = _context(experiment, args, setup, out, log, checkpoints)
@@ -210,7 +199,7 @@ def _begin(experiment: Experiment, args: argparse.Namespace, setup: _Setup) -> t
 
 def _print_plan(experiment: Experiment, args: argparse.Namespace, setup: _Setup) -> None:
     dataset, recipe = setup.dataset, setup.recipe
-    sizes = f"{len(dataset.train)} to train on, {len(dataset.validation)} to choose on, {len(dataset.test)} to test on"
+    sizes = f"{len(dataset.train)} training, {len(dataset.validation)} validation and {len(dataset.test)} test images"
     epochs = [recipe.epochs, recipe.fine_tune_epochs]
     if recipe.pretrain_epochs:
         epochs.insert(0, recipe.pretrain_epochs)

@@ -39,9 +39,9 @@ class Dataset:
 
     Attributes:
       name: The name of the loaded data in the table of the data sets.
-      train: The images to train on.
-      validation: The images to choose thresholds and steps on.
-      test: The images to score on.
+      train: The training images.
+      validation: The validation images, for the choice of thresholds and steps.
+      test: The test images.
       notice: One sentence if another data set was requested, else None.
       remark: One sentence if the images differ from the original ones, else None.
     """

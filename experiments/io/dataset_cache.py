@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.io.dataset import PARTS, Dataset, Split
-from experiments.runtime import startup
+from experiments.runtime import caches
 
 
 def directory_fingerprint(directory: Path) -> str:
@@ -21,7 +21,7 @@ def directory_fingerprint(directory: Path) -> str:
 
 def cache_file(name: str, directory: Path) -> Path | None:
     """The file in the cache for the data set ``name`` of a directory; None where there is no cache directory."""
-    cache = startup.cache_directory("data")
+    cache = caches.cache_directory("data")
     if cache is None:
         return None
     return cache / f"{name}-{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]}.npz"

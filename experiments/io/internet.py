@@ -8,7 +8,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from experiments.runtime import startup
+from experiments.runtime import caches
 
 _TIMEOUT_SECONDS = 2.5
 _RECORD_SECONDS = 3600
@@ -50,5 +50,5 @@ def record_unreachable(name: str) -> None:
 
 
 def _record(name: str) -> Path | None:
-    directory = startup.cache_directory("internet")
+    directory = caches.cache_directory("internet")
     return None if directory is None else directory / f"unreachable-{name}"

@@ -29,8 +29,8 @@ class DownloadFormat:
     """The form of the files that tensorflow-datasets downloads for a data set.
 
     Attributes:
-      make_builder: ``make_builder(stock, name)``, a subclass of the stock builder that reads the files with NumPy.
-      address: ``address(builder)``, the address of one of the files.
+      make_builder: A function (stock, name) that returns a subclass of the stock builder, which reads the files with NumPy.
+      address: A function of the builder that returns the address of one of the files.
       manual_files: The pattern of the files that a user may download.
       manual_count: The number of these files.
     """

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 import bcdl_jax
+from experiments.runtime import backend
 
 Layer = Callable[[jax.Array], jax.Array]
+NormPairs = tuple[tuple[str, str], ...]
 DEFAULT_FAMILY = bcdl_jax.GroupNormalJeffreys()
 
 
@@ -61,7 +63,7 @@ def convolution(
       window: The height and width of the kernel.
       family: The family of the layer; None for a plain Flax layer.
       deterministic: True for the posterior means of the weights, False for a sample.
-      padding: "SAME" or "VALID".
+      padding: The padding, "SAME" or "VALID".
       dtype: The dtype of the computation; None for float32.
     """
     if family is None:
@@ -84,7 +86,7 @@ def normalized_relu(images: jax.Array, train: bool, dtype: Any) -> jax.Array:
       train: True for the statistics of the batch, False for their moving averages.
       dtype: The dtype of the computation; None for float32.
     """
-    if not bcdl_jax.train.on_cpu():
+    if not backend.on_cpu():
         return nn.relu(nn.BatchNorm(use_running_average=not train, dtype=dtype)(images))
     # On a CPU, a convolution returns its axes in this order in memory. In another order, copying the gradients would take half of the time
     # of a training step.
@@ -93,8 +95,13 @@ def normalized_relu(images: jax.Array, train: bool, dtype: Any) -> jax.Array:
     return jnp.moveaxis(nn.relu(rows), (0, -1), (-1, 0))
 
 
+def norm_pairs(network: nn.Module) -> NormPairs:
+    """The names of each convolution and of the batch norm after it, as the network declares them; none for a network without such norms."""
+    return getattr(network, "norm_pairs", ())
+
+
 def pool(images: jax.Array, deterministic: bool) -> jax.Array:
-    """The maxima over windows of 2 x 2. Training uses ``bcdl_jax.max_pool``, whose gradient is fast; other runtimes know Flax's form."""
+    """The maxima over windows of 2 x 2. Training uses ``bcdl_jax.max_pool``, whose gradient is fast; exports use Flax's form, which other runtimes support."""
     return nn.max_pool(images, (2, 2), (2, 2)) if deterministic else bcdl_jax.max_pool(images, (2, 2))
 
 

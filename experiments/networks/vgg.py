@@ -42,6 +42,12 @@ class VGG(nn.Module):
     dtype: Any = None
     dropout: float = 0.0
 
+    @property
+    def norm_pairs(self) -> layers.NormPairs:
+        """The name of each convolution with the name of the batch norm after it, as Flax names them."""
+        count = sum(map(len, self.widths)) if self.batch_norm else 0
+        return tuple((f"Conv_{number}", f"BatchNorm_{number}") for number in range(count))
+
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True, train: bool = False) -> jax.Array:
         """The class scores of images.

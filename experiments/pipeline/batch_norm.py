@@ -14,10 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.networks.layers import NormPairs, norm_pairs
 from experiments.pipeline.measures import mean_cross_entropy
 
-# The defaults of ``nn.BatchNorm``. The params do not contain them.
-_EPSILON, _MOMENTUM = 1e-5, 0.99
 # The largest number of batches that the statistics are computed from, and the number of images in each.
 _BATCHES, _BATCH_SIZE = 8, 500
 
@@ -40,14 +39,14 @@ def fold(learner: nn.Module, params: Any, images: jax.Array) -> Any:
     The statistics of the norms are means over batches of images under the final params. Moving averages would lag behind the params.
 
     Args:
-      learner: The network with batch norms. Each is named "BatchNorm_i" and follows the convolution "Conv_i".
+      learner: The network with batch norms, whose ``norm_pairs`` names them.
       params: The params of ``learner``.
       images: The training images, in any order. At most 4,000 of them are used.
 
     Returns:
       The params of the network without batch norms that computes the same function.
     """
-    return _fold(params, _statistics(learner, params, images))
+    return _fold(norm_pairs(learner), params, _statistics(learner, params, images))
 
 
 def _apply(learner: nn.Module, params: Any, statistics: Any, images: jax.Array, rngs: Any = None) -> Any:
@@ -73,20 +72,17 @@ def _batch_statistics(learner: nn.Module, params: Any, images: jax.Array) -> Any
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # From zero, one step of the moving average is the statistics of the batch times 1 - momentum.
     _, averages = _apply(learner, params, zeros, images)
-    return jax.tree.map(lambda leaf: leaf / (1 - _MOMENTUM), averages["batch_stats"])
+    return jax.tree.map(lambda leaf: leaf / (1 - nn.BatchNorm.momentum), averages["batch_stats"])
 
 
-@jax.jit
-def _fold(params: Any, statistics: Any) -> Any:
-    folded = {name: layer for name, layer in params.items() if not name.startswith("BatchNorm")}
-    for name, norm in params.items():
-        if not name.startswith("BatchNorm"):
-            continue
-        preceding = name.replace("BatchNorm", "Conv")
-        convolution = params[preceding]
-        factor = norm["scale"] / jnp.sqrt(statistics[name]["var"] + _EPSILON)
-        folded[preceding] = {
+@functools.partial(jax.jit, static_argnums=0)
+def _fold(pairs: NormPairs, params: Any, statistics: Any) -> Any:
+    folded = dict(params)
+    for name, norm_name in pairs:
+        convolution, norm = params[name], folded.pop(norm_name)
+        factor = norm["scale"] / jnp.sqrt(statistics[norm_name]["var"] + nn.BatchNorm.epsilon)
+        folded[name] = {
             "kernel": convolution["kernel"] * factor,
-            "bias": (convolution["bias"] - statistics[name]["mean"]) * factor + norm["bias"],
+            "bias": (convolution["bias"] - statistics[norm_name]["mean"]) * factor + norm["bias"],
         }
     return folded

@@ -19,7 +19,7 @@ from experiments.pipeline.context import RunContext, RunNetworks, compressed_fil
 from experiments.pipeline.measures import Batch, measure_change, on_device, score_of
 from experiments.pipeline.phase import Phase
 from experiments.pipeline.phases import run_phase
-from experiments.runtime import startup
+from experiments.runtime import memory
 from experiments.runtime.errors import UserError
 
 
@@ -116,7 +116,7 @@ def _given_params(_: jax.Array, params: Any) -> Any:
 
 def _unstacked(params: Any, seeds: Sequence[int]) -> list[Any]:
     jax.clear_caches()  # the compiled phases take most of the memory
-    startup.release_memory()
+    memory.release_memory()
     return [bcdl_jax.train.select_seed(params, index) for index in range(len(seeds))]
 
 

@@ -47,11 +47,11 @@ def make_fit(
     """Builds a function that minimises a loss.
 
     Args:
-      loss: ``loss(params, auxiliary, images, labels, key)``, a scalar.
+      loss: A function (params, auxiliary, images, labels, key) that returns a scalar.
       optimizer: The optimiser of the params.
       data: The images and labels.
       batch_size: The number of examples per step. An epoch leaves out its last incomplete batch.
-      after_step: ``after_step(params, auxiliary, step)``, the new auxiliary values.
+      after_step: A function (params, auxiliary, step) that returns the new auxiliary values.
       mirror, shift: The random changes of the images, see ``augmented``.
 
     Returns:
@@ -108,7 +108,7 @@ class _Fit:
           key: A PRNG key, for the order of the examples, their changes and the keys of the loss.
           epochs: The number of epochs.
           progress: A bar that counts steps.
-          report: ``report(epoch, params, auxiliary, mean_loss, images_per_second)``, called after each epoch.
+          report: A function (epoch, params, auxiliary, mean_loss, images_per_second) that is called after each epoch.
           start: The state to resume from; None to start from the params.
           after_part: A function that is called with the state after each part but the last. It may store the state, or raise to stop.
 

@@ -14,6 +14,7 @@ import optax
 import bcdl_jax
 from experiments.pipeline.context import RunContext
 from experiments.pipeline.measures import Batch, measure_change, sampled_cross_entropy, score_of
+from experiments.runtime import backend
 
 _SHRINKING_IMAGES = 500
 
@@ -24,7 +25,7 @@ class Phase:
 
     Attributes:
       context: The context of the run.
-      name: "train" or "fine_tune".
+      name: The name of the phase, "train" or "fine_tune".
       train: The training data, on the devices.
       validation: The validation data, on the devices.
     """
@@ -100,7 +101,7 @@ class Phase:
         thresholds = math.inf if self.fine_tunes else self._prunable_groups()
         # A CPU gains by every channel that is left out. An accelerator computes eight channels as fast as seven, and compiling a smaller
         # step takes longer than all of the training there: the network shrinks once, for the fine-tuning.
-        on_cpu = bcdl_jax.train.on_cpu()
+        on_cpu = backend.on_cpu()
         return bcdl_jax.train.ShrinkingConfig(
             self.likelihood(),
             self.make_step,

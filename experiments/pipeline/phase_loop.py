@@ -22,7 +22,7 @@ from experiments.pipeline.phase import Phase
 from experiments.pipeline.progress import Progress
 from experiments.pipeline.snapshots import Snapshot, take_snapshot
 from experiments.pipeline.stopping import stop_for
-from experiments.runtime import devices, interruption, startup
+from experiments.runtime import devices, interruption, memory, timing
 
 _MOST_FRAMES = 60
 
@@ -33,7 +33,7 @@ class PhaseLoop:
     def __init__(
         self,
         phase: Phase,
-        compile_time: startup.CompileTime,
+        compile_time: timing.CompileTime,
         start: bcdl_jax.train.TrainState,
         failures: list[str | None],
         snapshots: list[Snapshot],
@@ -56,7 +56,7 @@ class PhaseLoop:
             interruption.noted() as stop,
             self.compile_time,
         ):
-            watch = startup.FirstStep(stop)
+            watch = timing.FirstStep(stop)
             epochs = bcdl_jax.train.train_ensemble(
                 self.states,
                 phase.train,
@@ -84,7 +84,7 @@ class PhaseLoop:
             stop_for(received, saved)
         return self.states
 
-    def _follow(self, epochs: Any, progress: Progress, watch: startup.FirstStep) -> None:
+    def _follow(self, epochs: Any, progress: Progress, watch: timing.FirstStep) -> None:
         """Logs each epoch, takes snapshots and writes checkpoints."""
         phase, context = self.phase, self.context
         every = math.ceil(phase.epochs / (_MOST_FRAMES - 1))
@@ -113,7 +113,7 @@ class PhaseLoop:
             if report.shrink_messages:
                 jax.clear_caches()  # a network that has shrunk leaves a hundred megabytes of programs and traces
             if self.compile_time.seconds > compiled:
-                startup.release_memory()
+                memory.release_memory()
             clock, compiled = time.perf_counter(), self.compile_time.seconds
 
     def _save(self, complete: bool = False) -> Path | None:

@@ -16,7 +16,7 @@ from experiments.io.logs import profile
 from experiments.pipeline.phase import Phase
 from experiments.pipeline.phase_loop import PhaseLoop
 from experiments.pipeline.snapshots import Snapshot, take_snapshot
-from experiments.runtime import devices, startup
+from experiments.runtime import devices, memory, timing
 
 # From a seed and its given tree to the params that a phase starts from.
 StartParams = Callable[[jax.Array, Any], Any]
@@ -42,7 +42,7 @@ def run_phase(phase: Phase, start_params: StartParams, given: Any) -> PhaseResul
 
     Args:
       phase: The phase.
-      start_params: ``start_params(seed, given)``, the params of one seed that the phase starts from.
+      start_params: A function (seed, given) that returns the params of one seed that the phase starts from.
       given: A stacked tree, an entry per seed.
 
     Raises:
@@ -51,10 +51,10 @@ def run_phase(phase: Phase, start_params: StartParams, given: Any) -> PhaseResul
     """
     context = phase.context
     step, shrinking = phase.make_step(phase.likelihood()), phase.shrinking()
-    with startup.CompileTime() as compile_time:
+    with timing.CompileTime() as compile_time:
         start, program = _start(phase, step, shrinking, start_params, given)
         snapshots = [take_snapshot(0, start.params, context.recipe)]
-    startup.release_memory()
+    memory.release_memory()
     failures: list[str | None] = [None] * len(context.seeds)
     restored = context.checkpoints.restore(phase.name, start)
     if restored is not None:

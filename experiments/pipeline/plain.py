@@ -79,7 +79,7 @@ class _Reports:
 
     Attributes:
       context: The context of the run.
-      measure: ``measure(params, data)``, the error of the plain network in percent.
+      measure: A function (params, data) that returns the error of the plain network in percent.
       validation: The validation data, on the device.
       seed: The seed.
       progress: The progress bar of the seed.
@@ -166,7 +166,7 @@ def _with_biases(net: Any, biases: dict[str, jax.Array]) -> Any:
     return jax.tree.map(
         lambda node: next(tuned) if isinstance(node, bcdl_jax.Posterior) else node,
         net,
-        is_leaf=lambda node: isinstance(node, bcdl_jax.Posterior),
+        is_leaf=bcdl_jax.compression.is_layer,
     )
 
 

@@ -72,7 +72,7 @@ class PlainWork:
 
         Args:
           loss, optimizer, params, auxiliary, key, epochs, after_step: The arguments of ``make_fit`` and its function.
-          net: ``net(params, auxiliary)``, the weights in use and their number, for the reports.
+          net: A function (params, auxiliary) that returns the weights in use and their number, for the reports.
           phase: The name of the phase in the reports.
           done: The number of epochs of earlier calls, for the reports.
 

@@ -1,4 +1,4 @@
-"""Pictures of a run (GIFs of the weights and of the feature importance, histograms of the scores), and the bars of the inference benchmark."""
+"""Pictures of a run: GIFs of the weights and of the feature importance, and histograms of the scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ _MILLISECONDS_PER_FRAME = 150
 _MILLISECONDS_LAST_FRAME = 2500
 # White is zero, and so the colour of pruned weights.
 _SIGNED = LinearSegmentedColormap.from_list("signed", ["#1f3fbf", "#ffffff", "#c4161c"])
-_BAR_COLORS = ("#c9c9c9", "#1f3fbf", "#c4161c")
 _DIGITS = (0, 3, 4, 7, 8)
 # Groups without a signal have larger scores: ``bcdl_jax.compression.log_noise_to_signal`` gives them 1e9.
 _FAR = 1e8
@@ -233,36 +232,3 @@ def _write_gif(path: Path, figure: Any, show: Callable[[Any], None], frames: Ite
     buffer = io.BytesIO()
     pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
-
-
-def speed_bars(path: Path, results: list[dict[str, Any]]) -> None:
-    """Draws the speed-up of shrunk and masked networks over dense ones beside the ratio of multiply-adds, for each network and batch size.
-
-    Args:
-      path: The PNG file.
-      results: The results of ``benchmark_inference``.
-    """
-    labels = [f"{result['title']}\nbatch {result['batch']}" for result in results]
-    ratios = [before / after for before, after in (result["multiply_adds"] for result in results)]
-    rows = np.arange(len(results))
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.6 * len(results)), layout="constrained")
-    bars = {
-        "fewer multiply-adds": ratios,
-        "shrunk, measured": [result["speed_up"]["shrunk"] for result in results],
-        "masked, measured": [result["speed_up"]["masked"] for result in results],
-    }
-    for number, (label, values) in enumerate(bars.items()):
-        drawn = axes.barh(rows + 0.27 * (number - 1), values, 0.25, label=label, color=_BAR_COLORS[number])
-        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
-    axes.set_yticks(rows, labels)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    ticks = (1, 2, 3, 5, 10, 20)
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.minorticks_off()
-    axes.margins(x=0.15)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times as fast as the dense network, the fastest way of each")
-    axes.legend(fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)

@@ -78,7 +78,7 @@ def test_layers_of_levels_compute_with_them_and_come_back_from_a_file(net):
     places, levels = bcdl_jax.baselines.share_weights(pruned, 7)
     reduced = bcdl_jax.baselines.reduce_to_levels(pruned, places, levels)
     kernels = bcdl_jax.baselines.kernels_from_levels(places, levels)
-    nodes = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))
+    nodes = jax.tree.leaves(reduced, is_leaf=bcdl_jax.compression.is_layer)
     layers = dict(zip(bcdl_jax.variational_layers(pruned), nodes, strict=True))
     for name, layer in layers.items():
         kernel, bias = layer.mean_weights()
@@ -104,7 +104,7 @@ def test_levels_that_do_not_fit_are_refused(net, levels):
     broken = jax.tree.map(
         lambda layer: layer.replace(kernel_levels=jnp.array(levels)),
         reduced,
-        is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer),
+        is_leaf=bcdl_jax.compression.is_layer,
     )
     with pytest.raises(ValueError, match=r"levels of layer .* are not ascending finite numbers without 0"):
         bcdl_jax.codec.encode(broken)
@@ -141,7 +141,7 @@ def test_an_empty_layer_is_zero_and_survives_the_file(net):
     reduced = bcdl_jax.baselines.reduce_to_levels(empty, *bcdl_jax.baselines.share_weights(empty, 7))
     again = bcdl_jax.codec.decode(bcdl_jax.codec.encode(reduced), params)
     for tree in (reduced, again):
-        for layer in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer)):
+        for layer in jax.tree.leaves(tree, is_leaf=bcdl_jax.compression.is_layer):
             assert layer.kernel_levels.size == 0
             np.testing.assert_array_equal(layer.mean_weights()[0], 0)
         assert np.isfinite(run(model, tree, inputs)).all()
@@ -152,7 +152,7 @@ def test_masks_of_the_params_override_the_assignments(net):
     _, params, _ = net
     reduced = bcdl_jax.baselines.reduce_to_levels(pruned, *bcdl_jax.baselines.share_weights(params, 7))
     bcdl_jax.codec.encode(reduced)  # It refuses a weight other than 0 that the masks prune.
-    layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))[0]
+    layer = jax.tree.leaves(reduced, is_leaf=bcdl_jax.compression.is_layer)[0]
     assert np.all(np.asarray(layer.kernel)[~np.broadcast_to(layer.kernel_mask, layer.kernel_shape)] == 0)
 
 

@@ -18,7 +18,7 @@ import pytest
 import bcdl_jax
 from bcdl_jax.__main__ import main
 from tests.codec import reference_decoder
-from tests.conftest import CHAIN, CONV_CHAIN, make_posterior
+from tests.conftest import CHAIN, CONV_CHAIN, make_posterior, prune_half
 
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 DTYPES += ("float16", "bfloat16", "float32", "float64")
@@ -37,9 +37,8 @@ def reduced_nets(net, conv_net):
     """Quantised nets by both rules: unpruned, half pruned, and fully pruned."""
     nets = []
     for (_, params, _), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
-        rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
-        for threshold in (np.inf, float(np.median(rates)), -np.inf):
-            pruned = bcdl_jax.prune(params, threshold, chain)
+        whole, empty = (bcdl_jax.prune(params, threshold, chain) for threshold in (np.inf, -np.inf))
+        for pruned in (whole, prune_half(params, chain), empty):
             nets += [
                 bcdl_jax.reduce_precision(pruned, 0.25),
                 bcdl_jax.compression.reduce_precision_by_round_off(pruned),
@@ -125,7 +124,7 @@ def test_the_reference_decoder_reads_an_array_of_more_than_one_block():
 def test_the_reference_decoder_reads_the_same_layers(net, conv_net):
     for reduced in reduced_nets(net, conv_net):
         _, entries = reference_decoder.decode(bcdl_jax.codec.encode(reduced))
-        layers = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))
+        layers = jax.tree.leaves(reduced, is_leaf=bcdl_jax.compression.is_layer)
         for entry, layer in zip(entries, layers, strict=True):
             assert entry["group_axis"] == layer.group_axis
             assert entry["prunes_weights"] == layer.prunes_weights
@@ -324,7 +323,7 @@ def test_a_template_that_does_not_fit_is_refused(net):
 
 
 def test_a_layer_without_inputs_and_outputs(tmp_path):
-    """What shrink leaves of a layer that is superfluous."""
+    """A superfluous layer after ``shrink``."""
     dense, conv = (make_posterior(jax.random.key(0), shape, "output") for shape in ((0, 0), (3, 3, 0, 0)))
     for by_round_off in (False, True):
         tree = {"conv": conv, "dense": dense, "plain": jnp.zeros((3, 0))}
@@ -391,7 +390,7 @@ def test_params_that_cannot_be_stored_are_refused(net, tmp_path):
     with pytest.raises(ValueError, match=r"The array at rng holds PRNG keys \(key<fry>\); save their numbers"):
         bcdl_jax.save(tmp_path / "a.bcdl", {"rng": jax.random.key(0)})
     reduced = bcdl_jax.reduce_precision(params, 0.25)
-    layer = jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer))[0]
+    layer = jax.tree.leaves(reduced, is_leaf=bcdl_jax.compression.is_layer)[0]
     with pytest.raises(ValueError, match="has nonzero integers at pruned inputs or outputs"):
         bcdl_jax.save(tmp_path / "a.bcdl", {"a": layer.replace(input_mask=jnp.zeros_like(layer.input_mask))})
     assert not list(tmp_path.iterdir())

@@ -51,7 +51,7 @@ def test_rates_of_convolutions_by_hand(conv_net):
 
 
 def test_a_layer_without_weights_takes_no_bits(net):
-    """What shrink leaves of a layer that is superfluous: no weights and biases, so no steps either."""
+    """A superfluous layer after ``shrink`` has no weights and biases, so no steps either."""
     pruned = prune_units(net[1], MASKS, CHAIN)
     gone = {"gone": make_posterior(jax.random.key(0), (0, 0), "input")}
     for tree, nothing in (
@@ -101,7 +101,7 @@ def test_maximum_rate_agrees_with_the_entropy_of_scipy(net):
     singly = jax.tree.map(
         lambda layer: layer.replace(prunes_weights=True),
         reduced,
-        is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer),
+        is_leaf=bcdl_jax.compression.is_layer,
     )
     for tree in (reduced, shared, singly):
         bits = 0.0

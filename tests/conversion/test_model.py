@@ -60,6 +60,31 @@ def tied_network(params, x):
     return x @ params["vector"]
 
 
+class Recurrent(nn.Module):
+    """A gated recurrent layer in front of a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.RNN(nn.GRUCell(4))(x)[:, -1])
+
+
+class Block(nn.Module):
+    """One of the layers of ``Stacked``."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(4)(nn.remat(nn.Dense)(6)(nn.LayerNorm()(x))), None
+
+
+class Stacked(nn.Module):
+    """Layers whose params are stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(2)(layers()(x, None)[0])
+
+
 def vectors(key):
     shapes = {"first": (6, 5), "bias": (6,), "again": (6, 6), "last": (3, 6)}
     return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
@@ -82,10 +107,12 @@ NETWORKS = {
         2,
     ),
     "half": (linen(Half(), (2, 5)), 2),
+    "recurrent": (linen(Recurrent(), (2, 5, 3)), 7),
+    "stacked": (linen(Stacked(), (2, 4)), 7),
 }
 
 
-SLOW = ("half", "convolutions", "tied")
+SLOW = ("half", "convolutions", "tied", "recurrent", "stacked")
 
 
 @pytest.fixture(
@@ -155,8 +182,9 @@ def test_pruned_params_shrink_and_are_saved(case, key, tmp_path):
     small_apply, small, report = bcdl_jax.shrink(model.apply, pruned, x)
     assert report.bytes[1] < report.bytes[0]
     expected = np.asarray(jax.jit(model.apply)(pruned, x), np.float32)
-    found = np.asarray(jax.jit(small_apply)(small, x), np.float32)
-    np.testing.assert_allclose(found, expected, atol=2e-2 * np.abs(expected).max())
+    found = jax.jit(small_apply)(small, x)
+    tolerance = 2e-2 if found.dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=tolerance * np.abs(expected).max())
     with pytest.raises(ValueError, match="which has no noise to sample; pass no key"):
         model.apply(rounded, x, key=key)
 
@@ -178,6 +206,63 @@ def test_samples_have_the_predicted_moments(side, key):
     deviation = np.sqrt(x**2 @ variance)
     np.testing.assert_allclose(samples.mean(0), x @ mean, atol=5 * float(deviation.max()) / 200)
     np.testing.assert_allclose(samples.std(0), deviation, rtol=0.05)
+
+
+def test_sampled_rows_of_a_table_have_the_predicted_moments(key):
+    table, indices = jax.random.normal(key, (7, 4)), jnp.array([[0, 6, 3], [3, 3, 5]])
+    model = variational(lambda params, x: params["table"][x], {"table": table}, indices)
+    node = model.params["table"].replace(
+        kernel_log_variance=jnp.linspace(-3, 0, 28).reshape(4, 7), scale_log_variance=jnp.linspace(-3, -1, 4)
+    )
+    samples = jax.jit(jax.vmap(lambda key: model.apply({"table": node}, indices, key=key)))(
+        jax.random.split(key, 40_000)
+    )
+    mean, variance = node.kernel_moments()
+    deviation = np.sqrt(variance.T[indices])
+    np.testing.assert_allclose(samples.mean(0), mean.T[indices], atol=5 * float(deviation.max()) / 200)
+    np.testing.assert_allclose(samples.std(0), deviation, rtol=0.05)
+
+
+def test_a_table_and_its_transpose_share_one_posterior(key):
+    """Without noise of the weights, the looked-up rows and the product have the same scales."""
+
+    def apply(params, x):
+        rows = params["table"][x]
+        return rows, jnp.eye(4)[x] @ params["table"].T
+
+    x = jnp.array([0, 1, 3])
+    model = variational(apply, {"table": jnp.ones((5, 4))}, x)
+    assert model.plan.leaves[0].groups_of == "columns"
+    node = model.params["table"].replace(kernel_log_variance=jnp.full((4, 5), -60.0), scale_log_variance=jnp.zeros(4))
+    rows, products = model.apply({"table": node}, x, key=key)
+    np.testing.assert_allclose(products, np.take_along_axis(rows, x[:, None], 1) * jnp.ones(5), rtol=1e-2, atol=1e-2)
+    assert float(rows.std()) > 0.1
+
+
+def test_a_cell_shares_its_scales_over_time_and_stacked_layers_have_their_own(key):
+    x = jnp.ones((500, 4))
+
+    def cell(params, x):
+        return jax.lax.scan(lambda carry, _: (carry, x @ params["weight"]), 0, length=3)[1]
+
+    def stack(params, x):
+        return jax.lax.scan(lambda carry, weight: (carry, x @ weight), 0, params["weight"])[1]
+
+    quiet = {"kernel_log_variance": jnp.full((4, 5), -60.0), "scale_log_variance": jnp.zeros(4)}
+    model = variational(cell, {"weight": jnp.ones((4, 5))}, x)
+    times = model.apply({"weight": model.params["weight"].replace(**quiet)}, x, key=key)
+    np.testing.assert_allclose(times[1:], times[:1] * jnp.ones((2, 1, 1)), rtol=1e-2, atol=1e-2)
+    model = variational(stack, {"weight": jnp.ones((3, 4, 5))}, x)
+    nodes = tuple(node.replace(**quiet) for node in model.params["weight"])
+    first, second, _ = model.apply({"weight": nodes}, x, key=key)[..., 0]
+    assert float(jnp.std(first)) > 1
+    assert abs(float(jnp.corrcoef(first, second)[0, 1])) < 0.2
+    # The noise of the weights is new at each time.
+    noisy = {"kernel_log_variance": jnp.zeros((4, 5)), "scale_log_variance": jnp.full(4, -60.0)}
+    model = variational(cell, {"weight": jnp.ones((4, 5))}, x)
+    first, second, _ = model.apply({"weight": model.params["weight"].replace(**noisy)}, x, key=key)[..., 0]
+    assert float(jnp.std(first)) > 1
+    assert abs(float(jnp.corrcoef(first, second)[0, 1])) < 0.2
 
 
 @pytest.mark.parametrize("layer", ["dense", "convolution"])
@@ -231,7 +316,9 @@ def test_biases_of_transposed_products_and_of_several_axes(key):
     model = variational(layer.apply, params, x)
     assert model.params["params"]["bias"] is None
     np.testing.assert_allclose(model.apply(model.params, x), layer.apply(params, x), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(model.apply(model.params, x, key=key), layer.apply(params, x), atol=0.5)
+    distance = np.abs(model.apply(model.params, x, key=key) - layer.apply(params, x))
+    deviation = float(model.params["params"]["kernel"].bias_log_variance[0]) / 2
+    assert 0 < distance.max() < 20 * np.exp(deviation), (distance.max(), np.exp(deviation))
 
 
 def test_products_that_share_a_weight_share_its_scales(key):
@@ -264,12 +351,12 @@ def test_the_plan_names_what_stays_plain_and_why(key):
     model = variational(apply, params, x, rules={"plain": None, "ker": bcdl_jax.GroupHorseshoe()})
     assert str(model.plan).splitlines() == [
         "bias  2: stays plain, since it is read by select_n",
-        "embedding  7 x 4: stays plain, since it is read by gather",
+        "embedding  7 x 4: GroupNormalJeffreys, a group for each of 4 columns",
         "flags  2: stays plain, since it has the type bool",
-        "kernel  4 x 5: GroupHorseshoe, 4 groups of inputs",
-        "plain  5 x 2: stays plain, since a rule says so",
+        "kernel  4 x 5: GroupHorseshoe, a group for each of 4 inputs",
+        "plain  5 x 2: stays plain, since rules leaves it plain",
         "unused  3: stays plain, since nothing reads it",
-        f"20 of 65 numbers become variational, KL {model.plan.kl_divergence:,.0f} nats at the start",
+        f"48 of 65 numbers become variational, KL {model.plan.kl_divergence:,.0f} nats at the start",
     ]
     np.testing.assert_allclose(bcdl_jax.kl_divergence(model.params), model.plan.kl_divergence, rtol=1e-5)
 
@@ -286,6 +373,11 @@ def test_bad_input_is_refused(key):
     with pytest.raises(ValueError, match="weight of params holds 1 values that are not finite in float32"):
         variational(apply, {"weight": jnp.ones((4, 5)).at[0, 0].set(jnp.nan)}, x)
     model = variational(apply, params, x)
+    layers = variational(
+        lambda p, x: jax.lax.scan(lambda x, w: (x @ w, 0), x, p["w"])[0], {"w": jnp.ones((3, 4, 4))}, x
+    )
+    with pytest.raises(ValueError, match="params holds tuple at w; it must hold a tuple of 3 posteriors"):
+        layers.apply({"w": layers.params["w"][:2]}, x)
     with pytest.raises(ValueError, match="params has another structure than the params of the converted network"):
         model.apply({"other": 1}, x)
     with pytest.raises(ValueError, match="at weight; it must hold a posterior or a quantised layer"):

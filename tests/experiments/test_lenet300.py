@@ -276,7 +276,6 @@ def test_the_warm_up_keeps_its_share_of_the_epochs():
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no such signal")
 def test_ctrl_c_from_outside(tmp_path):
     command = [
         sys.executable,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 from tests.test_structure import (
     ROOT,
@@ -49,6 +50,11 @@ def test_imports_have_no_circles():
 
 def test_functions_are_short():
     assert long_functions("experiments") == []
+
+
+def test_the_kind_of_device_is_found_in_one_file():
+    users = [path for path in sources("experiments") if re.search(r"default_backend|train\.on_cpu", path.read_text())]
+    assert [path.relative_to(ROOT).as_posix() for path in users] == ["experiments/runtime/backend.py"]
 
 
 def test_experiments_use_public_names_alone():

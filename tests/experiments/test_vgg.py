@@ -125,6 +125,8 @@ def test_a_run_writes_its_files_and_its_width(finished):
 def test_the_file_is_scored_at_its_width_only(finished):
     _, out = finished
     (error,) = scoring.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.05)
-    assert 0 <= error <= 100
+    (run,) = json.loads((out / "result.json").read_text())["runs"]
+    # The run scored the file in another process, with other optimisations of the compiler, which may change the class of a few images.
+    assert error == pytest.approx(run["test_error"]["file"], abs=0.5)
     with pytest.raises(scoring.UserError, match=r"not one of VGG at 0\.5 times the width"):
         scoring.test_errors([out / "compressed_seed1.bcdl"], "mnist_5k", None, 0.5)

@@ -9,7 +9,7 @@ from jax import lax
 
 import bcdl_jax
 from bcdl_jax.export import onnx_elementwise
-from tests.conftest import CONV_CHAIN
+from tests.conftest import CONV_CHAIN, prune_half
 from tests.shrinking.random_networks import random_network
 
 onnx = pytest.importorskip("onnx")
@@ -32,8 +32,7 @@ def check(path, apply, params, inputs, exported=None):
 
 def test_the_small_network_runs_in_onnxruntime(conv_net, tmp_path):
     model, params, inputs = conv_net
-    rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
-    reduced = bcdl_jax.reduce_precision(bcdl_jax.prune(params, float(np.median(rates)), CONV_CHAIN), 0.25)
+    reduced = bcdl_jax.reduce_precision(prune_half(params, CONV_CHAIN), 0.25)
     apply = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
     small_apply, small, _ = bcdl_jax.shrink(apply, reduced, inputs)
     check(tmp_path / "net.onnx", apply, reduced, inputs, (small_apply, small))

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 
 import bcdl_jax
-from tests.conftest import CONV_CHAIN
+from tests.conftest import CONV_CHAIN, prune_half
 
 pytest.importorskip("flatbuffers")
 
 
 def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path):
     model, params, inputs = conv_net
-    rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
-    pruned = bcdl_jax.prune(params, float(np.median(rates)), CONV_CHAIN)
-    reduced = bcdl_jax.reduce_precision(pruned, 0.25)
+    reduced = bcdl_jax.reduce_precision(prune_half(params, CONV_CHAIN), 0.25)
     apply = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
     small_apply, small, _ = bcdl_jax.shrink(apply, reduced, inputs)
     path = tmp_path / "net.stablehlo"

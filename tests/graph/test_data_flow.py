@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-import bcdl_jax
 from bcdl_jax.graph import analyze, trace
 from bcdl_jax.graph.moving import differences
 from bcdl_jax.graph.primitives import is_plain
-from tests.conftest import CHAIN, CONV_CHAIN
+from tests.conftest import CHAIN, CONV_CHAIN, prune_half
 from tests.shrinking.random_networks import random_network
 
 
@@ -49,8 +48,7 @@ def test_known_elements_do_not_depend_on_the_inputs(seed):
 @pytest.mark.slow
 def test_known_elements_of_sampled_networks(net, conv_net, key):
     for (model, params, inputs), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
-        rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
-        pruned = bcdl_jax.prune(params, float(np.median(rates)), chain)
+        pruned = prune_half(params, chain)
         sampled = lambda params, x, key, model=model: model.apply(  # noqa: E731
             {"params": params}, x, deterministic=False, rngs={"noise": key}
         )

@@ -10,7 +10,7 @@ from scipy import stats
 
 import bcdl_jax
 from bcdl_jax.priors.horseshoe import log_normal_kl_from_gamma, log_normal_kl_from_inverse_gamma
-from tests.conftest import run
+from tests.conftest import prune_half, run
 
 DRAWS = 400_000
 FACTORS = [f"{part}_{factor}" for part in ("layer", "group") for factor in ("gamma", "inverse")]
@@ -178,8 +178,7 @@ def test_training_lowers_the_loss(trained, key):
 def test_pruned_network_has_zeros_shrinks_and_survives_a_file(trained, key, tmp_path):
     params, inputs = trained
     model = Net()
-    rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
-    pruned = bcdl_jax.prune(params, float(np.median(rates)), CHAIN)
+    pruned = prune_half(params, CHAIN)
     kept = {name: int((layer.group_mask > 0).sum()) for name, layer in bcdl_jax.variational_layers(pruned).items()}
     assert all(0 < kept[name] < layer.group_mask.size for name, layer in bcdl_jax.variational_layers(pruned).items())
 

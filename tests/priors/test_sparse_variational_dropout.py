@@ -154,7 +154,7 @@ def test_paper_rate_charges_an_index_for_every_kept_weight(small):
     assert float(bcdl_jax.compression.rate_paper(pruned)) == pytest.approx(total / (2 * kept))
     reduced = bcdl_jax.reduce_precision(pruned, 1.0)
     bits = 0
-    for layer in jax.tree.leaves(reduced, is_leaf=lambda node: isinstance(node, bcdl_jax.compression.QuantizedLayer)):
+    for layer in jax.tree.leaves(reduced, is_leaf=bcdl_jax.compression.is_layer):
         bits += int((np.asarray(layer.kernel) != 0).sum()) * 2 * int(layer.kernel_bits)
     assert float(bcdl_jax.compression.rate_paper(reduced)) == pytest.approx(32 * total / bits)
 

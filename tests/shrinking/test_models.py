@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import bcdl_jax
-from tests.conftest import CHAIN, CONV_CHAIN
+from tests.conftest import CHAIN, CONV_CHAIN, prune_half
 from tests.shrinking.networks import ResNet, numpy_tree, shapes_after
 
 
@@ -139,8 +139,7 @@ def test_an_equinox_model(key):
 @pytest.mark.slow
 def test_pruned_nets_of_this_library(net, conv_net, key):
     for (model, params, inputs), chain in ((net, CHAIN), (conv_net, CONV_CHAIN)):
-        rates = np.concatenate([np.ravel(rate) for rate in bcdl_jax.compression.pruning_scores(params).values()])
-        pruned = bcdl_jax.prune(params, float(np.median(rates)), chain)
+        pruned = prune_half(params, chain)
         apply = lambda params, x, model=model: model.apply({"params": params}, x)  # noqa: E731
         small_apply, small, report = bcdl_jax.shrink(apply, pruned, inputs)
         assert report.bytes[1] < report.bytes[0]

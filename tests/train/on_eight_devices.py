@@ -10,13 +10,9 @@ import pytest
 
 import bcdl_jax
 from tests.conftest import SmallNet
+from tests.train.helpers import nll
 
 EXAMPLES, BATCH = 48, 16
-
-
-def nll(params, batch, key):
-    logits = SmallNet().apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
 @pytest.fixture(scope="module")

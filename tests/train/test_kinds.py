@@ -34,20 +34,36 @@ def test_parameter_fields_and_a_learning_rate_per_kind(data):
     assert (float(layer.bias_log_variance[0]), float(layer.kernel_mean[0, 0])) == (0, 1)
 
 
-@pytest.mark.parametrize("family", [bcdl_jax.GroupNormalJeffreys(), bcdl_jax.GroupHorseshoe()])
-def test_scale_is_the_kind_of_the_locations_of_the_scales(family):
-    ones = jax.tree.map(jnp.ones_like, family.create(jax.random.key(0), jnp.ones((3, 2)), jnp.ones(2), "input"))
-    scaled, _ = bcdl_jax.train.scale_by_kind({"scale": 0.5, "log_variance": 3.0}).update(ones, optax.EmptyState())
-    arrays = {name: leaf for name, leaf in vars(scaled).items() if isinstance(leaf, jax.Array)}
-    factors = {name: set(leaf.ravel().tolist()) for name, leaf in arrays.items()}
-    for name in ("kernel_mean", "bias_mean", "input_mask"):
-        assert factors[name] == {1}
-    scales = {name for name in factors if "scale" in name or name.startswith(("layer", "group"))}
-    means, variances = ({name for name in scales if name.endswith(end)} for end in ("mean", "log_variance"))
-    assert means
-    assert means | variances == scales
-    assert all(factors[name] == {0.5} for name in means)
-    assert all(factors[name] == {3} for name in variances | {"kernel_log_variance", "bias_log_variance"})
+FACTORS = {"mean": 2.0, "log_variance": 3.0, "scale": 0.5, "mask": 7.0}
+COMMON_KINDS = {
+    "kernel_mean": "mean",
+    "kernel_log_variance": "log_variance",
+    "bias_mean": "mean",
+    "bias_log_variance": "log_variance",
+    "input_mask": "mask",
+    "output_mask": "mask",
+}
+OWN_KINDS = {
+    bcdl_jax.GroupNormalJeffreys: {"scale_mean": "scale", "scale_log_variance": "log_variance"},
+    bcdl_jax.GroupHorseshoe: {
+        "layer_gamma_log_mean": "scale",
+        "layer_gamma_log_variance": "log_variance",
+        "layer_inverse_log_mean": "scale",
+        "layer_inverse_log_variance": "log_variance",
+        "group_gamma_log_mean": "scale",
+        "group_gamma_log_variance": "log_variance",
+        "group_inverse_log_mean": "scale",
+        "group_inverse_log_variance": "log_variance",
+    },
+}
+
+
+@pytest.mark.parametrize("family", OWN_KINDS, ids=lambda family: family.__name__)
+def test_each_array_has_the_factor_of_its_kind(family):
+    ones = jax.tree.map(jnp.ones_like, family().create(jax.random.key(0), jnp.ones((3, 2)), jnp.ones(2), "input"))
+    scaled, _ = bcdl_jax.train.scale_by_kind(FACTORS).update(ones, optax.EmptyState())
+    found = {name: set(leaf.ravel().tolist()) for name, leaf in vars(scaled).items() if isinstance(leaf, jax.Array)}
+    assert found == {name: {FACTORS[kind]} for name, kind in (COMMON_KINDS | OWN_KINDS[family]).items()}
 
 
 def test_a_kind_that_does_not_exist_is_refused(data):

@@ -6,11 +6,7 @@ import pytest
 
 import bcdl_jax
 from tests.conftest import SmallNet, assert_trees_close
-
-
-def nll(params, batch, key):
-    logits = SmallNet().apply({"params": params}, batch[0], deterministic=False, rngs={"noise": key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+from tests.train.helpers import nll
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_it_shrinks_only_where_that_pays():
 def test_multiply_adds_are_counted_by_layer():
     state, (images, labels) = conv_state()
     program = trace(conv_nll, state.params, (images[:BATCH], labels[:BATCH]), state.key)
-    nodes = jax.tree.leaves(state.params, is_leaf=lambda node: isinstance(node, Posterior))
+    nodes = jax.tree.leaves(state.params, is_leaf=bcdl_jax.compression.is_layer)
     owners = [number for number, node in enumerate(nodes) for _ in jax.tree.leaves(node)]
     owners += [None] * (len(program.inputs) - len(owners))
     found = multiply_adds_by_owner(program, owners)

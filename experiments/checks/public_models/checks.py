@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bcdl_jax
+from experiments.checks.differences import relative_difference
 from experiments.checks.public_models.model import EXAMPLES, PublicModel, quick_jit, with_zeros
 
 BATCHES = (1, 2, 5)
@@ -34,7 +35,7 @@ class Outcome:
     """The outcome of one check.
 
     Attributes:
-      text: "ok", or one sentence.
+      text: The text for the table, "ok" or one sentence.
       failed: True if something else was computed, or an error is not one of those that the function documents.
     """
 
@@ -91,7 +92,7 @@ class Small:
 
     def assert_same(self, name: str, count: int, found: list[np.ndarray]) -> None:
         """Raises DifferenceError if the outputs that ``name`` computes at a batch size are not those of the whole network."""
-        difference = _relative_difference(found, self.outputs[count])
+        difference = relative_difference(found, self.outputs[count])
         if not difference <= self.tolerance:
             raise DifferenceError(f"{name} computes other outputs at batch {count}: they differ by {difference:.1e}.")
 
@@ -154,22 +155,10 @@ def _check_batch(small: Small, count: int) -> tuple[Outcome, float]:
         return Outcome(_sentence(error)), 0.0
     except Exception as error:
         return Outcome(f"{type(error).__name__}: {_sentence(error)}", failed=True), 0.0
-    difference = _relative_difference(found, small.outputs[count])
+    difference = relative_difference(found, small.outputs[count])
     if not difference <= small.tolerance:
         return Outcome(f"The outputs at batch {count} differ by {difference:.1e}.", failed=True), difference
     return Outcome(OK), difference
-
-
-def _relative_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """The largest max |a - b| / max |b| of all pairs of arrays; infinity for other shapes."""
-    if [array.shape for array in found] != [array.shape for array in expected]:
-        return float("inf")
-    largest = 0.0
-    for mine, theirs in zip(found, expected, strict=True):
-        scale = np.abs(theirs.astype(np.float64)).max(initial=1e-30)
-        difference = np.abs(mine.astype(np.float64) - theirs).max(initial=0.0) / scale
-        largest = max(largest, float("inf") if np.isnan(difference) else float(difference))
-    return largest
 
 
 def _attempt(

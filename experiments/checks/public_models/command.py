@@ -10,13 +10,13 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments.checks.public_models.checks import CHECKS, OK, ModelError, Result, check_model
 from experiments.checks.public_models.model import PublicModel
+from experiments.runtime.command import reporting_errors
 from experiments.runtime.errors import UserError
 
 
@@ -216,23 +216,20 @@ def _progress(row: Row, seconds: float) -> str:
     )
 
 
+@reporting_errors(OSError)
 def main(arguments: list[str] | None = None) -> int:
     """Runs the checks and returns the exit status: 0, 1 if something else was computed, 2 for an error."""
     args = _parser().parse_args(arguments)
     rows: list[Row] = []
     notes: list[str] = []
-    try:
-        chosen = selected(args.only)
-        args.out.mkdir(parents=True, exist_ok=True)
+    chosen = selected(args.only)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    for row in run(chosen, args.zeros, notes):
+        print(_progress(row, time.perf_counter() - start), flush=True)
+        rows.append(row)
         start = time.perf_counter()
-        for row in run(chosen, args.zeros, notes):
-            print(_progress(row, time.perf_counter() - start), flush=True)
-            rows.append(row)
-            start = time.perf_counter()
-        text = markdown(rows, notes)
-        (args.out / "public_models.md").write_text(text)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = markdown(rows, notes)
+    (args.out / "public_models.md").write_text(text)
     print(f"\n{text}")
     return 1 if any(row.result.failed for row in rows) else 0

@@ -134,15 +134,12 @@ def twins(name, **fields):
     images = images_of(name, 16)[0]
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
-    def is_posterior(node):
-        return isinstance(node, bcdl_jax.Posterior)
-
     def with_fields(node):
-        if not is_posterior(node):
+        if not isinstance(node, bcdl_jax.Posterior):
             return node
         return node.replace(**{field: jnp.full_like(getattr(node, field), value) for field, value in fields.items()})
 
-    params = jax.tree.map(with_fields, params, is_leaf=is_posterior)
+    params = jax.tree.map(with_fields, params, is_leaf=bcdl_jax.compression.is_layer)
     posteriors = list(bcdl_jax.variational_layers(jax.device_get(params)).values())
     net = torch_twins.network(posteriors, **options)
 

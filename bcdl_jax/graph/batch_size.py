@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._tree import PyTree
+from bcdl_jax.graph.example_inputs import resized
 from bcdl_jax.graph.matching import match_constants, same_constant
 from bcdl_jax.graph.moving import Moving, differences
 from bcdl_jax.graph.primitives import is_plain
 from bcdl_jax.graph.program import Atom, Program, compile_quickly, dtype_of
 from bcdl_jax.graph.tracing import extend, trace
 
+# The batch sizes of the two traces of a network.
 _SIZES = (2, 3)
 
 
@@ -29,14 +31,15 @@ class TracedNetwork:
       moving: The parts of the program that depend on the batch size.
       larger: The program at a larger batch size, or None if the network is traced for one batch size alone.
       checked: True if the outputs for a batch of one agreed with those of the network, although the two traces differ.
-      remark: A sentence on the batch sizes that the network supports and the small function does not, or None.
+      limit: The batch sizes for which the trace does not hold, with the reason, or None. It is the end of a sentence about a function that
+        is made of the trace, such as "does not take a batch of one: there, the network runs other operations."
     """
 
     program: Program
     moving: Moving
     larger: Program | None = None
     checked: bool = False
-    remark: str | None = None
+    limit: str | None = None
 
     def program_at(self, traced: Program) -> Program | None:
         """The program at the batch size of another trace of the network, or None if that trace differs in more than the batch size."""
@@ -99,7 +102,7 @@ def trace_for_any_batch(apply: Callable[..., PyTree], params: PyTree, inputs: tu
 
     Args:
       apply: The network, ``apply(params, *inputs)``.
-      params: Its params.
+      params: The params of the network.
       inputs: Example inputs. The leading axis of the first array that has one is the batch.
 
     Returns:
@@ -107,21 +110,21 @@ def trace_for_any_batch(apply: Callable[..., PyTree], params: PyTree, inputs: tu
     """
     sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
     given = trace(apply, params, *inputs)
-    remark = None
+    limit = None
     if sizes and sizes[0]:
         try:
-            two, three = (trace(apply, params, *_resized(inputs, sizes[0], size)) for size in _SIZES)
+            two, three = (trace(apply, params, *resized(inputs, sizes[0], size)) for size in _SIZES)
         except Exception:  # The network rejects another batch size, with an error of any type.
             pass
         else:
             if two.signature() == three.signature():
                 network = _checked_for_one(
-                    TracedNetwork(two, differences(two, three), three), apply, params, _resized(inputs, sizes[0], 1)
+                    TracedNetwork(two, differences(two, three), three), apply, params, resized(inputs, sizes[0], 1)
                 )
                 if network.program_at(given) is not None:
                     return network
-            remark = f"The small function takes batches of {sizes[0]} alone: at other batch sizes, the network runs other operations."
-    return TracedNetwork(given, differences(given, given), remark=remark)
+            limit = f"takes batches of {sizes[0]} alone: at other batch sizes, the network runs other operations."
+    return TracedNetwork(given, differences(given, given), limit=limit)
 
 
 def _checked_for_one(
@@ -132,7 +135,7 @@ def _checked_for_one(
     Args:
       network: The traced network.
       apply: The network, ``apply(params, *inputs)``.
-      params: Its params.
+      params: The params of the network.
       inputs: One example.
     """
     try:
@@ -144,9 +147,7 @@ def _checked_for_one(
     program = network.extended(1)
     if program is not None and _compute_the_same(one, program, (params, inputs)):
         return dataclasses.replace(network, checked=True)
-    return dataclasses.replace(
-        network, remark="The small function does not take a batch of one: there, the network runs other operations."
-    )
+    return dataclasses.replace(network, limit="does not take a batch of one: there, the network runs other operations.")
 
 
 def _compute_the_same(first: Program, second: Program, arguments: PyTree) -> bool:
@@ -169,16 +170,6 @@ def _compute_the_same(first: Program, second: Program, arguments: PyTree) -> boo
         return bool(difference <= (float(np.sqrt(jnp.finfo(largest.dtype).eps)) * largest if inexact else 0))
 
     return all(is_small(*each) for each in compile_quickly(differences, leaves)(leaves))
-
-
-def _resized(inputs: PyTree, batch: int, size: int) -> PyTree:
-    """The inputs with ``size`` examples. Examples repeat if there are too few."""
-
-    def resized(leaf: Any) -> Any:
-        is_batch = np.ndim(leaf) and np.shape(leaf)[0] == batch
-        return jnp.take(leaf, np.arange(size) % batch, axis=0) if is_batch else leaf
-
-    return jax.tree.map(resized, inputs)
 
 
 def _same_steps(new: Program, old: Program, moving: Moving) -> bool:

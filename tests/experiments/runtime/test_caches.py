@@ -1,6 +1,4 @@
-import gc
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.runtime import startup
+from experiments.runtime import caches, timing
 
 
 @pytest.fixture
@@ -22,35 +20,35 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_cache_directory_is_private(cache):
-    directory = startup.cache_directory("compiled")
+    directory = caches.cache_directory("compiled")
     assert directory == cache / "compiled"
     assert directory.stat().st_mode & 0o777 == 0o700
-    assert startup.cache_directory("compiled") == directory
+    assert caches.cache_directory("compiled") == directory
     directory.chmod(0o770)
-    assert startup.cache_directory("compiled") is None
+    assert caches.cache_directory("compiled") is None
 
 
 def test_files_and_links_are_no_cache_directory(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert startup.cache_directory("compiled") is None
+    assert caches.cache_directory("compiled") is None
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "bcdl_jax").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert startup.cache_directory("compiled") is None
+    assert caches.cache_directory("compiled") is None
 
 
 def run_once(enabled):
     """The measured compilation of a function that no other test compiles."""
     jax.clear_caches()
-    with startup.compilation_cache(enabled), startup.CompileTime() as clock:
+    with caches.compilation_cache(enabled), timing.CompileTime() as clock:
         jax.jit(lambda x: jax.random.normal(jax.random.key(7), (33,)) * jnp.sin(x))(1.0).block_until_ready()
     return clock
 
 
 def test_compiled_programs_are_cached_and_counted(cache, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    monkeypatch.setattr(startup, "_LEAST_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(caches, "_LEAST_COMPILE_SECONDS", 0.0)
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     off = run_once(False)
@@ -68,8 +66,8 @@ def test_compiled_programs_are_cached_and_counted(cache, monkeypatch):
 
 def test_the_directory_of_the_environment_variable_of_jax_is_used(tmp_path):
     code = (
-        "import jax\nfrom experiments.runtime import startup\n"
-        "with startup.compilation_cache(True): jax.jit(lambda x: x + 1)(1.0)\n"
+        "import jax\nfrom experiments.runtime import caches\n"
+        "with caches.compilation_cache(True): jax.jit(lambda x: x + 1)(1.0)\n"
     )
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "given"),
@@ -79,31 +77,3 @@ def test_the_directory_of_the_environment_variable_of_jax_is_used(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=Path(__file__).parents[3])
     assert list((tmp_path / "given").iterdir())
     assert not (tmp_path / "xdg").exists()
-
-
-def test_the_first_step_ends_at_the_second_call_of_stop():
-    answers = iter([False, False, True])
-    watch = startup.FirstStep(lambda: next(answers))
-    assert watch.sentence() == ""
-    assert not watch()
-    assert watch.sentence() == ""
-    assert not watch()
-    assert re.fullmatch(r"first step after \d+\.\d s, ", watch.sentence())
-    measured = watch.sentence()
-    assert watch()
-    assert watch.sentence() == measured
-
-
-def test_garbage_is_collected_as_before_afterwards():
-    before = gc.get_threshold()
-    with startup.rare_garbage_collection():
-        assert gc.get_threshold() == (100 * before[0], *before[1:])
-    assert gc.get_threshold() == before
-
-
-def test_help_and_bad_arguments_need_not_wait_for_jax():
-    code = (
-        "import sys\nfrom experiments import lenet5\n"
-        "assert lenet5.main(['--epochs', '0']) == 2\nassert 'jax' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], capture_output=True)
