@@ -46,21 +46,23 @@ def plain_layers(
 ) -> PyTree:
     """The tree of the plain twin: nodes of the given types become ``function(node)``, other leaves ``other(leaf)``.
 
-    A node is stored under the ``NODE_ENTRY`` of its module. The entries of ``function(node)`` take its place, beside the module's others.
+    A node that is stored under ``NODE_ENTRY`` is merged into its module: the entries of ``function(node)`` stand beside the module's others.
 
     Raises:
-      ValueError: A node is several layers, stacked, or is not stored under ``NODE_ENTRY``.
+      ValueError: A node is several layers, stacked.
     """
-    for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, node_types)):
-        if isinstance(node, node_types):
-            _check_is_in_module(path, node)
-            check_not_stacked(layer_name(path), node)
+    for name, node in _layers_by_name(params, node_types).items():
+        check_not_stacked(name, node)
 
     def is_layer(node: Any) -> bool:
-        return isinstance(node, Mapping) and isinstance(node.get(NODE_ENTRY), node_types)
+        return isinstance(node, node_types) or (
+            isinstance(node, Mapping) and isinstance(node.get(NODE_ENTRY), node_types)
+        )
 
     def replace(node: Any) -> Any:
-        if is_layer(node):
+        if isinstance(node, node_types):
+            return function(node)
+        if isinstance(node, Mapping):
             others = {key: value for key, value in node.items() if key != NODE_ENTRY}
             return function(node[NODE_ENTRY]) | jax.tree.map(replace, others, is_leaf=is_layer)
         return other(node)
@@ -106,15 +108,6 @@ def check_not_stacked(name: str, node: Any) -> None:
         raise ValueError(
             f"{name} of params is several layers, stacked: its input_mask has shape {mask.shape}, where one axis is allowed. Params of many "
             "seeds, and layers under nn.vmap or nn.scan, must go through jax.vmap, or be taken apart by train.select_seed(params, index)."
-        )
-
-
-def _check_is_in_module(path: tuple[Any, ...], node: Any) -> None:
-    """Raises ValueError for a node that does not stand for the kernel and the bias of a module."""
-    if path[-1:] != (jax.tree_util.DictKey(NODE_ENTRY),):
-        raise ValueError(
-            f"params {'holds' if path else 'is'} a {type(node).__name__}{f' at {path_name(path)}' if path else ''}; it must be the entry "
-            f"{NODE_ENTRY} of a layer. For the params of bcdl_jax.variational, use VariationalModel.mean_params."
         )
 
 

@@ -98,6 +98,8 @@ def with_mean_weights(posterior: Posterior, kernel: jax.Array, bias: jax.Array |
 def mean_weights(params: PyTree) -> PyTree:
     """The params of the plain twin, a network of layers such as ``flax.linen.Dense`` and ``Conv``.
 
+    For the params of ``bcdl_jax.variational``, use ``VariationalModel.mean_params``.
+
     Args:
       params: A tree with variational layers, pruned or not, or with quantised layers. Other parameters stay as they are.
 
@@ -106,8 +108,7 @@ def mean_weights(params: PyTree) -> PyTree:
       where pruned, so that ``shrink`` can cut the twin.
 
     Raises:
-      ValueError: A node holds several stacked layers or is not the entry of a layer, as in the params of ``bcdl_jax.variational``, or a leaf
-        of the tree is not an array. ``VariationalModel.mean_params`` makes plain params of the former.
+      ValueError: A node holds several stacked layers, or a leaf of the tree is not an array.
     """
     check_arrays(params)
 
@@ -131,7 +132,7 @@ def weight_variances(params: PyTree) -> PyTree:
       zero where pruned.
 
     Raises:
-      ValueError: The tree holds no variational layer, or a posterior is not the entry of a layer, as in the params of ``bcdl_jax.variational``.
+      ValueError: The tree holds no variational layer.
     """
     variational_layers(params)
 

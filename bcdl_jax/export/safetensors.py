@@ -35,8 +35,8 @@ def export_safetensors(
       The number of bytes of the file.
 
     Raises:
-      ValueError: Two arrays have the same name, an array has a name or a type that the format cannot hold, ``metadata`` has an entry that is
-        not a string, or a posterior or quantised layer is not the entry of a layer, see ``mean_weights``.
+      ValueError: Two arrays have the same name, an array has a name or a type that the format cannot hold, or ``metadata`` has an entry
+        that is not a string.
       OSError: The file cannot be written.
       ModuleNotFoundError: The package safetensors is not installed.
     """

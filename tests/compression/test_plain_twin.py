@@ -1,4 +1,3 @@
-import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -79,26 +78,6 @@ def test_half_precision_cannot_hold_every_weight(net):
     trained["Dense_0"]["bias"] = trained["Dense_0"]["bias"].at[0].set(1e5)
     with pytest.raises(ValueError, match="Dense_0/bias of trained holds 1 values that are not finite in float16"):
         bcdl_jax.from_trained(half, trained)
-
-
-def test_nodes_in_place_of_arrays_are_refused(net, tmp_path):
-    """The params of ``variational`` hold a posterior, or one for each layer of a scan, in place of a kernel, whose axes it does not know."""
-    _, params, _ = net
-    posterior = params["Dense_0"]["posterior"]
-    rounded = bcdl_jax.reduce_precision(params, 0.5)["Dense_0"]["posterior"]
-    functions = (bcdl_jax.mean_weights, lambda tree: bcdl_jax.export_safetensors(tmp_path / "net", tree))
-    for tree, place in (
-        ({"Dense_0": {"kernel": posterior, "bias": None}}, "holds a GroupNormalJeffreysPosterior at Dense_0/kernel"),
-        ({"layers": {"kernel": (posterior, posterior)}}, "holds a GroupNormalJeffreysPosterior at layers/kernel/0"),
-        ({"Dense_0": {"kernel": rounded, "bias": None}}, "holds a QuantizedLayer at Dense_0/kernel"),
-        (posterior, "is a GroupNormalJeffreysPosterior"),
-    ):
-        for function in functions:
-            with pytest.raises(ValueError, match=f"params {place}; .* use VariationalModel.mean_params"):
-                function(tree)
-    with pytest.raises(ValueError, match="at Dense_0/kernel; it must be the entry posterior of a layer"):
-        bcdl_jax.compression.weight_variances({"Dense_0": {"kernel": posterior, "bias": None}})
-    assert set(bcdl_jax.mean_weights(flax.core.freeze(params))["Dense_0"]) == {"kernel", "bias"}
 
 
 @pytest.mark.parametrize("reduced", [False, True])
