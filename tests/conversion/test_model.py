@@ -112,7 +112,7 @@ NETWORKS = {
 }
 
 
-SLOW = ("half", "convolutions", "tied", "recurrent", "stacked")
+SLOW = ("transformer", "half", "convolutions", "tied", "recurrent", "stacked")
 
 
 @pytest.fixture(
