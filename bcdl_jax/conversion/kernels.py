@@ -1,5 +1,5 @@
 """Finds the arrays of a traced network that can become variational: the kernels of its matrix products and
-convolutions with their biases, and the tables of its lookups.
+convolutions, with the biases and batch norms behind them, and the tables of its lookups.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax.conversion.affine import Affine, find_affine
 from bcdl_jax.conversion.layouts import (
     KernelLayout,
     LookupLayout,
@@ -22,26 +23,7 @@ from bcdl_jax.conversion.layouts import (
 from bcdl_jax.conversion.readings import Address, Block, CannotFollow, Reading, readings
 from bcdl_jax.graph.moving import Moving
 from bcdl_jax.graph.products import PRODUCTS
-from bcdl_jax.graph.program import Atom, Program, Step, data_dependent
-
-
-@dataclasses.dataclass(frozen=True)
-class Bias:
-    """An array of the params that is added to the outputs of a product, one element for each output.
-
-    Attributes:
-      place: The number of the array in the order of ``jax.tree.leaves(params)``.
-      shape: The shape of the array, or of a slice for one layer.
-      address: The address of the step that adds it.
-      outputs: The number of the other operand of this step: the product, or the product after steps that move it.
-      moves: The addresses of the steps that only move the bias towards this step.
-    """
-
-    place: int
-    shape: tuple[int, ...]
-    address: Address
-    outputs: Atom
-    moves: frozenset[Address]
+from bcdl_jax.graph.program import Program, data_dependent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +38,7 @@ class Kernel:
       moves: The addresses of the steps that only move the array towards its products.
       slices: The address of the scan that reads one slice of the array in each iteration, or None.
       layers: The number of slices, or None if the array is one kernel.
-      bias: The bias of the layer, or None.
+      affine: The steps that shift and scale the outputs, such as a bias or a batch norm, or None.
     """
 
     layout: KernelLayout
@@ -64,7 +46,7 @@ class Kernel:
     moves: frozenset[Address]
     slices: Address | None = None
     layers: int | None = None
-    bias: Bias | None = None
+    affine: Affine | None = None
 
     @property
     def groups_of(self) -> Literal["inputs", "output channels", "columns"]:
@@ -104,18 +86,18 @@ def find_kernels(program: Program, moving: Moving, num_params: int) -> Kernels:
             found[place] = _kernel(program.shapes[number], read[place])
         except CannotFollow as reason:
             reasons[place] = str(reason)
-    places = {
-        address: place for place, kernel in found.items() if len(kernel.products) == 1 for address in kernel.products
+    sources = {
+        (reading.block.address, reading.value): (place, reading)
+        for place, each in read.items()
+        if place in reasons and len(each) == 1
+        for reading in each
     }
-    for place in reasons:
-        if len(read.get(place, ())) == 1:
-            (reading,) = read[place]
-            if (biased := _biased_product(reading)) is None or biased[0] not in places:
-                continue
-            kernel = found[places[biased[0]]]
-            bias = _bias(place, program.shapes[program.inputs[place]].shape, reading, kernel, *biased)
-            if bias is not None and kernel.bias is None:
-                found[places[biased[0]]] = dataclasses.replace(kernel, bias=bias)
+    for place, kernel in found.items():
+        if len(kernel.products) == 1:
+            (reading,), (layout,) = read[place], kernel.products.values()
+            if isinstance(layout, ProductLayout):
+                affine = find_affine(reading.block, reading.index, layout, kernel.slices, sources)
+                found[place] = dataclasses.replace(kernel, affine=affine)
     return Kernels(found, reasons)
 
 
@@ -158,56 +140,3 @@ def _product(reading: Reading) -> ProductLayout | LookupLayout:
     if isinstance(product, str):
         raise CannotFollow(f"{product}{where}")
     return product
-
-
-def _biased_product(reading: Reading) -> tuple[Address, Atom, list[Step]] | None:
-    """The other operand of a sum with an array, if it is a product that nothing else reads.
-
-    Returns:
-      The address of the step that may be a product, the number of the operand, and the steps that move the product to the sum.
-    """
-    step, block = reading.step, reading.block
-    if step.name not in ("add", "add_any"):
-        return None
-    outputs = step.inputs[1 - step.inputs.index(reading.value)]
-    value, behind = outputs, list[Step]()
-    while value in block.producers:
-        if len(block.readers[value]) != 1 or value in block.program.outputs:
-            return None
-        index = block.producers[value]
-        producer = block.program.steps[index]
-        if not block.only_moves(producer):
-            return block.address_of(index), outputs, behind[::-1]
-        behind.append(producer)
-        value = producer.inputs[0]
-    return None
-
-
-def _bias(
-    place: int,
-    shape: tuple[int, ...],
-    reading: Reading,
-    kernel: Kernel,
-    product: Address,
-    outputs: Atom,
-    behind: Sequence[Step],
-) -> Bias | None:
-    """The bias of a kernel, or None if its elements are not those of the outputs, in their order.
-
-    Args:
-      place: The number of the array.
-      shape: Its shape.
-      reading: The step that adds it.
-      kernel: The kernel.
-      product: The address of the product of the kernel.
-      outputs: The number of the operand that the array is added to.
-      behind: The steps that move the product to this operand.
-    """
-    if reading.slices != kernel.slices:
-        return None
-    shape = shape if kernel.layers is None else shape[1:]
-    program, layout = reading.block.program, kernel.products[product]
-    result = program.shapes[program.steps[product[-1]].outputs[0]].shape
-    if isinstance(layout, LookupLayout) or not layout.adds_to_outputs(shape, reading.chain, result, behind):
-        return None
-    return Bias(place, shape, reading.address, outputs, frozenset(reading.moves))

@@ -141,26 +141,16 @@ class ProductLayout:
         """The result of the product."""
         return jnp.transpose(outputs.reshape(*outputs.shape[:-1], *self.out_shape), self.out_order)
 
-    def adds_to_outputs(
-        self, shape: tuple[int, ...], chain: Sequence[Step], result: tuple[int, ...], behind: Sequence[Step]
-    ) -> bool:
-        """Whether an array is added to the result of the product with one element for each output, in their order.
+    def output_numbers(self, result: tuple[int, ...]) -> np.ndarray:
+        """The number of the output to which each element of the result of the product belongs.
 
         Args:
-          shape: The shape of the array.
-          chain: The steps that move the array to the sum.
-          result: The shape of the result of the product.
-          behind: The steps that move the result to the sum.
+          result: The shape of the result.
         """
-        count = math.prod(shape)
-        if count != self.canonical.shape[-1]:
-            return False
-        usual = [result[axis] for axis in _inverse(self.out_order)][: len(result) - len(self.out_shape)]
-        numbers = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*usual, count))
+        count = self.canonical.shape[-1]
+        leading = [result[axis] for axis in _inverse(self.out_order)][: len(result) - len(self.out_shape)]
         with jax.ensure_compile_time_eval():
-            outputs = np.asarray(moved(self.to_result(numbers), behind))
-            added = np.asarray(moved(jnp.arange(count, dtype=jnp.int32).reshape(shape), chain))
-        return np.array_equal(np.broadcast_to(added, outputs.shape), outputs)
+            return np.asarray(self.to_result(jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*leading, count))))
 
 
 @dataclasses.dataclass(frozen=True)

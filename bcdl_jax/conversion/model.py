@@ -32,7 +32,8 @@ class VariationalModel:
 
     Attributes:
       params: The params that training starts from: the given tree, with a ``Posterior`` in place of each converted kernel, a tuple of them in
-        place of the stacked kernels of the layers in a scan, and None in place of a bias, which the posterior of its kernel holds.
+        place of the stacked kernels of the layers in a scan, and None in place of biases and batch norms, which the posterior of the kernel
+        before them holds.
       plan: The plan of the conversion, to print.
     """
 
@@ -41,6 +42,7 @@ class VariationalModel:
     _apply: Callable[..., PyTree]
     _network: TracedNetwork
     _kernels: Kernels
+    _fixed: dict[int, jax.Array]
     _leaves: tuple[jax.ShapeDtypeStruct, ...]
     _structure: Any
 
@@ -105,8 +107,15 @@ class VariationalModel:
         for place, kernel in self._kernels.found.items():
             weights, biases = zip(*(node.mean_weights() for node in _layers(kernel, nodes[place])), strict=True)
             arrays[place] = _whole(kernel, [kernel.layout.to_array(each) for each in weights])
-            if kernel.bias is not None:
-                arrays[kernel.bias.place] = _whole(kernel, [each.reshape(kernel.bias.shape) for each in biases])
+            if kernel.affine is not None:
+                fixed = [_slices(kernel, self._fixed[each]) for each in kernel.affine.fixed]
+                unfolded = [
+                    kernel.affine.unfolded(bias, dict(zip(kernel.affine.fixed, values, strict=True)))
+                    for bias, *values in zip(biases, *fixed, strict=True)
+                ]
+                for each in kernel.affine.shapes:
+                    whole = _whole(kernel, [arrays_of_layer[each] for arrays_of_layer in unfolded])
+                    arrays[each] = whole.astype(self._leaves[each].dtype)
         return jax.tree.unflatten(self._structure, arrays)
 
 
@@ -122,7 +131,8 @@ def variational(
 
     The function is traced. Each array of ``params`` that only matrix products or convolutions with data read becomes the mean of a posterior.
     Its groups are the inputs of a matrix product, or the output channels of a convolution. A table whose rows the network looks up, such as
-    an embedding, becomes variational, too; its groups are its columns. A bias that is added to the outputs belongs to the same posterior.
+    an embedding, becomes variational, too; its groups are its columns. A bias, or a batch norm with running averages, behind the product belongs
+    to the same posterior.
     This holds within ``jax.lax.scan``, too: a recurrent cell has one posterior for all times, stacked layers have one for each layer. All
     other arrays stay plain, and the plan gives the reason. At its means, the variational network computes the same outputs as the given
     network.
@@ -153,8 +163,8 @@ def variational(
     if not kernels.found:
         reasons = "; ".join(f"{path}: {kernels.reasons[place]}" for place, path in enumerate(paths))
         raise ValueError(f"No array of params can become variational. {reasons or 'It holds no arrays'}.")
-    biases = {kernel.bias.place: place for place, kernel in kernels.found.items() if kernel.bias is not None}
-    for place in [*kernels.found, *biases]:
+    held = {each: place for place, kernel in kernels.found.items() if kernel.affine for each in kernel.affine.shapes}
+    for place in [*kernels.found, *held]:
         check_finite(paths[place], leaves[place], dtype_of(leaves[place]), "params")
     nodes = _start_posteriors(kernels, families, leaves)
     plan = ConversionPlan(
@@ -166,7 +176,7 @@ def variational(
                 families[place],
                 kernels.found.get(place),
                 kernels.reasons.get(place),
-                paths[biases[place]] if place in biases else None,
+                paths[held[place]] if place in held else None,
             )
             for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
         ),
@@ -174,8 +184,11 @@ def variational(
         None if network.limit is None else f"With a key, ``apply`` {network.limit}",
     )
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf)) for leaf in leaves)
-    start = [None if place in biases else nodes.get(place, leaf) for place, leaf in enumerate(leaves)]
-    return VariationalModel(jax.tree.unflatten(structure, start), plan, apply, network, kernels, structs, structure)
+    start = [None if place in held else nodes.get(place, leaf) for place, leaf in enumerate(leaves)]
+    affines = [kernel.affine for kernel in kernels.found.values() if kernel.affine is not None]
+    fixed = {place: jnp.asarray(leaves[place]) for affine in affines for place in affine.fixed}
+    start_params = jax.tree.unflatten(structure, start)
+    return VariationalModel(start_params, plan, apply, network, kernels, fixed, structs, structure)
 
 
 def _families(paths: list[str], prior: Family, rules: Mapping[str, Family | None]) -> list[Family | None]:
@@ -197,8 +210,8 @@ def _chosen(kernels: Kernels, families: list[Family | None]) -> Kernels:
     plain = [place for place in kernels.found if families[place] is None]
     found = {
         place: kernel
-        if kernel.bias is None or families[kernel.bias.place] is not None
-        else dataclasses.replace(kernel, bias=None)
+        if kernel.affine is None or all(families[each] is not None for each in kernel.affine.shapes)
+        else dataclasses.replace(kernel, affine=None)
         for place, kernel in kernels.found.items()
         if place not in plain
     }
@@ -237,10 +250,11 @@ def _start_posteriors(kernels: Kernels, families: list[Family | None], leaves: l
         for place, kernel in kernels.found.items():
             layers = range(kernel.layers or 1)
             means = _slices(kernel, arrays[place])
-            biases = [None for _ in layers] if kernel.bias is None else _slices(kernel, arrays[kernel.bias.place])
+            held = () if kernel.affine is None else kernel.affine.shapes
+            behind = [{each: _slices(kernel, arrays[each])[layer] for each in held} for layer in layers]
             keys = [jax.random.fold_in(jax.random.key(place), layer) for layer in layers]
             each = tuple(
-                _start_posterior(kernel, families[place], *layer) for layer in zip(keys, means, biases, strict=True)
+                _start_posterior(kernel, families[place], *layer) for layer in zip(keys, means, behind, strict=True)
             )
             nodes[place] = each[0] if kernel.layers is None else each
         return balance_scales(nodes)
@@ -260,11 +274,13 @@ def _whole(kernel: Kernel, slices: Sequence[jax.Array]) -> jax.Array:
 
 
 def _start_posterior(
-    kernel: Kernel, family: Family | None, key: jax.Array, array: jax.Array, bias: jax.Array | None
+    kernel: Kernel, family: Family | None, key: jax.Array, array: jax.Array, behind: dict[int, jax.Array]
 ) -> Posterior:
     assert family is not None
     canonical = kernel.layout.canonical
-    means, bias = kernel.layout.to_kernel(array), None if bias is None else bias.reshape(-1)
+    means, bias = kernel.layout.to_kernel(array), None
+    if kernel.affine is not None:
+        means, bias = kernel.affine.folded(means, behind)
     node = family.create(key, means, bias, canonical.group_axis, canonical.feature_groups)
     return with_mean_weights(node, means, bias)
 
@@ -276,10 +292,10 @@ def _planned(
     family: Family | None,
     kernel: Kernel | None,
     reason: str | None,
-    bias_of: str | None,
+    held_by: str | None,
 ) -> LeafPlan:
-    if bias_of is not None:
-        return LeafPlan(path, shape, bias_of=bias_of)
+    if held_by is not None:
+        return LeafPlan(path, shape, held_by=held_by)
     if kernel is None:
         return LeafPlan(path, shape, reason=reason)
     groups = sum(node.group_mask.size for node in _layers(kernel, start))

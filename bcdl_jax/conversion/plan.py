@@ -18,7 +18,7 @@ class LeafPlan:
       groups: The number of its groups; 0 if it stays plain.
       groups_of: The kind of its groups, or None: the inputs of a matrix product, the output channels of a convolution, or the columns of a
         table whose rows the network looks up.
-      bias_of: The path of the kernel whose posterior holds it as its bias, or None.
+      held_by: The path of the kernel whose posterior holds it, or None: a bias, or a part of a batch norm.
       reason: The reason why it stays plain, or None.
     """
 
@@ -27,18 +27,18 @@ class LeafPlan:
     family: str | None = None
     groups: int = 0
     groups_of: Literal["inputs", "output channels", "columns"] | None = None
-    bias_of: str | None = None
+    held_by: str | None = None
     reason: str | None = None
 
     @property
     def is_variational(self) -> bool:
         """Whether the array becomes variational."""
-        return self.family is not None or self.bias_of is not None
+        return self.family is not None or self.held_by is not None
 
     def __str__(self) -> str:
         size = " x ".join(map(str, self.shape)) or "scalar"
-        if self.bias_of is not None:
-            return f"{self.path}  {size}: the bias of {self.bias_of}"
+        if self.held_by is not None:
+            return f"{self.path}  {size}: belongs to {self.held_by}"
         if self.family is None:
             return f"{self.path}  {size}: stays plain, since {self.reason}"
         return f"{self.path}  {size}: {self.family}, a group for each of {self.groups:,} {self.groups_of}"

@@ -93,6 +93,7 @@ class Reading:
       block: The network or the body in which the step lies.
       index: The index of the step.
       value: The number of the operand that holds the elements of the array.
+      shape: The shape of the array.
       chain: The steps that move the array, or a slice of it, to this step.
       moves: The addresses of all steps that move or cast the array.
       slices: The address of the scan that reads one slice of the array in each iteration, or None.
@@ -101,6 +102,7 @@ class Reading:
     block: Block
     index: int
     value: Atom
+    shape: tuple[int, ...]
     chain: tuple[Step, ...] = ()
     moves: tuple[Address, ...] = ()
     slices: Address | None = None
@@ -126,7 +128,7 @@ def readings(block: Block, number: Atom) -> list[Reading]:
     Raises:
       CannotFollow: The network or a scan returns the array, or a scan passes it on.
     """
-    return list(_readings(Reading(block, -1, number)))
+    return list(_readings(Reading(block, -1, number, block.program.shapes[number].shape)))
 
 
 def _readings(at: Reading) -> Iterator[Reading]:

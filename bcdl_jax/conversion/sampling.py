@@ -49,14 +49,14 @@ class _Sampler:
 
     Attributes:
       products: The products with sampled kernels, by their addresses.
-      moves: The addresses of the steps that only move kernels and biases.
-      sums: The number of the sampled outputs by the address of the step that adds the bias, which the outputs include.
+      unused: The addresses of the steps that move kernels, or compute biases and scales, which the posteriors include.
+      passed: The number of the sampled outputs by the address of each step that would shift or scale them.
       scans: The addresses of the scans with any of these steps.
     """
 
     products: dict[Address, _Product]
-    moves: frozenset[Address]
-    sums: dict[Address, Atom]
+    unused: frozenset[Address]
+    passed: dict[Address, Atom]
     scans: frozenset[Address]
 
     def run(
@@ -74,13 +74,13 @@ class _Sampler:
         for index in sorted(program.live_steps):
             step, address = program.steps[index], (*around, index)
             operands = [values[number] for number in step.inputs]
-            if address in self.moves:  # The layout of the product includes the move.
-                results = operands
+            if address in self.unused:
+                results = operands[:1]
             elif address in self.products:
                 dtype = program.shapes[step.outputs[0]].dtype
                 results = [_sampled_product(self.products[address], operands, iterations).astype(dtype)]
-            elif address in self.sums:
-                results = [values[self.sums[address]]]
+            elif address in self.passed:
+                results = [values[self.passed[address]]]
             elif address in self.scans:
                 results = self._scan(step, operands, address, iterations)
             else:
@@ -120,20 +120,20 @@ def run_sampled(
     Raises:
       ValueError: A kernel has no posterior, but integers.
     """
-    values, products, moves, sums = list(values), dict[Address, _Product](), set[Address](), dict[Address, Atom]()
+    values, products, unused, passed = list(values), dict[Address, _Product](), set[Address](), dict[Address, Atom]()
     for place, kernel in kernels.items():
         scale_key, noise_key = jax.random.split(jax.random.fold_in(key, place))
         sizes = {_num_examples(program, address, layout) for address, layout in kernel.products.items()}
         values[place] = _sampled_kernel(values[place], kernel, paths[place], scale_key, sizes)
         for number, (address, layout) in enumerate(kernel.products.items()):
             products[address] = _Product(layout, jax.random.fold_in(noise_key, number) if number else noise_key)
-        moves |= kernel.moves
-        if kernel.bias is not None:
-            moves |= kernel.bias.moves
-            sums[kernel.bias.address] = kernel.bias.outputs
-    rewritten = [*products, *moves, *sums]
+        unused |= kernel.moves
+        if kernel.affine is not None:
+            unused |= kernel.affine.unused
+            passed |= kernel.affine.outputs
+    rewritten = [*products, *unused, *passed]
     scans = {address[:depth] for address in rewritten for depth in range(1, len(address))}
-    results = _Sampler(products, frozenset(moves), sums, frozenset(scans)).run(program, values)
+    results = _Sampler(products, frozenset(unused), passed, frozenset(scans)).run(program, values)
     return jax.tree.unflatten(program.result_tree, results)
 
 

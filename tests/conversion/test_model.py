@@ -94,9 +94,19 @@ def linen(model, shape):
     return lambda key: (model.apply, jax.jit(model.init)(key, jnp.ones(shape)), jax.random.normal(key, shape))
 
 
+def trained_norms(model, shape):
+    """A network whose batch norms have averages, gains and shifts as after training."""
+
+    def make(key):
+        apply, variables, x = linen(model, shape)(key)
+        return apply, jax.tree.map(lambda leaf: leaf + 0.1 + jax.random.uniform(key, leaf.shape), variables), x
+
+    return make
+
+
 NETWORKS = {
     "transformer": (linen(Transformer(), (2, 8, 8, 2)), 7),
-    "convolutions": (linen(Convolutions(), (2, 4, 4, 2)), 4),
+    "convolutions": (trained_norms(Convolutions(), (2, 4, 4, 2)), 4),
     "vectors": (lambda key: (vector_network, vectors(key), jax.random.normal(key, (2, 5))), 3),
     "tied": (
         lambda key: (
@@ -140,8 +150,9 @@ def test_the_means_compute_the_same_at_any_batch_size(case, key):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
     restored = model.mean_params(model.params)
     assert jax.tree.structure(restored) == jax.tree.structure(params)
-    for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(new, old, rtol=1e-5)
+    if "batch_stats" not in params:  # Batch norms are folded into the kernels.
+        for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(new, old, rtol=1e-5)
 
 
 def test_samples_and_gradients(case, key):
@@ -277,7 +288,7 @@ def test_a_bias_belongs_to_the_posterior_of_its_kernel(layer, key):
     node = model.params["params"]["kernel"]
     assert model.params["params"]["bias"] is None
     assert node.bias_mean.shape == (3,)
-    assert str(model.plan.leaves[0]) == "params/bias  3: the bias of params/kernel"
+    assert str(model.plan.leaves[0]) == "params/bias  3: belongs to params/kernel"
     node = node.replace(bias_log_variance=jnp.array([0.0, -1, -2]), scale_log_variance=node.scale_log_variance / 3)
     keys = jax.random.split(key, 20_000)
     converted = {"params": {"kernel": node, "bias": None}}
@@ -319,6 +330,64 @@ def test_biases_of_transposed_products_and_of_several_axes(key):
     distance = np.abs(model.apply(model.params, x, key=key) - layer.apply(params, x))
     deviation = float(model.params["params"]["kernel"].bias_log_variance[0]) / 2
     assert 0 < distance.max() < 20 * np.exp(deviation), (distance.max(), np.exp(deviation))
+
+
+def numbers(key, *shapes):
+    return [jax.random.uniform(jax.random.fold_in(key, place), shape) + 0.2 for place, shape in enumerate(shapes)]
+
+
+NORMS = {
+    "gain, shift": lambda p, y: (y - p["mean"]) * (jax.lax.rsqrt(p["var"] + 1e-3) * p["gain"]) + p["shift"],
+    "gain": lambda p, y: (y - p["mean"]) * jax.lax.rsqrt(p["var"] + 1e-3) * p["gain"],
+    "gain of the outputs": lambda p, y: (y + p["shift"]) * p["gain"],
+    "no gain": lambda p, y: (y - p["mean"]) * jax.lax.rsqrt(p["var"] + 1e-3) + p["shift"],
+    "gain that is read twice": lambda p, y: y * p["gain"] + p["gain"],
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_batch_norm_is_folded_into_the_kernel(norm, key):
+    def apply(params, x):
+        return NORMS[norm](params, x @ params["kernel"]) @ params["last"]
+
+    names = ("kernel", "last", "mean", "var", "gain", "shift")
+    params = dict(zip(names, numbers(key, (5, 4), (4, 2), (4,), (4,), (4,), (4,)), strict=True))
+    x = jax.random.normal(key, (3, 5))
+    model = variational(apply, params, x, rules={"kernel": bcdl_jax.SparseVariationalDropout()})
+    held = {leaf.path for leaf in model.plan.leaves if leaf.held_by == "kernel"}
+    assert (
+        held
+        == {
+            "gain, shift": {"mean", "var", "gain", "shift"},
+            # A mean can hold the bias.
+            "gain": {"mean"},
+            "gain of the outputs": {"shift", "gain"},
+            "no gain": {"mean"},
+            "gain that is read twice": set(),
+        }[norm]
+    )
+    expected = jax.jit(apply)(params, x)
+    np.testing.assert_allclose(jax.jit(model.apply)(model.params, x), expected, rtol=1e-4, atol=1e-5)
+
+    def quiet(node):
+        fields = {
+            name: getattr(node, name)
+            for name in ("kernel_log_variance", "bias_log_variance", "scale_log_variance")
+            if getattr(node, name, None) is not None
+        }
+        return node.replace(**{name: jnp.full_like(value, -60) for name, value in fields.items()})
+
+    is_layer = lambda node: isinstance(node, bcdl_jax.Posterior)  # noqa: E731
+    silent = jax.tree.map(lambda node: quiet(node) if is_layer(node) else node, model.params, is_leaf=is_layer)
+    sampled = jax.jit(lambda params, x: model.apply(params, x, key=key))(silent, x)
+    np.testing.assert_allclose(sampled, expected, rtol=2e-3, atol=2e-3)
+    if {"gain", "shift"} <= held:  # An output without weights and bias is then exactly zero.
+        node = model.params["kernel"]
+        node = node.replace(kernel_mean=node.kernel_mean.at[:, 0].set(0), bias_mean=node.bias_mean.at[0].set(0))
+        restored = model.mean_params(model.params | {"kernel": node})
+        hidden = jax.jit(lambda params, x: NORMS[norm](params, x @ params["kernel"]))(restored, x)
+        assert bool((hidden[:, 0] == 0).all())
+        assert bool((hidden[:, 1:] != 0).all())
 
 
 def test_products_that_share_a_weight_share_its_scales(key):
