@@ -1,0 +1,115 @@
+"""Reports and the progress bar of ``fit``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from bcdl_jax._tree import PyTree
+from bcdl_jax.compression.scores import pruning_scores
+from bcdl_jax.priors.posterior import variational_layers
+from bcdl_jax.train.batches import count_examples, steps_per_epoch
+from bcdl_jax.train.loop import make_train_loop
+from bcdl_jax.train.state import TrainState, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class FitReport:
+    """The state of the training after some steps.
+
+    Attributes:
+      phase: The phase, "train" or "fine-tune".
+      step: The number of steps of this phase.
+      loss: The mean sampled training loss since the last report, in nats per observation.
+      kl: The KL divergence in nats per observation, without its weight.
+      kl_weight: The KL weight.
+      kept_groups: The number of groups whose score is below the default threshold of their family.
+    """
+
+    phase: str
+    step: int
+    loss: float
+    kl: float
+    kl_weight: float
+    kept_groups: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, KL {self.kl:.3f} x {self.kl_weight:.3f}, {self.kept_groups:,} groups"
+
+
+# A function from the state and its report to the state from which training continues, or None to end the phase.
+OnReport = Callable[[TrainState, FitReport], TrainState | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A phase of ``fit``.
+
+    Attributes:
+      name: The name of the phase.
+      data: The training data, a tree of arrays [examples, ...].
+      batch_size: The number of examples per step.
+      steps: The number of steps.
+      steps_per_report: The number of steps between two reports.
+      show: True to show a progress bar.
+    """
+
+    name: str
+    data: PyTree
+    batch_size: int
+    steps: int
+    steps_per_report: int
+    show: bool
+
+    def run(self, step: TrainStep, state: TrainState, on_report: OnReport) -> TrainState:
+        """Takes the steps of the phase.
+
+        Args:
+          step: The training step of a state with the setting "kl_weight".
+          state: The state at step 0.
+          on_report: The function that is called with each report.
+
+        Raises:
+          ValueError: The loss or an update is not finite.
+        """
+        loop: Any = jax.jit(make_train_loop(step, batch_size=self.batch_size), donate_argnums=0)
+        per_epoch = steps_per_epoch(count_examples(self.data), self.batch_size)
+        state = jax.tree.map(jnp.array, state)  # The loop donates its buffers.
+        taken, since, sums = 0, 0, dict.fromkeys(state.metric_sums, 0.0)
+        with tqdm(total=self.steps, desc=self.name, unit="step", mininterval=1, disable=not self.show) as bar:
+            while taken < self.steps:
+                place = taken % per_epoch
+                count = min(self.steps_per_report - since, per_epoch - place, self.steps - taken)
+                before = {name: float(total) if place else 0.0 for name, total in state.metric_sums.items()}
+                state, _ = loop(state, self.data, count)
+                sums = {name: sums[name] + float(total) - before[name] for name, total in state.metric_sums.items()}
+                taken, since = taken + count, since + count
+                bar.update(count)
+                if bool(state.halted):
+                    raise ValueError(f"The loss or an update is not finite at step {int(state.step)} of {self.name}.")
+                if since < self.steps_per_report and taken < self.steps:
+                    continue
+                report = self._report(state, {name: total / since for name, total in sums.items()})
+                bar.set_postfix_str(str(report))
+                since, sums = 0, dict.fromkeys(sums, 0.0)
+                if (after := on_report(state, report)) is None:
+                    break
+                state = after
+        return state
+
+    def _report(self, state: TrainState, means: dict[str, float]) -> FitReport:
+        layers, scores = variational_layers(state.params), pruning_scores(state.params)
+        kept = sum(int(jnp.sum(scores[name] < layer.default_threshold)) for name, layer in layers.items())
+        weight = float(state.optimizer_state.setting["kl_weight"])
+        return FitReport(self.name, int(state.step), means["nll"], means["kl"], weight, kept)
+
+
+def say(message: str, show: bool) -> None:
+    """Prints a message above the progress bar."""
+    if show:
+        tqdm.write(message)
