@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from bcdl_jax._arrays import in_float32
 from bcdl_jax.priors.layer_node import FLOAT_BITS, GroupAxis, LayerNode
 from bcdl_jax.priors.posterior import Posterior
 
@@ -130,5 +131,5 @@ class QuantizedLayer(LayerNode, flax.struct.PyTreeNode):
 
 def _scaled(integers: jax.Array, step: jax.Array) -> jax.Array:
     """The integers times the step, in the dtype of the step. The product is computed in float32 at least: float16 rounds integers above 2048."""
-    wide = jnp.promote_types(step.dtype, jnp.float32)
-    return (integers.astype(wide) * step.astype(wide)).astype(step.dtype)
+    wide = in_float32(step)
+    return (integers.astype(wide.dtype) * wide).astype(step.dtype)

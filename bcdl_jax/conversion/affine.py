@@ -34,7 +34,7 @@ class _Operand:
     """A value that depends on the params alone and has one element for each output of a product.
 
     Attributes:
-      value: Its number.
+      value: The number of the value.
       order: The places, in the flattened value, of the elements for the outputs.
       leaves: The readings of the arrays from which it is computed, by the numbers of the arrays.
       steps: The indices of the steps that compute it.
@@ -150,7 +150,7 @@ def find_affine(
     Args:
       block: The network or the body that holds the product.
       index: The index of the product.
-      layout: Its layout.
+      layout: The layout of the product.
       slices: The address of the scan that slices its kernel, or None.
       sources: The only readings of the arrays of the params.
     """

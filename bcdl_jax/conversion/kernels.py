@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,10 @@ class Kernel:
     slices: Address | None = None
     layers: int | None = None
     affine: Affine | None = None
+
+    def nodes(self, value: Any) -> Sequence[Any]:
+        """The nodes of all layers, from the node or the tuple of nodes that stands for the array in the params."""
+        return [value] if self.layers is None else value
 
     @property
     def groups_of(self) -> Literal["inputs", "output channels", "columns"]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree, check_arrays, named_arrays
+from bcdl_jax.compression.layers import is_layer
 from bcdl_jax.compression.plain_twin import check_finite, with_mean_weights
 from bcdl_jax.conversion.kernels import Kernel, Kernels, find_kernels
 from bcdl_jax.conversion.plan import ConversionPlan, LeafPlan
@@ -98,14 +99,14 @@ class VariationalModel:
                 raise ValueError(
                     f"params holds {type(value).__name__} at {path}; it must hold a tuple of {kernel.layers} posteriors or quantised layers."
                 )
-            for node in _layers(kernel, value):
+            for node in kernel.nodes(value):
                 _check_node(path, node, kernel)
         return nodes
 
     def _unflatten(self, nodes: list[Any]) -> PyTree:
         arrays = list(nodes)
         for place, kernel in self._kernels.found.items():
-            weights, biases = zip(*(node.mean_weights() for node in _layers(kernel, nodes[place])), strict=True)
+            weights, biases = zip(*(node.mean_weights() for node in kernel.nodes(nodes[place])), strict=True)
             arrays[place] = _whole(kernel, [kernel.layout.to_array(each) for each in weights])
             if kernel.affine is not None:
                 fixed = [_slices(kernel, self._fixed[each]) for each in kernel.affine.fixed]
@@ -221,17 +222,12 @@ def _chosen(kernels: Kernels, families: list[Family | None]) -> Kernels:
     return Kernels(found, reasons)
 
 
-def _layers(kernel: Kernel, value: Any) -> Sequence[Any]:
-    """The nodes of all layers of a kernel."""
-    return [value] if kernel.layers is None else value
-
-
 def _check_node(path: str, node: Any, kernel: Kernel) -> None:
-    shape, expected = getattr(node, "kernel_shape", None), kernel.layout.canonical.shape
-    if shape is None:
+    if not is_layer(node):
         raise ValueError(
             f"params holds {type(node).__name__} at {path}; it must hold a posterior or a quantised layer."
         )
+    shape, expected = node.kernel_shape, kernel.layout.canonical.shape
     if shape != expected:
         raise ValueError(
             f"The kernel at {path} has shape {shape}; it must have {expected}. Apply the params of many seeds "
@@ -298,5 +294,5 @@ def _planned(
         return LeafPlan(path, shape, held_by=held_by)
     if kernel is None:
         return LeafPlan(path, shape, reason=reason)
-    groups = sum(node.group_mask.size for node in _layers(kernel, start))
+    groups = sum(node.group_mask.size for node in kernel.nodes(start))
     return LeafPlan(path, shape, type(family).__name__, groups, kernel.groups_of)

@@ -25,7 +25,7 @@ class Block:
     """The network, or the body of a scan in it.
 
     Attributes:
-      program: Its steps.
+      program: The steps of the network or of the body.
       moving: The parts of the program that depend on the batch size.
       depends: Numbers of the values that depend on the inputs of the network.
       address: The address of the scan, or () for the network.

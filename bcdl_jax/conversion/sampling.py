@@ -139,7 +139,7 @@ def run_sampled(
 
 def _sampled_kernel(value: Any, kernel: Kernel, path: str, key: jax.Array, sizes: set[int]) -> _Sampled:
     """The posterior of a kernel with its sampled scales for these numbers of examples."""
-    nodes = [value] if kernel.layers is None else list(value)
+    nodes = kernel.nodes(value)
     for node in nodes:
         if not isinstance(node, Posterior):
             raise ValueError(

@@ -184,7 +184,7 @@ def _same_steps(new: Program, old: Program, moving: Moving) -> bool:
 
 
 def _are_like(new: Program, old: Program, moving: Moving) -> bool:
-    """Whether two programs with the same signature have values of the same shapes, but for the moving axes, and the same inner constants."""
+    """Whether two programs with the same signature have values of the same shapes, apart from the batch-dependent axes, and the same inner constants."""
     if not all(map(is_like, new.shapes, old.shapes, moving.axes)):
         return False
     for index, bodies in moving.bodies.items():
@@ -198,7 +198,7 @@ def _are_like(new: Program, old: Program, moving: Moving) -> bool:
 
 
 def is_like(new: jax.ShapeDtypeStruct, old: jax.ShapeDtypeStruct, moving: frozenset[int]) -> bool:
-    """Whether two values have the same shape, but for the moving axes, and the same dtype."""
+    """Whether two values have the same shape, apart from the batch-dependent axes, and the same dtype."""
     return (
         len(new.shape) == len(old.shape)
         and new.dtype == old.dtype

@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jax.extend import core
-
-from bcdl_jax.graph.primitives import CALLS, CUSTOM
+from bcdl_jax.graph.primitives import CALLS, CUSTOM, bodies, inner_jaxpr
 from bcdl_jax.graph.program import Program
 
 
@@ -59,16 +57,9 @@ def _equation_multiply_adds(equation: Any) -> int:
         return equation.outvars[0].aval.size * (kernel.size // max(features, 1))
     if name not in ("scan", "while", "cond", *CALLS, *CUSTOM):
         return 0
-    counts = [sum(map(_equation_multiply_adds, inner.eqns)) for value in params.values() for inner in _jaxprs_of(value)]
+    call = inner_jaxpr(equation)
+    inner = [closed.jaxpr for closed in bodies(equation)] if call is None else [call[0]]
+    counts = [sum(map(_equation_multiply_adds, jaxpr.eqns)) for jaxpr in inner]
     if name == "cond":
         return max(counts)
     return sum(counts) * (params["length"] if name == "scan" else 1)
-
-
-def _jaxprs_of(value: Any) -> list[Any]:
-    """All jaxprs within one parameter of a primitive."""
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    return [inner for part in value for inner in _jaxprs_of(part)] if isinstance(value, tuple | list) else []

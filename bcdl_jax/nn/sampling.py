@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bcdl_jax._arrays import is_kept, of_rank
+from bcdl_jax._arrays import in_float32, is_kept, of_rank
 from bcdl_jax.nn.linear_maps import LinearMap
 from bcdl_jax.priors.noise import example_normal
 from bcdl_jax.priors.posterior import Posterior, WeightsNode
@@ -106,7 +106,7 @@ def sample_rows(mean: jax.Array, variance: jax.Array, scale: jax.Array, noise_ke
 
 def _deviation(variance: jax.Array) -> jax.Array:
     """The standard deviation, with finite derivatives. It is exactly zero where the variance is zero."""
-    wide = variance.astype(jnp.promote_types(variance.dtype, jnp.float32))
+    wide = in_float32(variance)
     return jnp.where(wide > 0, jnp.sqrt(jnp.maximum(wide, 0) + _VARIANCE_FLOOR), 0).astype(variance.dtype)
 
 

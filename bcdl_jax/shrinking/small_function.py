@@ -100,7 +100,7 @@ class _Traces:
         return self.programs[key]
 
     def _examples(self) -> list[tuple[jax.ShapeDtypeStruct, frozenset[int]]]:
-        """Shapes and moving axes of the example inputs."""
+        """Shapes and batch-dependent axes of the example inputs."""
         program, axes = self.network.program, self.network.moving.axes
         count = len(jax.tree.leaves(self.params))
         return [(program.shapes[number], axes[number]) for number in program.inputs[count:]]
@@ -122,7 +122,7 @@ class _Traces:
 
 
 def _described(arrays: Sequence[tuple[jax.ShapeDtypeStruct, frozenset[int]]]) -> str:
-    """Dtypes and shapes of arrays, with "batch" in place of the sizes of their moving axes."""
+    """Dtypes and shapes of arrays, with "batch" in place of the sizes of their batch-dependent axes."""
     described = []
     for struct, moving in arrays:
         sizes = ("batch" if axis in moving else str(size) for axis, size in enumerate(struct.shape))

@@ -7,13 +7,13 @@ from bcdl_jax.train.batches import epoch_rows, take_batch
 from bcdl_jax.train.ensemble import compile_ensemble, train_ensemble
 from bcdl_jax.train.fit import FitResult, fit
 from bcdl_jax.train.fit_config import FitConfig
+from bcdl_jax.train.fit_phase import FitReport
 from bcdl_jax.train.kinds import parameter_fields, scale_by_kind
 from bcdl_jax.train.loop import make_train_epoch, make_train_loop
 from bcdl_jax.train.losses import GaussianLoss, Loss, SigmoidLoss, SoftmaxLoss
 from bcdl_jax.train.mesh import fetch, jit_step, make_mesh, place_data, place_state, process_rows, replicated
 from bcdl_jax.train.objective import kl_warmup, negative_elbo
 from bcdl_jax.train.pmap import make_pmap_train_step
-from bcdl_jax.train.progress import FitReport
 from bcdl_jax.train.reports import EnsembleReport, EpochReport
 from bcdl_jax.train.seeds import each_seed, select_seed, stack_seeds
 from bcdl_jax.train.settings import make_step_by_setting, with_setting

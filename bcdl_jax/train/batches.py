@@ -75,8 +75,8 @@ def epoch_rows(key: jax.Array, epoch: jax.Array | int, examples: int, batch_size
 
 def _shuffled(key: jax.Array, count: int) -> jax.Array:
     """The numbers from 0 to count - 1 in random order: the order of random numbers."""
-    # jax.random.permutation sorts twice, since equal random numbers keep their order. With 55,000 examples that concerns two of them in
-    # every third epoch. The second sort would cost more time than that is worth.
+    # jax.random.permutation sorts twice, since equal random numbers keep their order. With 55,000 examples, two have equal random numbers
+    # in every third epoch. The second sort would cost more than this defect.
     return jnp.argsort(jax.random.bits(key, (count,)))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from tqdm import tqdm
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.compression.pruning import prune
@@ -22,10 +23,10 @@ from bcdl_jax.train.averaging import averaged_params, params_ema
 from bcdl_jax.train.batches import count_examples
 from bcdl_jax.train.constants import merge_constants, split_constants
 from bcdl_jax.train.fit_config import FitConfig
+from bcdl_jax.train.fit_phase import FitReport, Phase
 from bcdl_jax.train.kinds import scale_by_kind
 from bcdl_jax.train.kl_control import KLControl
 from bcdl_jax.train.losses import Loss, OwnLoss, mean_nats
-from bcdl_jax.train.progress import FitReport, Phase, say
 from bcdl_jax.train.settings import make_step_by_setting, with_setting
 from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep, create_train_state
@@ -55,7 +56,7 @@ class FitResult:
 
     Attributes:
       params: The trained and pruned params of the network.
-      loss_params: The params of the loss, such as the deviations of ``GaussianLoss``.
+      loss_params: The params of the loss, such as the log standard deviations of ``GaussianLoss``.
       thresholds: The chosen thresholds by layer.
       losses: The validation loss of the mean weights in nats per observation, by stage: "plain" for the trained network, "trained", "pruned"
         and "fine-tuned".
@@ -152,7 +153,7 @@ class _Run:
         total = sum(math.prod(layer.kernel_shape) for layer in layers)
         whole = merge_constants(params["network"], self.constant)
         result = FitResult(whole, params["loss"], thresholds, losses, (kept, total), tuple(reports))
-        say(f"fit: {result}.", self.show)
+        self._say(f"fit: {result}.")
         return result
 
     # The loss.
@@ -208,7 +209,7 @@ class _Run:
             f"fit: the loss of the trained network is {base:.4f} on data and {held_out:.4f} on validation, in nats per observation; the KL is "
             f"{kl:.2f}. The sampled training loss may rise to {aim:.4f}."
         )
-        say(message, self.show)
+        self._say(message)
         return params, KLControl(base, aim, self.config.most_kl_weight)
 
     def _trained(
@@ -224,8 +225,7 @@ class _Run:
             if _is_flat(reports, self.config.steps, control):
                 return None
             weight = control.next_weight(report.kl_weight, report.loss)
-            plain = state.replace(optimizer_state=state.optimizer_state.optimizer_state)
-            return with_setting(plain, {"kl_weight": weight})
+            return with_setting(state, {"kl_weight": weight})
 
         step = self._step_maker(optimizer)(self._likelihood)
         start = with_setting(state, {"kl_weight": self.config.start_kl_weight})
@@ -261,6 +261,10 @@ class _Run:
         state = state if small is None else small.expand(state)
         return averaged_params(state.optimizer_state), reports
 
+    def _say(self, message: str) -> None:
+        if self.show:
+            tqdm.write(message)
+
     def _phase(self, name: str, steps: int) -> Phase:
         return Phase(name, self.train, self._batch_size, steps, self.config.steps_per_report, self.show)
 
@@ -288,7 +292,7 @@ def _rows(data: Data, rows: slice) -> Data:
 
 
 def _is_flat(reports: list[FitReport], steps: int, control: KLControl) -> bool:
-    """Whether the KL has nearly stopped to fall, with a loss near its aim."""
+    """Whether the KL has nearly stopped falling, with a loss near its aim."""
     now = reports[-1]
     window = [report for report in reports if report.step > now.step - _FLAT_SHARE * steps]
     if len(window) == len(reports) or now.kl < (1 - _FLAT_FALL) * window[0].kl:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
+
+
+def _at_least(least: int, default: float) -> Any:
+    """A field with a least value. All other fields must be above 0."""
+    return dataclasses.field(default=default, metadata={"least": least})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +38,23 @@ class FitConfig:
       ValueError: A number is out of range.
     """
 
-    steps: int = 6000
-    fine_tune_steps: int = 1500
-    batch_size: int = 128
+    steps: int = _at_least(1, 6000)
+    fine_tune_steps: int = _at_least(0, 1500)
+    batch_size: int = _at_least(1, 128)
     learning_rate: float = 1e-3
     variance_learning_rate: float = 2e-2
-    gap_share: float = 0.75
+    gap_share: float = _at_least(0, 0.75)
     least_rise: float = 0.03
     start_kl_weight: float = 0.05
     most_kl_weight: float = 1.0
-    fine_tune_kl_share: float = 0.3
-    pruning_share: float = 0.25
-    steps_per_report: int = 50
+    fine_tune_kl_share: float = _at_least(0, 0.3)
+    pruning_share: float = _at_least(0, 0.25)
+    steps_per_report: int = _at_least(1, 50)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 1 if field.type == "int" and field.name != "fine_tune_steps" else 0
-            if not least <= value < math.inf:
+            value, least = getattr(self, field.name), field.metadata.get("least")
+            if least is None and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value}; it must be above 0 and finite.")
+            if least is not None and not least <= value < math.inf:
                 raise ValueError(f"{field.name} is {value}; it must be at least {least} and finite.")

@@ -75,6 +75,12 @@ def mean_metrics(state: TrainState, steps: int) -> Metrics:
     return {name: total / taken.astype(total.dtype) for name, total in state.metric_sums.items()}
 
 
+def sums_before(state: TrainState, steps: int) -> Metrics:
+    """The sums of the metrics to which the next step adds: zeros at the start of an epoch. ``steps`` is the number of steps of an epoch."""
+    is_start = state.step % steps == 0
+    return {name: jnp.where(is_start, 0, total) for name, total in state.metric_sums.items()}
+
+
 def _add_metrics(sums: Metrics, metrics: Metrics, place: jax.Array, halted: jax.Array) -> Metrics:
     """The sums after a step. ``place`` is the number of the step within its epoch; the sums start anew at 0."""
     if metrics.keys() != sums.keys():

@@ -134,7 +134,7 @@ class OwnLoss:
         return {}
 
     def nats(self, params: PyTree, outputs: Any, targets: Any) -> jax.Array:
-        """The loss of each example, or its mean for each example, [examples]."""
+        """The loss of each example, [examples]. If the function returns a mean, each example has that mean."""
         return jnp.broadcast_to(self.function(outputs, targets), self.counts(targets).shape)
 
     def counts(self, targets: Any) -> jax.Array:

@@ -54,8 +54,8 @@ def place_state(state: PyTree, mesh: Mesh, *, stacked: bool = False, shard_param
       state: A tree of arrays that is the same in all processes.
       mesh: The mesh, from ``make_mesh``.
       stacked: True if the leading axis of every array counts seeds. It is then spread over the axis "seed".
-      shard_params: True to spread every array over the axis "data" too, along its longest axis whose length is a multiple of it. The
-        network and its optimiser then take 1 / devices of the memory on each device. False to put all of it on every device.
+      shard_params: True to spread every array over the axis "data" too, along the longest axis of the array whose length is a multiple
+        of the length of the axis "data". The network and its optimiser then take 1 / devices of the memory on each device. False to put all of it on every device.
 
     Returns:
       A copy of the tree, for a function from ``jit_step``.

@@ -39,14 +39,20 @@ class SettingState(NamedTuple):
 
 
 def with_setting(state: TrainState, setting: PyTree) -> TrainState:
-    """A state that carries the setting of its run.
+    """A state that carries the setting of its run. It replaces an earlier setting.
 
     Args:
       state: The state of one run, from ``create_train_state``. The state of its optimiser must not depend on the setting.
       setting: A tree of numbers.
     """
-    numbers = jax.tree.map(jnp.asarray, setting)
-    return state.replace(optimizer_state=SettingState(numbers, state.optimizer_state))
+    numbers, carried = jax.tree.map(jnp.asarray, setting), state.optimizer_state
+    optimizer_state = carried.optimizer_state if isinstance(carried, SettingState) else carried
+    return state.replace(optimizer_state=SettingState(numbers, optimizer_state))
+
+
+def setting_of(state: TrainState) -> PyTree:
+    """The setting that a state carries."""
+    return state.optimizer_state.setting
 
 
 def make_step_by_setting(make_step: Callable[[PyTree], TrainStep]) -> TrainStep:

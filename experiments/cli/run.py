@@ -21,7 +21,7 @@ from experiments.runtime import caches, devices, memory
 from experiments.runtime.command import command_line, reporting_errors
 from experiments.runtime.errors import UserError
 
-# JAX takes seconds to import, which --help and bad arguments need not wait for: functions import what needs it.
+# Importing JAX takes seconds. Functions import the modules that use JAX, so that --help and errors in the arguments appear at once.
 if TYPE_CHECKING:
     import flax.linen as nn
 

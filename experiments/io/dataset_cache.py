@@ -50,7 +50,7 @@ def read_cached(path: Path, name: str, fingerprint: str) -> Dataset | None:
 
 def write_cached(path: Path, dataset: Dataset, fingerprint: str) -> None:
     """Writes a data set to the cache with the fingerprint of its prepared files. A full disk leaves the cache without it."""
-    # Imported late, since it imports JAX, which --help and bad arguments need not wait for.
+    # Importing JAX takes seconds, and --help should appear at once.
     from bcdl_jax.codec import write_atomically
 
     arrays = {"fingerprint": np.array(fingerprint), "remark": np.array(dataset.remark or "")}

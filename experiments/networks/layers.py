@@ -95,9 +95,18 @@ def normalized_relu(images: jax.Array, train: bool, dtype: Any) -> jax.Array:
     return jnp.moveaxis(nn.relu(rows), (0, -1), (-1, 0))
 
 
+class HasBatchNorm:
+    """A network with a field ``batch_norm`` that adds batch norms."""
+
+    @property
+    def norm_pairs(self) -> NormPairs:
+        """The name of each convolution with the name of the batch norm after it."""
+        raise NotImplementedError
+
+
 def norm_pairs(network: nn.Module) -> NormPairs:
-    """The names of each convolution and of the batch norm after it, as the network declares them; none for a network without such norms."""
-    return getattr(network, "norm_pairs", ())
+    """The names of each convolution and of the batch norm after it; none for a network without such norms."""
+    return network.norm_pairs if isinstance(network, HasBatchNorm) else ()
 
 
 def pool(images: jax.Array, deterministic: bool) -> jax.Array:

@@ -21,7 +21,7 @@ VGG_HIDDEN = 512
 VGG_CLIP_VARS = (0.01, 0.01, 0.04, None, None)
 
 
-class VGG(nn.Module):
+class VGG(nn.Module, layers.HasBatchNorm):
     """The VGG of [L17]: 13 convolutions of 3 x 3 with batch norm, then 512-512-10. It has 14.98 million weights and biases.
 
     Attributes:

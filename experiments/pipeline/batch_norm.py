@@ -6,7 +6,6 @@ of any other network.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.networks.layers import NormPairs, norm_pairs
+from experiments.networks.layers import HasBatchNorm, NormPairs, norm_pairs
 from experiments.pipeline.measures import mean_cross_entropy
 
 # The largest number of batches that the statistics are computed from, and the number of images in each.
@@ -22,9 +21,8 @@ _BATCHES, _BATCH_SIZE = 8, 500
 
 
 def with_batch_norm(twin: nn.Module) -> nn.Module | None:
-    """The plain network with the batch norms that ``twin`` leaves out; None if its module has no field ``batch_norm``."""
-    names = {field.name for field in dataclasses.fields(twin)}
-    return twin.clone(batch_norm=True) if "batch_norm" in names else None  # type: ignore[call-arg]
+    """The plain network with the batch norms that ``twin`` leaves out; None for a network without batch norms."""
+    return twin.clone(batch_norm=True) if isinstance(twin, HasBatchNorm) else None  # type: ignore[call-arg]
 
 
 def cross_entropy(learner: nn.Module, params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from experiments.registry.registry import Registry
 
-if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
+if TYPE_CHECKING:  # Importing JAX takes seconds, and --help should appear at once.
     import flax.linen as nn
 
     import bcdl_jax

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from experiments.pipeline.recipe import Recipe
 from experiments.registry.registry import Registry
 
-if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
+if TYPE_CHECKING:  # Importing JAX takes seconds, and --help should appear at once.
     import bcdl_jax
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.runtime.errors import UserError
 
-if TYPE_CHECKING:  # The import takes time, which --help and bad arguments need not wait for.
+if TYPE_CHECKING:  # Importing JAX takes seconds, and --help should appear at once.
     import jax
     from jax.sharding import Mesh
 

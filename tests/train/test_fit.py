@@ -105,5 +105,7 @@ def test_bad_input_is_refused(key):
         train.fit(model, loss, (x, outputs[:50]), data)
     with pytest.raises(ValueError, match="The loss of the trained network is nan on data"):
         train.fit(model, loss, (x.at[0].set(jnp.nan), outputs), data, progress=False)
-    with pytest.raises(ValueError, match="learning_rate is -1; it must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="learning_rate is -1; it must be above 0 and finite"):
         train.FitConfig(learning_rate=-1)
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1 and finite"):
+        train.FitConfig(batch_size=0)

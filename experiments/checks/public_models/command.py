@@ -37,7 +37,7 @@ class Source:
         return importlib.import_module(f"experiments.checks.public_models.{self.module}_models").models()
 
 
-# By the name under which the package is installed.
+# The packages, by the names under which they are installed.
 SOURCES = {
     "flax": Source(
         "flax",

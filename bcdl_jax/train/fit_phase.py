@@ -1,4 +1,4 @@
-"""Reports and the progress bar of ``fit``."""
+"""The phases of ``fit``: steps with a progress bar and reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.compression.scores import pruning_scores
-from bcdl_jax.priors.posterior import variational_layers
+from bcdl_jax.compression.pruning import kept_groups
 from bcdl_jax.train.batches import count_examples, steps_per_epoch
-from bcdl_jax.train.loop import make_train_loop
+from bcdl_jax.train.loop import make_train_loop, sums_before
+from bcdl_jax.train.settings import setting_of
 from bcdl_jax.train.state import TrainState, TrainStep
 
 
@@ -83,9 +83,8 @@ class Phase:
         taken, since, sums = 0, 0, dict.fromkeys(state.metric_sums, 0.0)
         with tqdm(total=self.steps, desc=self.name, unit="step", mininterval=1, disable=not self.show) as bar:
             while taken < self.steps:
-                place = taken % per_epoch
-                count = min(self.steps_per_report - since, per_epoch - place, self.steps - taken)
-                before = {name: float(total) if place else 0.0 for name, total in state.metric_sums.items()}
+                count = min(self.steps_per_report - since, per_epoch - taken % per_epoch, self.steps - taken)
+                before = {name: float(total) for name, total in sums_before(state, per_epoch).items()}
                 state, _ = loop(state, self.data, count)
                 sums = {name: sums[name] + float(total) - before[name] for name, total in state.metric_sums.items()}
                 taken, since = taken + count, since + count
@@ -103,13 +102,6 @@ class Phase:
         return state
 
     def _report(self, state: TrainState, means: dict[str, float]) -> FitReport:
-        layers, scores = variational_layers(state.params), pruning_scores(state.params)
-        kept = sum(int(jnp.sum(scores[name] < layer.default_threshold)) for name, layer in layers.items())
-        weight = float(state.optimizer_state.setting["kl_weight"])
+        kept = sum(int(count) for count in kept_groups(state.params).values())
+        weight = float(setting_of(state)["kl_weight"])
         return FitReport(self.name, int(state.step), means["nll"], means["kl"], weight, kept)
-
-
-def say(message: str, show: bool) -> None:
-    """Prints a message above the progress bar."""
-    if show:
-        tqdm.write(message)
