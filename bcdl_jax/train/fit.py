@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,8 +20,8 @@ from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.priors.kl import kl_divergence
 from bcdl_jax.priors.posterior import variational_layers
 from bcdl_jax.train.averaging import averaged_params, params_ema
-from bcdl_jax.train.batches import count_examples
 from bcdl_jax.train.constants import merge_constants, split_constants
+from bcdl_jax.train.feeds import Batch, Feed, first_examples, make_feed, some_batches
 from bcdl_jax.train.fit_config import FitConfig
 from bcdl_jax.train.fit_phase import FitReport, Phase
 from bcdl_jax.train.kinds import scale_by_kind
@@ -32,8 +32,6 @@ from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep, create_train_state
 from bcdl_jax.train.step import make_train_step
 from bcdl_jax.train.while_shrinking import leave_out_pruned
-
-Data = tuple[PyTree, PyTree]
 
 # The largest number of examples for the first measures and for the choice of thresholds, which measures hundreds of networks.
 _MOST_MEASURED = 2000
@@ -80,8 +78,8 @@ class FitResult:
 def fit(
     network: Network,
     loss: Loss | Callable[[Any, Any], jax.Array],
-    data: Data,
-    validation: Data,
+    data: Any,
+    validation: Any,
     *,
     key: jax.Array | None = None,
     config: FitConfig | None = None,
@@ -96,8 +94,11 @@ def fit(
     Args:
       network: The variational network, from ``variational``.
       loss: The loss: ``SoftmaxLoss()``, ``SigmoidLoss()``, ``GaussianLoss()``, or a function (outputs, targets) -> nats.
-      data: The training data: inputs and targets, trees of arrays [examples, ...]. A tuple of inputs becomes several arguments of the network.
-      validation: The validation data in the same form, which the network was not trained on. They set the aim of training and the thresholds.
+      data: The training data: a pair of inputs and targets, trees of arrays [examples, ...]; or batches of this form, as a function from the
+        number of an epoch to its batches, or as an iterable that can be iterated again for each epoch. A tuple of inputs becomes several
+        arguments of the network.
+      validation: The validation data in one of these forms, which the network was not trained on. They set the aim of training and the
+        thresholds.
       key: A PRNG key; None for ``jax.random.key(0)``.
       config: The recipe; None for ``FitConfig()``.
       frozen: Regular expressions for the paths of plain arrays that are not trained, such as ``"^batch_stats"`` for running averages.
@@ -110,14 +111,11 @@ def fit(
     Raises:
       ValueError: The data do not fit the network or the loss, the loss or an update is not finite, or ``frozen`` matches no array.
     """
-    for name, examples in (("data", data), ("validation", validation)):
-        if not (isinstance(examples, tuple) and len(examples) == 2):
-            raise ValueError(f"{name} is a {type(examples).__name__}; it must be a pair of inputs and targets.")
-        count_examples(examples)
-    data, validation = jax.tree.map(jnp.asarray, (data, validation))
+    config = FitConfig() if config is None else config
+    train, held_out = make_feed("data", data, config.batch_size), make_feed("validation", validation, config.batch_size)
     own = loss if isinstance(loss, Loss) else OwnLoss(loss)
     trained, constant = split_constants(network.params, frozen)
-    run = _Run(network, constant, own, FitConfig() if config is None else config, data, validation, progress)
+    run = _Run(network, constant, own, config, train, held_out, progress)
     return run.fit(trained, jax.random.key(0) if key is None else key)
 
 
@@ -129,24 +127,24 @@ class _Run:
     constant: PyTree
     loss: Loss
     config: FitConfig
-    train: Data
-    validation: Data
+    train: Feed
+    validation: Feed
     show: bool
 
     def fit(self, trained: PyTree, key: jax.Array) -> FitResult:
         """Runs all stages, from the params to train."""
         train_key, fine_tune_key = jax.random.split(key)
         params, control = self._measured(trained)
-        losses = {"plain": self._mean_loss(params, self.validation)}
+        losses = {"plain": self._mean_loss(params, self.validation.batches())}
         params, reports = self._trained(params, control, train_key)
-        losses["trained"] = self._mean_loss(params, self.validation)
+        losses["trained"] = self._mean_loss(params, self.validation.batches())
         thresholds = self._thresholds(params, control)
         params = params | {"network": prune(params["network"], thresholds)}
-        losses["pruned"] = self._mean_loss(params, self.validation)
+        losses["pruned"] = self._mean_loss(params, self.validation.batches())
         if self.config.fine_tune_steps:
             weight = self.config.fine_tune_kl_share * reports[-1].kl_weight
             params, more = self._fine_tuned(params, weight, fine_tune_key)
-            losses["fine-tuned"] = self._mean_loss(params, self.validation)
+            losses["fine-tuned"] = self._mean_loss(params, self.validation.batches())
             reports += more
         layers = variational_layers(params["network"]).values()
         kept = round(sum(float(layer.kept_weights()) for layer in layers))
@@ -161,7 +159,7 @@ class _Run:
     def _outputs(self, params: dict[str, PyTree], inputs: PyTree, key: jax.Array | None) -> PyTree:
         return self.network.apply(merge_constants(params["network"], self.constant), *as_inputs(inputs), key=key)
 
-    def _likelihood(self, params: dict[str, PyTree], batch: Data, key: jax.Array) -> jax.Array:
+    def _likelihood(self, params: dict[str, PyTree], batch: Batch, key: jax.Array) -> jax.Array:
         return mean_nats(self.loss, params["loss"], self._outputs(params, batch[0], key), batch[1])
 
     @functools.cached_property
@@ -174,31 +172,25 @@ class _Run:
 
         return jax.jit(sums)
 
-    def _mean_loss(self, params: dict[str, PyTree], data: Data) -> float:
+    def _mean_loss(self, params: dict[str, PyTree], batches: Iterable[Batch]) -> float:
         """The loss of the mean weights, in nats per observation."""
-        size = 4 * self._batch_size
-        slices = [slice(start, start + size) for start in range(0, count_examples(data), size)]
-        sums = [self._sums(params, *_rows(data, rows)) for rows in slices]
+        sums = [self._sums(params, *batch) for batch in batches]
         nats, counts = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
         return nats / max(counts, 1.0)
 
     @functools.cached_property
     def _observations(self) -> int:
         """The number of observations in the training data."""
-        return int(jnp.sum(self.loss.counts(self.train[1])))
-
-    @functools.cached_property
-    def _batch_size(self) -> int:
-        return min(self.config.batch_size, count_examples(self.train))
+        return round(sum(float(jnp.sum(self.loss.counts(batch[1]))) for batch in self.train.batches()))
 
     # The stages.
 
     def _measured(self, trained: PyTree) -> tuple[dict[str, PyTree], KLControl]:
         """The start params, and the control of the KL weight."""
-        some = _rows(self.train, slice(_MOST_MEASURED))
-        outputs = jax.jit(functools.partial(self._outputs, key=None))({"network": trained}, some[0])
-        params = {"network": trained, "loss": self.loss.start(outputs, some[1])}
-        base, held_out = self._mean_loss(params, some), self._mean_loss(params, self.validation)
+        some = some_batches(self.train, _MOST_MEASURED)
+        outputs = jax.jit(functools.partial(self._outputs, key=None))({"network": trained}, some[0][0])
+        params = {"network": trained, "loss": self.loss.start(outputs, some[0][1])}
+        base, held_out = self._mean_loss(params, some), self._mean_loss(params, self.validation.batches())
         if not math.isfinite(base + held_out):
             raise ValueError(
                 f"The loss of the trained network is {base} on data and {held_out} on validation; both must be finite."
@@ -232,7 +224,7 @@ class _Run:
         return self._phase("train", self.config.steps).run(step, start, on_report).params, reports
 
     def _thresholds(self, params: dict[str, PyTree], control: KLControl) -> dict[str, float]:
-        some = _rows(self.validation, slice(_MOST_MEASURED))
+        some = some_batches(self.validation, _MOST_MEASURED)
         most = self.config.pruning_share * (control.aim - control.base)
         return choose_thresholds(
             params["network"],
@@ -249,7 +241,7 @@ class _Run:
         make_step = self._step_maker(optimizer)
         state = with_setting(create_train_state(params, optimizer, key), {"kl_weight": kl_weight})
         shrinking = ShrinkingConfig(self._likelihood, make_step, thresholds=math.inf, multiple_of=1)
-        small = leave_out_pruned(shrinking, state, _rows(self.train, slice(2)))
+        small = leave_out_pruned(shrinking, state, first_examples(next(self.train.batches()), 2))
         reports: list[FitReport] = []
 
         def on_report(state: TrainState, report: FitReport) -> TrainState:
@@ -266,7 +258,7 @@ class _Run:
             tqdm.write(message)
 
     def _phase(self, name: str, steps: int) -> Phase:
-        return Phase(name, self.train, self._batch_size, steps, self.config.steps_per_report, self.show)
+        return Phase(name, self.train, steps, self.config.steps_per_report, self.show)
 
     def _optimizer(self, steps: int) -> optax.GradientTransformation:
         schedule = optax.cosine_decay_schedule(self.config.learning_rate, steps, 0.05)
@@ -284,11 +276,6 @@ class _Run:
             return make_step_by_setting(by_setting)
 
         return make_step
-
-
-def _rows(data: Data, rows: slice) -> Data:
-    """Some of the examples."""
-    return jax.tree.map(lambda array: array[rows], data)
 
 
 def _is_flat(reports: list[FitReport], steps: int, control: KLControl) -> bool:

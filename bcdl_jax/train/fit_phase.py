@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from bcdl_jax._tree import PyTree
 from bcdl_jax.compression.pruning import kept_groups
-from bcdl_jax.train.batches import count_examples, steps_per_epoch
-from bcdl_jax.train.loop import make_train_loop, sums_before
+from bcdl_jax.train.feeds import Feed
 from bcdl_jax.train.settings import setting_of
 from bcdl_jax.train.state import TrainState, TrainStep
 
@@ -52,16 +49,14 @@ class Phase:
 
     Attributes:
       name: The name of the phase.
-      data: The training data, a tree of arrays [examples, ...].
-      batch_size: The number of examples per step.
+      feed: The training data.
       steps: The number of steps.
       steps_per_report: The number of steps between two reports.
       show: True to show a progress bar.
     """
 
     name: str
-    data: PyTree
-    batch_size: int
+    feed: Feed
     steps: int
     steps_per_report: int
     show: bool
@@ -77,16 +72,14 @@ class Phase:
         Raises:
           ValueError: The loss or an update is not finite.
         """
-        loop: Any = jax.jit(make_train_loop(step, batch_size=self.batch_size), donate_argnums=0)
-        per_epoch = steps_per_epoch(count_examples(self.data), self.batch_size)
-        state = jax.tree.map(jnp.array, state)  # The loop donates its buffers.
+        advance, per_epoch = self.feed.trainer(step), self.feed.steps
+        state = jax.tree.map(jnp.array, state)  # The steps donate its buffers.
         taken, since, sums = 0, 0, dict.fromkeys(state.metric_sums, 0.0)
         with tqdm(total=self.steps, desc=self.name, unit="step", mininterval=1, disable=not self.show) as bar:
             while taken < self.steps:
                 count = min(self.steps_per_report - since, per_epoch - taken % per_epoch, self.steps - taken)
-                before = {name: float(total) for name, total in sums_before(state, per_epoch).items()}
-                state, _ = loop(state, self.data, count)
-                sums = {name: sums[name] + float(total) - before[name] for name, total in state.metric_sums.items()}
+                state, added = advance(state, count)
+                sums = {name: total + float(added[name]) for name, total in sums.items()}
                 taken, since = taken + count, since + count
                 bar.update(count)
                 if bool(state.halted):

@@ -99,7 +99,7 @@ def test_bad_input_is_refused(key):
     x, outputs, params = problem(key, 100)
     model = bcdl_jax.variational(network, params, x[:2])
     loss, data = train.GaussianLoss(), (x, outputs)
-    with pytest.raises(ValueError, match="validation is a list; it must be a pair of inputs and targets"):
+    with pytest.raises(ValueError, match="validation is or holds a ArrayImpl; it must be a pair of inputs and targets"):
         train.fit(model, loss, data, [x, outputs])
     with pytest.raises(ValueError, match=r"The arrays of data have \[50, 100\] examples"):
         train.fit(model, loss, (x, outputs[:50]), data)

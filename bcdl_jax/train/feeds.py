@@ -1,0 +1,202 @@
+"""Training data of ``fit``: arrays, or batches from a function of the epoch or from an iterable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bcdl_jax._tree import PyTree
+from bcdl_jax.train.batches import count_examples, steps_per_epoch
+from bcdl_jax.train.loop import make_train_loop, sums_before
+from bcdl_jax.train.state import Metrics, TrainState, TrainStep
+
+# Inputs and targets, trees of arrays [examples, ...].
+Batch = tuple[PyTree, PyTree]
+# (state, number of steps) -> the state after these steps, and the sums of their metrics. The steps do not cross the end of an epoch.
+Advance = Callable[[TrainState, int], tuple[TrainState, Metrics]]
+
+
+class Feed(Protocol):
+    """Training or validation data."""
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps of an epoch."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """The number of examples of a training step."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """All examples in some batches."""
+        ...
+
+    def trainer(self, step: TrainStep) -> Advance:
+        """A function that takes training steps. It donates the buffers of the state."""
+        ...
+
+
+class ArrayFeed:
+    """Data in arrays. Each epoch takes the examples in another order, which follows from the key of the state."""
+
+    def __init__(self, data: Batch, batch_size: int) -> None:
+        """The arguments are the arrays, and the number of examples of a training step."""
+        self._data: Batch = jax.tree.map(jnp.asarray, data)
+        self._count = count_examples(data)
+        self._batch_size = min(batch_size, self._count)
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self._count, self._batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    def batches(self) -> Iterator[Batch]:
+        # In random order, since the examples may be sorted by class.
+        size, order = 4 * self._batch_size, np.random.default_rng(0).permutation(self._count)
+        for start in range(0, self._count, size):
+            rows = order[start : start + size]
+            yield jax.tree.map(lambda array, rows=rows: array[rows], self._data)
+
+    def trainer(self, step: TrainStep) -> Advance:
+        loop: Any = jax.jit(make_train_loop(step, batch_size=self._batch_size), donate_argnums=0)
+
+        def advance(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
+            before = sums_before(state, self.steps)
+            state, _ = loop(state, self._data, count)
+            return state, {name: total - before[name] for name, total in state.metric_sums.items()}
+
+        return advance
+
+
+class BatchFeed:
+    """Data in batches. A smaller batch at the end of an epoch is left out."""
+
+    def __init__(self, name: str, epoch: Callable[[int], Iterable[Batch]]) -> None:
+        """Goes through the batches of an epoch once, to count them.
+
+        Args:
+          name: The name of the argument, for errors.
+          epoch: A function from the number of an epoch to its batches.
+
+        Raises:
+          ValueError: There is no batch, or a batch has arrays of other shapes than the first one.
+        """
+        self._name, self._epoch = name, epoch
+        first = next(iter(epoch(0)), None)
+        if first is None:
+            raise ValueError(f"{name} ends at once; each epoch must have at least one batch.")
+        self._batch_size = count_examples(checked_pair(name, first))
+        self._shapes = _shapes(first)
+        self._steps = sum(1 for _ in self._whole_batches(0))
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    def batches(self) -> Iterator[Batch]:
+        return self._whole_batches(0)
+
+    def trainer(self, step: TrainStep) -> Advance:
+        take: Any = jax.jit(step, donate_argnums=0)
+        position: dict[str, Any] = {"step": None, "batches": iter(())}
+
+        def advance(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
+            number, sums = int(state.step), dict.fromkeys(state.metric_sums, jnp.zeros(()))
+            epoch, place = divmod(number, self._steps)
+            if position["step"] != number or place == 0:
+                position["batches"] = self._whole_batches(epoch)
+                for _ in range(place):
+                    next(position["batches"])
+            for _ in range(count):
+                batch = next(position["batches"], None)
+                if batch is None:
+                    raise ValueError(
+                        f"{self._name} has fewer than {self._steps} batches in epoch {epoch}, unlike in its first one."
+                    )
+                state, metrics = take(state, batch)
+                sums = {name: total + metrics[name] for name, total in sums.items()}
+            position["step"] = number + count
+            return state, sums
+
+        return advance
+
+    def _whole_batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch without a smaller one at its end."""
+        for batch in self._epoch(epoch):
+            if _shapes(batch) == self._shapes:
+                yield batch
+            elif [shape[1:] for shape in _shapes(batch)] != [shape[1:] for shape in self._shapes]:
+                raise ValueError(
+                    f"{self._name} has a batch with arrays of shapes {_shapes(batch)}; the first one has {self._shapes}."
+                )
+
+
+def make_feed(name: str, data: Any, batch_size: int) -> Feed:
+    """The feed of an argument of ``fit``.
+
+    Args:
+      name: The name of the argument, for errors.
+      data: A pair of inputs and targets in arrays, a function from the number of an epoch to its batches, or an iterable of batches that can
+        be iterated again for each epoch.
+      batch_size: The number of examples of a training step, for arrays.
+
+    Raises:
+      ValueError: The data have another form, or their arrays do not fit together.
+    """
+    if callable(data):
+        return BatchFeed(name, data)
+    if isinstance(data, tuple):
+        return ArrayFeed(checked_pair(name, data), batch_size)
+    if isinstance(data, Iterable) and not isinstance(data, Iterator | dict | np.ndarray | jax.Array):
+        return BatchFeed(name, lambda epoch: data)
+    more = (
+        " An iterator ends after one epoch: pass a function from the number of an epoch to its batches."
+        if isinstance(data, Iterator)
+        else ""
+    )
+    raise ValueError(
+        f"{name} is a {type(data).__name__}; it must be a pair of inputs and targets, a function from the number of an epoch to such pairs, or "
+        f"an iterable of them.{more}"
+    )
+
+
+def checked_pair(name: str, batch: Any) -> Batch:
+    """The pair of inputs and targets. Raises ValueError for another form, or arrays of different lengths."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise ValueError(f"{name} is or holds a {type(batch).__name__}; it must be a pair of inputs and targets.")
+    count_examples(tuple(batch))
+    return batch[0], batch[1]
+
+
+def first_examples(batch: Batch, count: int) -> Batch:
+    """The first examples of a batch."""
+    return jax.tree.map(lambda array: array[:count], batch)
+
+
+def some_batches(feed: Feed, examples: int) -> list[Batch]:
+    """The first batches of a feed, with this number of examples if it has as many."""
+    chosen, count = list[Batch](), 0
+    for batch in feed.batches():
+        batch = first_examples(checked_pair("data", batch), examples - count)
+        chosen.append(batch)
+        count += count_examples(batch)
+        if count >= examples:
+            break
+    return chosen
+
+
+def _shapes(batch: Any) -> list[tuple[int, ...]]:
+    return [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
