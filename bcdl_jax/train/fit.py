@@ -35,8 +35,6 @@ from bcdl_jax.train.while_shrinking import leave_out_pruned
 
 # The largest number of examples for the first measures and for the choice of thresholds, which measures hundreds of networks.
 _MOST_MEASURED = 2000
-# Training ends once the KL has fallen by less than this share over this share of the steps, while the loss was near its aim.
-_FLAT_FALL, _FLAT_SHARE, _NEAR = 0.02, 0.15, 0.25
 
 
 class Network(Protocol):
@@ -212,10 +210,8 @@ class _Run:
         state = create_train_state(params, optimizer, key)
         reports: list[FitReport] = []
 
-        def on_report(state: TrainState, report: FitReport) -> TrainState | None:
+        def on_report(state: TrainState, report: FitReport) -> TrainState:
             reports.append(report)
-            if _is_flat(reports, self.config.steps, control):
-                return None
             weight = control.next_weight(report.kl_weight, report.loss)
             return with_setting(state, {"kl_weight": weight})
 
@@ -276,13 +272,3 @@ class _Run:
             return make_step_by_setting(by_setting)
 
         return make_step
-
-
-def _is_flat(reports: list[FitReport], steps: int, control: KLControl) -> bool:
-    """Whether the KL has nearly stopped falling, with a loss near its aim."""
-    now = reports[-1]
-    window = [report for report in reports if report.step > now.step - _FLAT_SHARE * steps]
-    if len(window) == len(reports) or now.kl < (1 - _FLAT_FALL) * window[0].kl:
-        return False
-    mean = sum(report.loss for report in window) / len(window)
-    return abs(mean - control.aim) < _NEAR * (control.aim - control.base)

@@ -21,7 +21,7 @@ class FitConfig:
     at least ``least_rise``. So a network that overfits is regularised, and any other network pays a small, known price.
 
     Attributes:
-      steps: The largest number of training steps before pruning. Training ends earlier once the KL is flat.
+      steps: The number of training steps before pruning.
       fine_tune_steps: The number of steps after pruning.
       batch_size: The number of examples per step.
       learning_rate: The learning rate of Adam for the weights. It falls to a twentieth along a cosine.
@@ -48,7 +48,7 @@ class FitConfig:
     start_kl_weight: float = 0.05
     most_kl_weight: float = 1.0
     fine_tune_kl_share: float = _at_least(0, 0.3)
-    pruning_share: float = _at_least(0, 0.25)
+    pruning_share: float = _at_least(0, 0.1)
     steps_per_report: int = _at_least(1, 50)
 
     def __post_init__(self):

@@ -39,8 +39,8 @@ class FitReport:
         return f"loss {self.loss:.4f}, KL {self.kl:.3f} x {self.kl_weight:.3f}, {self.kept_groups:,} groups"
 
 
-# A function from the state and its report to the state from which training continues, or None to end the phase.
-OnReport = Callable[[TrainState, FitReport], TrainState | None]
+# A function from the state and its report to the state from which training continues.
+OnReport = Callable[[TrainState, FitReport], TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +89,7 @@ class Phase:
                 report = self._report(state, {name: total / since for name, total in sums.items()})
                 bar.set_postfix_str(str(report))
                 since, sums = 0, dict.fromkeys(sums, 0.0)
-                if (after := on_report(state, report)) is None:
-                    break
-                state = after
+                state = on_report(state, report)
         return state
 
     def _report(self, state: TrainState, means: dict[str, float]) -> FitReport:

@@ -55,7 +55,7 @@ def test_fit_trains_on_batches(key):
 def test_data_that_cannot_be_used_are_refused(key):
     with pytest.raises(ValueError, match="data ends at once; each epoch must have at least one batch"):
         make_feed("data", [], 5)
-    with pytest.raises(ValueError, match="data is a generator; .* An iterator ends after one epoch: pass a function"):
+    with pytest.raises(ValueError, match=r"data is a generator; .* An iterator ends after one epoch: pass a function"):
         make_feed("data", (batch for batch in in_batches()), 5)
     with pytest.raises(
         ValueError, match=r"a batch with arrays of shapes \[\(5, 3\), \(5,\)\]; the first one has \[\(5, 2\), \(5,\)\]"
