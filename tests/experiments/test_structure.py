@@ -24,6 +24,7 @@ ORDER = (
     "registry",
     "report",
     "cli",
+    "gallery",
     "benchmarks",
     "checks",
     "lenet300",
@@ -37,6 +38,7 @@ ORDER = (
     "crash_test",
     "parallel_check",
     "public_models",
+    "gallery_train",
 )
 
 
