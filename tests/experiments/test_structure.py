@@ -39,6 +39,7 @@ ORDER = (
     "parallel_check",
     "public_models",
     "gallery_train",
+    "gallery_fit",
 )
 
 
