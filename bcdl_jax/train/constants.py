@@ -1,9 +1,9 @@
-"""Arrays of the params that training must not change: integers, and arrays that the user names."""
+"""Arrays of the params that training must not change: integers, Flax's other collections, and arrays that the user names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from bcdl_jax.train.parts import is_posterior
 
 def split_constants(params: PyTree, frozen: Sequence[str]) -> tuple[PyTree, PyTree]:
     """Splits params into those to train and the others.
+
+    Integers are constant. Of the variables of Flax, only the collection "params" is trained.
 
     Args:
       params: A tree with variational layers.
@@ -26,10 +28,13 @@ def split_constants(params: PyTree, frozen: Sequence[str]) -> tuple[PyTree, PyTr
       ValueError: An expression is found in no path of a plain array that could be trained.
     """
     found = set[str]()
+    of_flax = isinstance(params, Mapping) and "params" in params
 
     def is_constant(path: tuple[object, ...], leaf: object) -> bool:
         if is_posterior(leaf):
             return False
+        if of_flax and not path_name(path).startswith("params/"):
+            return True
         names = [pattern for pattern in frozen if re.search(pattern, path_name(path))]
         found.update(names)
         return bool(names) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

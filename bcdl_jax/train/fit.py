@@ -99,8 +99,8 @@ def fit(
         thresholds.
       key: A PRNG key; None for ``jax.random.key(0)``.
       config: The recipe; None for ``FitConfig()``.
-      frozen: Regular expressions for the paths of plain arrays that are not trained, such as ``"^batch_stats"`` for running averages.
-        Integers are never trained.
+      frozen: Regular expressions for the paths of plain arrays that are not trained. Integers are never trained, nor are other collections of
+        Flax's variables than "params", such as running averages.
       progress: True to show a progress bar and messages.
 
     Returns:

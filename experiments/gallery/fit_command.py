@@ -65,7 +65,6 @@ def run(network: GalleryNetwork, args: argparse.Namespace, command: str) -> None
             _pair(splits.validation),
             key=jax.random.key(args.seed),
             config=config,
-            frozen=_frozen(model),
         )
         pruned = model.mean_params(fitted.params)
         small_apply, small, report = bcdl_jax.shrink(apply, pruned, inputs)
@@ -139,12 +138,6 @@ def _changing_batches(
             yield change(inputs[rows], jax.random.fold_in(key, step)), targets[rows]
 
     return epoch
-
-
-def _frozen(model: bcdl_jax.conversion.VariationalModel) -> list[str]:
-    """The running averages that are not folded into kernels are not trained."""
-    is_left = any(leaf.path.startswith("batch_stats/") and leaf.held_by is None for leaf in model.plan.leaves)
-    return ["^batch_stats/"] if is_left else []
 
 
 def _measures(

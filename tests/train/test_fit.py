@@ -91,6 +91,14 @@ def test_integers_and_frozen_arrays_stay(key):
     np.testing.assert_array_equal(result.params["order"], jnp.arange(10))
     assert float(result.params["gain"]) == 1
     assert float(result.params["shift"]) != 0
+    # Of the variables of Flax, only the params are trained.
+    variables = {"params": {name: params[name] for name in ("first", "bias", "last", "gain")}, "stats": params["shift"]}
+    flat = lambda variables, x: network(variables["params"], x) * variables["params"]["gain"] + variables["stats"]  # noqa: E731
+    flax_model = bcdl_jax.variational(flat, variables, x[:2])
+    assert flax_model.plan.leaves[-1].reason is not None
+    result = train.fit(flax_model, squares, (x, outputs), (x, outputs), **options)
+    assert float(result.params["stats"]) == 0
+    assert float(result.params["params"]["gain"]) != 1
     with pytest.raises(ValueError, match="frozen holds 'first', which is found in no path of a plain array"):
         train.fit(model, squares, (x, outputs), (x, outputs), frozen=["first"], **options)
 
