@@ -250,6 +250,7 @@ def test_a_table_and_its_transpose_share_one_posterior(key):
     assert float(rows.std()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_cell_shares_its_scales_over_time_and_stacked_layers_have_their_own(key):
     x = jnp.ones((500, 4))
 
@@ -276,7 +277,7 @@ def test_a_cell_shares_its_scales_over_time_and_stacked_layers_have_their_own(ke
     assert abs(float(jnp.corrcoef(first, second)[0, 1])) < 0.2
 
 
-@pytest.mark.parametrize("layer", ["dense", "convolution"])
+@pytest.mark.parametrize("layer", ["dense", pytest.param("convolution", marks=pytest.mark.slow)])
 def test_a_bias_belongs_to_the_posterior_of_its_kernel(layer, key):
     """The converted layer has the distribution of the library's own layer."""
     if layer == "dense":
@@ -345,7 +346,9 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "norm", [pytest.param(norm, marks=() if norm == "gain, shift" else pytest.mark.slow) for norm in NORMS]
+)
 def test_a_batch_norm_is_folded_into_the_kernel(norm, key):
     def apply(params, x):
         return NORMS[norm](params, x @ params["kernel"]) @ params["last"]
