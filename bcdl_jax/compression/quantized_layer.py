@@ -49,12 +49,12 @@ class QuantizedLayer(LayerNode, flax.struct.PyTreeNode):
     layer_kind: ClassVar[str] = "quantised layers"
     layer_source: ClassVar[str] = "bcdl_jax.reduce_precision makes quantised layers of variational layers."
 
-    kernel: jax.Array
-    kernel_step: jax.Array
-    kernel_bits: jax.Array
+    kernel: jax.Array = flax.struct.field(metadata={"axis": "kernel"})
+    kernel_step: jax.Array = flax.struct.field(metadata={"axis": None})
+    kernel_bits: jax.Array = flax.struct.field(metadata={"axis": None})
     bias: jax.Array | None = flax.struct.field(metadata={"axis": "output"})
-    bias_step: jax.Array | None
-    bias_bits: jax.Array | None
+    bias_step: jax.Array | None = flax.struct.field(metadata={"axis": None})
+    bias_bits: jax.Array | None = flax.struct.field(metadata={"axis": None})
     input_mask: jax.Array = flax.struct.field(metadata={"axis": "input"})
     output_mask: jax.Array = flax.struct.field(metadata={"axis": "output"})
     group_axis: GroupAxis = flax.struct.field(pytree_node=False)

@@ -99,6 +99,14 @@ class Affine:
         """Whether a step adds."""
         return bool(self._shifts)
 
+    def can_unfold(self, arrays: Mapping[int, Any]) -> bool:
+        """Whether the gain can make the scale 1, for these arrays by number: no other factor of the scale is 0 or not finite."""
+        if self.gain is None:
+            return True
+        one = {**arrays, self.gain: jnp.ones(self.shapes[self.gain])}
+        factors = [part.operand.evaluate(self.block, one) for part in self.parts if not part.sign]
+        return all(bool(jnp.all(jnp.isfinite(1 / factor) & jnp.isfinite(factor))) for factor in factors)
+
     def folded(self, kernel: jax.Array, arrays: Mapping[int, Any]) -> tuple[jax.Array, jax.Array | None]:
         """The kernel and the bias that do the work of the product and of these steps.
 

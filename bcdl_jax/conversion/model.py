@@ -160,7 +160,7 @@ def variational(
     paths = [name for name, _ in named_arrays(params)]
     families = _families(paths, GroupNormalJeffreys() if prior is None else prior, rules or {})
     network = trace_for_any_batch(apply, params, inputs)
-    kernels = _chosen(find_kernels(network.program, network.moving, len(leaves)), families)
+    kernels = _chosen(find_kernels(network.program, network.moving, len(leaves)), families, leaves)
     if not kernels.found:
         reasons = "; ".join(f"{path}: {kernels.reasons[place]}" for place, path in enumerate(paths))
         raise ValueError(f"No array of params can become variational. {reasons or 'It holds no arrays'}.")
@@ -206,12 +206,12 @@ def _families(paths: list[str], prior: Family, rules: Mapping[str, Family | None
     return [family_of(path) for path in paths]
 
 
-def _chosen(kernels: Kernels, families: list[Family | None]) -> Kernels:
-    """The kernels without those that a rule leaves plain."""
+def _chosen(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> Kernels:
+    """The kernels without those that a rule leaves plain, and without scales that cannot be undone."""
     plain = [place for place in kernels.found if families[place] is None]
     found = {
         place: kernel
-        if kernel.affine is None or all(families[each] is not None for each in kernel.affine.shapes)
+        if kernel.affine is None or _can_fold(kernel, families, leaves)
         else dataclasses.replace(kernel, affine=None)
         for place, kernel in kernels.found.items()
         if place not in plain
@@ -233,6 +233,19 @@ def _check_node(path: str, node: Any, kernel: Kernel) -> None:
             f"The kernel at {path} has shape {shape}; it must have {expected}. Apply the params of many seeds "
             "with jax.vmap. The small function of shrink takes the params of a shrunk network."
         )
+
+
+def _can_fold(kernel: Kernel, families: list[Family | None], leaves: list[Any]) -> bool:
+    """Whether no rule leaves an array of the steps behind a kernel plain, and the scale can be undone in every layer."""
+    assert kernel.affine is not None
+    shapes = kernel.affine.shapes
+    if any(families[place] is None for place in shapes):
+        return False
+    slices = {place: _slices(kernel, jnp.asarray(leaves[place])) for place in shapes}
+    return all(
+        kernel.affine.can_unfold({place: slices[place][layer] for place in shapes})
+        for layer in range(kernel.layers or 1)
+    )
 
 
 def _start_posteriors(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> dict[int, Any]:

@@ -41,14 +41,14 @@ class GroupHorseshoePosterior(Posterior):
       tau0: The scale of the half-Cauchy prior of s.
     """
 
-    layer_gamma_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale"})
-    layer_gamma_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
-    layer_inverse_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale"})
-    layer_inverse_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
-    group_gamma_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale"})
-    group_gamma_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
-    group_inverse_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale"})
-    group_inverse_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
+    layer_gamma_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": None})
+    layer_gamma_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance", "axis": None})
+    layer_inverse_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": None})
+    layer_inverse_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance", "axis": None})
+    group_gamma_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": "group"})
+    group_gamma_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance", "axis": "group"})
+    group_inverse_log_mean: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": "group"})
+    group_inverse_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance", "axis": "group"})
     tau0: float = flax.struct.field(pytree_node=False)
 
     @property

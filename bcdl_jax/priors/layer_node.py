@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from bcdl_jax._arrays import is_kept, of_rank
 
 GroupAxis = Literal["input", "output"]
+# The entries that an array of a layer has: those of the kernel, one for each group, input or output, or others (None).
+ARRAY_AXES = ("kernel", "group", "input", "output")
 
 # The bits of a number that is not quantised.
 FLOAT_BITS = 32
@@ -20,8 +22,8 @@ FLOAT_BITS = 32
 class LayerNode(abc.ABC):
     """The masks of a layer, and the bits that its arrays take.
 
-    Each array field of a node runs along known axes of the layer: the shape of the kernel, or one entry for each group. A field of another
-    kind declares ``metadata={"axis": axis}``: "input" or "output" for one entry for each input or output, None for other axes.
+    Each array field of a node declares its axes, ``metadata={"axis": axis}``: "kernel" for the shape of the kernel; "group", "input" or
+    "output" for one entry for each group, input or output; None for other axes.
 
     Attributes:
       input_mask: Mask of the inputs, [in]. An input whose entry is not positive is pruned.

@@ -24,8 +24,8 @@ class GroupNormalJeffreysPosterior(Posterior):
       scale_log_variance: Natural logarithms of the variances of the scales, [groups].
     """
 
-    scale_mean: jax.Array = flax.struct.field(metadata={"kind": "scale"})
-    scale_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
+    scale_mean: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": "group"})
+    scale_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance", "axis": "group"})
 
     @property
     def default_threshold(self) -> float:

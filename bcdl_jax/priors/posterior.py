@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from bcdl_jax._arrays import in_float32, of_rank
 from bcdl_jax._tree import PyTree, find_single_layers
-from bcdl_jax.priors.layer_node import FLOAT_BITS, GroupAxis, LayerNode
+from bcdl_jax.priors.layer_node import ARRAY_AXES, FLOAT_BITS, GroupAxis, LayerNode
 
 # The role of an array of a posterior: means of weights or biases, logarithms of any variances, location parameters of the group scales,
-# or a mask. Each array field declares its kind as metadata.
+# or a mask. Each array field declares its kind as metadata, beside its axis, see ``LayerNode``.
 Kind = Literal["mean", "log_variance", "scale", "mask"]
 
 
@@ -67,8 +67,8 @@ class Posterior(LayerNode, flax.struct.PyTreeNode):
     )
     prunes_weights: ClassVar[bool] = False
 
-    kernel_mean: jax.Array = flax.struct.field(metadata={"kind": "mean"})
-    kernel_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance"})
+    kernel_mean: jax.Array = flax.struct.field(metadata={"kind": "mean", "axis": "kernel"})
+    kernel_log_variance: jax.Array = flax.struct.field(metadata={"kind": "log_variance", "axis": "kernel"})
     bias_mean: jax.Array | None = flax.struct.field(metadata={"kind": "mean", "axis": "output"})
     bias_log_variance: jax.Array | None = flax.struct.field(metadata={"kind": "log_variance", "axis": "output"})
     input_mask: jax.Array = flax.struct.field(metadata={"kind": "mask", "axis": "input"})
@@ -79,12 +79,15 @@ class Posterior(LayerNode, flax.struct.PyTreeNode):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for field in dataclasses.fields(cls):
-            kind = field.metadata.get("kind")
-            if field.metadata.get("pytree_node", True) and kind not in get_args(Kind):
-                raise TypeError(
-                    f"Field {field.name} of {cls.__name__} has {'no kind' if kind is None else f'kind {kind!r}'}; declare it as "
-                    f"flax.struct.field(metadata={{'kind': kind}}), where kind is one of {', '.join(get_args(Kind))}."
-                )
+            if not field.metadata.get("pytree_node", True):
+                continue
+            for name, allowed in (("kind", get_args(Kind)), ("axis", (*ARRAY_AXES, None))):
+                if name not in field.metadata or field.metadata[name] not in allowed:
+                    given = f"{name} {field.metadata[name]!r}" if name in field.metadata else f"no {name}"
+                    raise TypeError(
+                        f"Field {field.name} of {cls.__name__} has {given}; declare it as flax.struct.field(metadata={{'kind': kind, 'axis': "
+                        f"axis}}), where {name} is one of {', '.join(map(str, allowed))}."
+                    )
 
     # The methods that each family implements.
 

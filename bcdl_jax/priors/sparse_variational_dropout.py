@@ -28,7 +28,7 @@ class SparseVariationalDropoutPosterior(Posterior):
 
     prunes_weights: ClassVar[bool] = True
 
-    weight_mask: jax.Array = flax.struct.field(metadata={"kind": "mask"})
+    weight_mask: jax.Array = flax.struct.field(metadata={"kind": "mask", "axis": "kernel"})
 
     @property
     def default_threshold(self) -> float:

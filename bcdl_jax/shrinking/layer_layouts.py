@@ -82,18 +82,14 @@ def _array_fields(layer: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _axes(layer: Any, field: dataclasses.Field[Any]) -> _Axes:
-    """The axes of an array, from the metadata of its field, else from its shape."""
-    shape, stacked = np.shape(getattr(layer, field.name)), layer.input_mask.ndim - 1
-    own, kernel = shape[stacked:], layer.kernel_shape[stacked:]
-    if "axis" in field.metadata:
-        sides: _Axes = (field.metadata["axis"],)
-    elif own == kernel:
-        sides = (*(None,) * (len(kernel) - 2), "row", "output")
-    elif own == layer.group_mask.shape[stacked:]:
-        sides = (layer.group_axis,)
-    else:
-        sides = (None,) * len(own)
-    return (*(None,) * (len(shape) - len(sides)), *sides)
+    """The axes of an array, which its field declares. All axes before them, such as those of a window or of a stack, are None."""
+    rank, axis = np.ndim(getattr(layer, field.name)), field.metadata["axis"]
+    sides: _Axes = (layer.group_axis if axis == "group" else axis,)
+    if axis == "kernel":
+        sides = ("row", "output")
+    elif axis is None:
+        sides = ()
+    return (*(None,) * (rank - len(sides)), *sides)
 
 
 def _with_equal_groups(kept: dict[_Side, np.ndarray], groups: int) -> dict[_Side, np.ndarray]:

@@ -28,11 +28,6 @@ class Feed(Protocol):
         """The number of training steps of an epoch."""
         ...
 
-    @property
-    def batch_size(self) -> int:
-        """The number of examples of a training step."""
-        ...
-
     def batches(self) -> Iterator[Batch]:
         """All examples in some batches."""
         ...
@@ -55,10 +50,6 @@ class ArrayFeed:
     def steps(self) -> int:
         return steps_per_epoch(self._count, self._batch_size)
 
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
-
     def batches(self) -> Iterator[Batch]:
         # In random order, since the examples may be sorted by class.
         size, order = 4 * self._batch_size, np.random.default_rng(0).permutation(self._count)
@@ -78,7 +69,7 @@ class ArrayFeed:
 
 
 class BatchFeed:
-    """Data in batches. A smaller batch at the end of an epoch is left out."""
+    """Data in batches. Training leaves out a smaller batch at the end of an epoch."""
 
     def __init__(self, name: str, epoch: Callable[[int], Iterable[Batch]]) -> None:
         """Goes through the batches of an epoch once, to count them.
@@ -88,13 +79,16 @@ class BatchFeed:
           epoch: A function from the number of an epoch to its batches.
 
         Raises:
-          ValueError: There is no batch, or a batch has arrays of other shapes than the first one.
+          ValueError: There is no batch, a batch has arrays of other shapes than the first one, or two calls return the same iterator.
         """
         self._name, self._epoch = name, epoch
-        first = next(iter(epoch(0)), None)
+        one, two = epoch(0), epoch(0)
+        if one is two and isinstance(one, Iterator):
+            raise ValueError(f"{name} returns the same iterator at two calls; it must return new batches at each call.")
+        first = next(iter(one), None)
         if first is None:
             raise ValueError(f"{name} ends at once; each epoch must have at least one batch.")
-        self._batch_size = count_examples(checked_pair(name, first))
+        checked_pair(name, first)
         self._shapes = _shapes(first)
         self._steps = sum(1 for _ in self._whole_batches(0))
 
@@ -102,12 +96,8 @@ class BatchFeed:
     def steps(self) -> int:
         return self._steps
 
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
-
     def batches(self) -> Iterator[Batch]:
-        return self._whole_batches(0)
+        return (checked_pair(self._name, batch) for batch in self._epoch(0))
 
     def trainer(self, step: TrainStep) -> Advance:
         take: Any = jax.jit(step, donate_argnums=0)
@@ -190,7 +180,7 @@ def some_batches(feed: Feed, examples: int) -> list[Batch]:
     """The first batches of a feed, with this number of examples if it has as many."""
     chosen, count = list[Batch](), 0
     for batch in feed.batches():
-        batch = first_examples(checked_pair("data", batch), examples - count)
+        batch = first_examples(batch, examples - count)
         chosen.append(batch)
         count += count_examples(batch)
         if count >= examples:

@@ -107,14 +107,32 @@ def fit(
       The trained and pruned params with their measures. ``shrink``, ``reduce_precision`` and ``save`` take the params.
 
     Raises:
-      ValueError: The data do not fit the network or the loss, the loss or an update is not finite, or ``frozen`` matches no array.
+      ValueError: An argument is of a wrong kind, the data do not fit the network or the loss, the loss or an update is not finite, or
+        ``frozen`` matches no array.
     """
     config = FitConfig() if config is None else config
+    _check_arguments(network, loss, data, validation, config)
     train, held_out = make_feed("data", data, config.batch_size), make_feed("validation", validation, config.batch_size)
     own = loss if isinstance(loss, Loss) else OwnLoss(loss)
     trained, constant = split_constants(network.params, frozen)
     run = _Run(network, constant, own, config, train, held_out, progress)
     return run.fit(trained, jax.random.key(0) if key is None else key)
+
+
+def _check_arguments(network: Any, loss: Any, data: Any, validation: Any, config: Any) -> None:
+    """Raises ValueError for arguments of a wrong kind."""
+    if not (hasattr(network, "params") and hasattr(network, "apply")):
+        raise ValueError(
+            f"network is a {type(network).__name__}; it must have params and apply, such as the result of variational."
+        )
+    if isinstance(loss, type) or not (callable(loss) or isinstance(loss, Loss)):
+        raise ValueError(
+            f"loss is {loss!r}; it must be a loss such as SoftmaxLoss(), or a function of outputs and targets."
+        )
+    if not isinstance(config, FitConfig):
+        raise ValueError(f"config is a {type(config).__name__}; it must be a FitConfig.")
+    if data is validation:
+        raise ValueError("validation is data itself; it must hold examples that the network was not trained on.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +215,7 @@ class _Run:
         kl = float(kl_divergence(trained)) / self._observations
         message = (
             f"fit: the loss of the trained network is {base:.4f} on data and {held_out:.4f} on validation, in nats per observation; the KL is "
-            f"{kl:.2f}. The sampled training loss may rise to {aim:.4f}."
+            f"{kl:.2f} nats per observation. The sampled training loss may rise to {aim:.4f}."
         )
         self._say(message)
         return params, KLControl(base, aim, self.config.most_kl_weight)

@@ -49,6 +49,13 @@ class SoftmaxLoss:
                 f"SoftmaxLoss has outputs of shape {outputs.shape} and targets of shape {targets.shape} and type {targets.dtype}; "
                 f"the targets must be integers of shape {outputs.shape[:-1]}."
             )
+        classes = outputs.shape[-1]
+        wrong = (self.counts(targets) > 0) & ((targets < 0) | (targets >= classes))
+        if bool(jnp.any(wrong)):
+            raise ValueError(
+                f"SoftmaxLoss has a target {targets[wrong][0]} for {classes} classes; targets must be from 0 to {classes - 1}, or the value of "
+                "ignore."
+            )
         return {}
 
     def nats(self, params: PyTree, outputs: jax.Array, targets: jax.Array) -> jax.Array:

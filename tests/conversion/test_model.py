@@ -333,6 +333,19 @@ def test_biases_of_transposed_products_and_of_several_axes(key):
     assert 0 < distance.max() < 20 * np.exp(deviation), (distance.max(), np.exp(deviation))
 
 
+def test_a_scale_with_a_second_factor_of_zero_is_not_folded(key):
+    """The outputs of the given network would not be restored from the folded kernel."""
+    apply = lambda params, x: x @ params["kernel"] * (params["gain"] * params["other"]) + 0 * x[:, :1]  # noqa: E731
+    params = dict(zip(("kernel", "gain", "other"), numbers(key, (5, 4), (4,), (4,)), strict=True))
+    x = jax.random.normal(key, (3, 5))
+    folded = variational(apply, params, x)
+    assert {leaf.path for leaf in folded.plan.leaves if leaf.held_by} == {"gain", "other"}
+    plain = variational(apply, params | {"gain": jnp.zeros(4), "other": jnp.zeros(4)}, x)
+    assert not any(leaf.held_by for leaf in plain.plan.leaves)
+    for model in (folded, plain):
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(model.mean_params(model.params)))
+
+
 def numbers(key, *shapes):
     return [jax.random.uniform(jax.random.fold_in(key, place), shape) + 0.2 for place, shape in enumerate(shapes)]
 

@@ -24,7 +24,7 @@ from tests.experiments.small_data import few_digits
 class FixedScalePosterior(bcdl_jax.Posterior):
     """q(z) is a log-normal with a fixed spread, and its location is learned under a standard normal prior of log z."""
 
-    log_scale: jax.Array = flax.struct.field(metadata={"kind": "scale"})
+    log_scale: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": "group"})
 
     @property
     def default_threshold(self) -> float:

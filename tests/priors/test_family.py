@@ -12,7 +12,7 @@ from bcdl_jax.priors.normal_jeffreys import GroupNormalJeffreysPosterior
 
 
 class OwnPosterior(GroupNormalJeffreysPosterior):
-    extra_scale: jax.Array = flax.struct.field(metadata={"kind": "scale"})
+    extra_scale: jax.Array = flax.struct.field(metadata={"kind": "scale", "axis": "group"})
     kl_shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def kl_divergence(self):

@@ -155,11 +155,17 @@ def test_every_array_field_of_a_family_has_a_kind(family, key):
     assert set(kinds.values()) <= {"mean", "log_variance", "scale", "mask"}
 
 
-@pytest.mark.parametrize(("metadata", "given"), [({}, "no kind"), ({"kind": "variance"}, "kind 'variance'")])
-def test_a_field_without_a_known_kind_raises(metadata, given):
-    with pytest.raises(
-        TypeError, match=f"Field extra of Incomplete has {given}; .* one of mean, log_variance, scale, mask"
-    ):
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "has no kind; .* one of mean, log_variance, scale, mask"),
+        ({"kind": "variance"}, "has kind 'variance'; .* one of mean, log_variance, scale, mask"),
+        ({"kind": "mean"}, "has no axis; .* one of "),
+        ({"kind": "mean", "axis": "rows"}, "has axis 'rows'; .* one of "),
+    ],
+)
+def test_a_field_without_a_known_kind_or_axis_raises(metadata, message):
+    with pytest.raises(TypeError, match=f"Field extra of Incomplete {message}"):
 
         class Incomplete(bcdl_jax.Posterior):
             extra: jax.Array = flax.struct.field(metadata=metadata)

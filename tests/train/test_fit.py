@@ -61,10 +61,10 @@ def test_useless_inputs_go_and_the_loss_stays(regression):
 def test_the_same_key_gives_the_same_result(key):
     x, outputs, params = problem(key, 200)
     model = bcdl_jax.variational(network, params, x[:2])
-    data = x, jnp.argmax(outputs, -1)
+    data, validation = ((x[part], jnp.argmax(outputs[part], -1)) for part in (slice(0, 150), slice(150, 200)))
     config = train.FitConfig(steps=12, fine_tune_steps=4, batch_size=32, steps_per_report=5)
     results = [
-        train.fit(model, train.SoftmaxLoss(), data, data, key=jax.random.key(seed), config=config, progress=False)
+        train.fit(model, train.SoftmaxLoss(), data, validation, key=jax.random.key(seed), config=config, progress=False)
         for seed in (1, 1, 2)
     ]
     same, other = (
@@ -115,5 +115,13 @@ def test_bad_input_is_refused(key):
         train.fit(model, loss, (x.at[0].set(jnp.nan), outputs), data, progress=False)
     with pytest.raises(ValueError, match="learning_rate is -1; it must be above 0 and finite"):
         train.FitConfig(learning_rate=-1)
+    with pytest.raises(ValueError, match="network is a function; it must have params and apply"):
+        train.fit(network, loss, data, (x, outputs))
+    with pytest.raises(ValueError, match=r"loss is <class .*; it must be a loss such as SoftmaxLoss\(\)"):
+        train.fit(model, train.GaussianLoss, data, (x, outputs))
+    with pytest.raises(ValueError, match="config is a dict; it must be a FitConfig"):
+        train.fit(model, loss, data, (x, outputs), config={"steps": 3})
+    with pytest.raises(ValueError, match="validation is data itself; it must hold examples"):
+        train.fit(model, loss, data, data)
     with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1 and finite"):
         train.FitConfig(batch_size=0)

@@ -60,6 +60,12 @@ def test_outputs_and_targets_must_fit():
         SoftmaxLoss().start(outputs, jnp.ones((6, 3), int))
     with pytest.raises(ValueError, match="type float32; the targets must be integers"):
         SoftmaxLoss().start(outputs, jnp.ones(6))
+    for wrong in (-1, 3):
+        with pytest.raises(
+            ValueError, match=f"has a target {wrong} for 3 classes; targets must be from 0 to 2, or the"
+        ):
+            SoftmaxLoss().start(outputs, jnp.array([0, 1, 2, wrong, 0, 1]))
+    assert SoftmaxLoss(ignore=-1).start(outputs, jnp.array([0, 1, 2, -1, 0, 1])) == {}
     for loss in (SigmoidLoss(), GaussianLoss()):
         with pytest.raises(
             ValueError, match=r"outputs of shape \(6, 3\) and targets of shape \(6,\); both must be equal"
