@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.train.batches import count_examples, steps_per_epoch
+from bcdl_jax.train.checkpoints import checksum
 from bcdl_jax.train.loop import make_train_loop, sums_before
 from bcdl_jax.train.state import Metrics, TrainState, TrainStep
 
@@ -28,12 +30,29 @@ class Feed(Protocol):
         """The number of training steps of an epoch."""
         ...
 
+    @property
+    def description(self) -> str:
+        """A text that differs for different data, as far as is known."""
+        ...
+
+    def check_resumable(self) -> None:
+        """Raises ValueError if training cannot continue in the middle of an epoch of another process."""
+        ...
+
     def batches(self) -> Iterator[Batch]:
         """All examples in some batches."""
         ...
 
     def trainer(self, step: TrainStep) -> Advance:
         """A function that takes training steps. It donates the buffers of the state."""
+        ...
+
+    def position(self) -> Any:
+        """The position in the data after the last training step, a JSON value; None if it follows from the number of the step."""
+        ...
+
+    def go_to(self, position: Any) -> None:
+        """Lets the next training step continue from a position of another process."""
         ...
 
 
@@ -49,6 +68,19 @@ class ArrayFeed:
     @property
     def steps(self) -> int:
         return steps_per_epoch(self._count, self._batch_size)
+
+    @property
+    def description(self) -> str:
+        return f"arrays {checksum(self._data)} in batches of {self._batch_size}"
+
+    def check_resumable(self) -> None:
+        pass
+
+    def position(self) -> None:
+        return None
+
+    def go_to(self, position: Any) -> None:
+        pass
 
     def batches(self) -> Iterator[Batch]:
         # In random order, since the examples may be sorted by class.
@@ -71,17 +103,18 @@ class ArrayFeed:
 class BatchFeed:
     """Data in batches. Training leaves out a smaller batch at the end of an epoch."""
 
-    def __init__(self, name: str, epoch: Callable[[int], Iterable[Batch]]) -> None:
+    def __init__(self, name: str, epoch: Callable[[int], Iterable[Batch]], is_repeatable: bool) -> None:
         """Goes through the batches of an epoch once, to count them.
 
         Args:
           name: The name of the argument, for errors.
           epoch: A function from the number of an epoch to its batches.
+          is_repeatable: True if an epoch has the same batches in each process.
 
         Raises:
           ValueError: There is no batch, a batch has arrays of other shapes than the first one, or two calls return the same iterator.
         """
-        self._name, self._epoch = name, epoch
+        self._name, self._epoch, self._is_repeatable = name, epoch, is_repeatable
         one, two = epoch(0), epoch(0)
         if one is two and isinstance(one, Iterator):
             raise ValueError(f"{name} returns the same iterator at two calls; it must return new batches at each call.")
@@ -90,48 +123,105 @@ class BatchFeed:
             raise ValueError(f"{name} ends at once; each epoch must have at least one batch.")
         checked_pair(name, first)
         self._shapes = _shapes(first)
-        self._steps = sum(1 for _ in self._whole_batches(0))
+        self._steps = sum(1 for _ in self._whole(iter(epoch(0))))
+        self._reader: _Reader | None = None
 
     @property
     def steps(self) -> int:
         return self._steps
+
+    @property
+    def description(self) -> str:
+        return f"{self._steps} batches of shapes {self._shapes}"
+
+    def check_resumable(self) -> None:
+        if not (self._is_repeatable or _has_position(iter(self._epoch(0)))):
+            raise ValueError(
+                f"{self._name} is an iterable whose position cannot be saved. With checkpoints, it must be arrays, a list of batches, a function "
+                "from the number of an epoch to its batches, or an iterable whose iterators have get_state and set_state."
+            )
+
+    def position(self) -> Any:
+        if self._is_repeatable or self._reader is None:
+            return None
+        return _as_json(self._reader.iterator.get_state())
+
+    def go_to(self, position: Any) -> None:
+        if position is not None:
+            iterator: Any = iter(self._epoch(0))
+            iterator.set_state(_from_json(position))
+            self._reader = _Reader(iterator, self._whole(iterator), None)
 
     def batches(self) -> Iterator[Batch]:
         return (checked_pair(self._name, batch) for batch in self._epoch(0))
 
     def trainer(self, step: TrainStep) -> Advance:
         take: Any = jax.jit(step, donate_argnums=0)
-        position: dict[str, Any] = {"step": None, "batches": iter(())}
 
         def advance(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
             number, sums = int(state.step), dict.fromkeys(state.metric_sums, jnp.zeros(()))
-            epoch, place = divmod(number, self._steps)
-            if position["step"] != number or place == 0:
-                position["batches"] = self._whole_batches(epoch)
-                for _ in range(place):
-                    next(position["batches"])
+            batches = self._batches_from(number)
             for _ in range(count):
-                batch = next(position["batches"], None)
+                batch = next(batches, None)
                 if batch is None:
                     raise ValueError(
-                        f"{self._name} has fewer than {self._steps} batches in epoch {epoch}, unlike in its first one."
+                        f"{self._name} has fewer than {self._steps} batches in epoch {number // self._steps}, unlike in its first one."
                     )
                 state, metrics = take(state, batch)
                 sums = {name: total + metrics[name] for name, total in sums.items()}
-            position["step"] = number + count
+            self._reader = dataclasses.replace(self._reader, step=number + count)  # type: ignore[type-var]
             return state, sums
 
         return advance
 
-    def _whole_batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch without a smaller one at its end."""
-        for batch in self._epoch(epoch):
+    def _batches_from(self, number: int) -> Iterator[Batch]:
+        """The batches from this training step to the end of its epoch."""
+        epoch, place = divmod(number, self._steps)
+        reader = self._reader
+        if place == 0 or reader is None or reader.step not in (None, number):
+            iterator = iter(self._epoch(epoch))
+            reader = _Reader(iterator, self._whole(iterator), number)
+            for _ in range(place):
+                next(reader.batches, None)
+        self._reader = reader
+        return reader.batches
+
+    def _whole(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches without smaller ones."""
+        for batch in batches:
             if _shapes(batch) == self._shapes:
                 yield batch
             elif [shape[1:] for shape in _shapes(batch)] != [shape[1:] for shape in self._shapes]:
                 raise ValueError(
                     f"{self._name} has a batch with arrays of shapes {_shapes(batch)}; the first one has {self._shapes}."
                 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """The reading of an epoch.
+
+    Attributes:
+      iterator: The iterator of the user.
+      batches: Its whole batches that are left.
+      step: The number of the next training step; None for the step at which another process stopped.
+    """
+
+    iterator: Any
+    batches: Iterator[Batch]
+    step: int | None
+
+
+def _has_position(iterator: Any) -> bool:
+    return hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
+
+
+def _as_json(position: Any) -> Any:
+    return {"bytes": position.hex()} if isinstance(position, bytes) else {"value": position}
+
+
+def _from_json(position: dict[str, Any]) -> Any:
+    return bytes.fromhex(position["bytes"]) if "bytes" in position else position["value"]
 
 
 def make_feed(name: str, data: Any, batch_size: int) -> Feed:
@@ -147,11 +237,11 @@ def make_feed(name: str, data: Any, batch_size: int) -> Feed:
       ValueError: The data have another form, or their arrays do not fit together.
     """
     if callable(data):
-        return BatchFeed(name, data)
+        return BatchFeed(name, data, is_repeatable=True)
     if isinstance(data, tuple):
         return ArrayFeed(checked_pair(name, data), batch_size)
     if isinstance(data, Iterable) and not isinstance(data, Iterator | dict | np.ndarray | jax.Array):
-        return BatchFeed(name, lambda epoch: data)
+        return BatchFeed(name, lambda epoch: data, is_repeatable=isinstance(data, Sequence))
     more = (
         " An iterator ends after one epoch: pass a function from the number of an epoch to its batches."
         if isinstance(data, Iterator)

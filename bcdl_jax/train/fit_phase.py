@@ -1,4 +1,4 @@
-"""The phases of ``fit``: steps with a progress bar and reports."""
+"""One phase of ``fit``: steps with reports and a progress bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from bcdl_jax.compression.pruning import kept_groups
@@ -20,7 +19,7 @@ class FitReport:
     """The state of the training after some steps.
 
     Attributes:
-      phase: The phase, "train" or "fine-tune".
+      phase: The phase, "train", "round 1" and so on, or "fine-tune".
       step: The number of steps of this phase.
       loss: The mean sampled training loss since the last report, in nats per observation.
       kl: The KL divergence in nats per observation, without its weight.
@@ -62,20 +61,23 @@ class Phase:
     show: bool
 
     def run(self, step: TrainStep, state: TrainState, on_report: OnReport) -> TrainState:
-        """Takes the steps of the phase.
+        """Takes the steps of the phase that are left.
 
         Args:
           step: The training step of a state with the setting "kl_weight".
-          state: The state at step 0.
+          state: The state at the start or after a report.
           on_report: The function that is called with each report.
 
         Raises:
           ValueError: The loss or an update is not finite.
         """
         advance, per_epoch = self.feed.trainer(step), self.feed.steps
-        state = jax.tree.map(jnp.array, state)  # The steps donate its buffers.
-        taken, since, sums = 0, 0, dict.fromkeys(state.metric_sums, 0.0)
-        with tqdm(total=self.steps, desc=self.name, unit="step", mininterval=1, disable=not self.show) as bar:
+        state = jax.tree.map(jax.numpy.array, state)  # The steps donate its buffers.
+        taken, since, sums = int(state.step), 0, dict.fromkeys(state.metric_sums, 0.0)
+        with tqdm(
+            total=self.steps, initial=taken, desc=self.name, unit="step", mininterval=1, disable=not self.show
+        ) as bar:
+            bar.set_postfix_str("compiling")
             while taken < self.steps:
                 count = min(self.steps_per_report - since, per_epoch - taken % per_epoch, self.steps - taken)
                 state, added = advance(state, count)

@@ -28,7 +28,7 @@ def test_arrays_and_batches_hold_the_same_examples():
 
 def result_of(data, key, steps=7):
     model = bcdl_jax.variational(lambda params, x: (x @ params["kernel"])[:, 0], {"kernel": jnp.ones((2, 1))}, X)
-    config = train.FitConfig(steps=steps, fine_tune_steps=2, batch_size=5, steps_per_report=3)
+    config = train.FitConfig(steps=steps, rounds=0, fine_tune_steps=2, batch_size=5, steps_per_report=3)
     options = {"key": key, "config": config, "progress": False}
     return train.fit(model, train.GaussianLoss(), data, (X, Y), **options)
 

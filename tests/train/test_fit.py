@@ -6,7 +6,7 @@ import pytest
 import bcdl_jax
 from bcdl_jax import train
 
-CONFIG = train.FitConfig(steps=600, fine_tune_steps=100, batch_size=64, learning_rate=3e-3, variance_learning_rate=5e-2)
+CONFIG = train.FitConfig(steps=500, rounds=2, round_steps=50, fine_tune_steps=100, batch_size=64)
 
 
 def network(params, x):
@@ -45,9 +45,9 @@ def test_useless_inputs_go_and_the_loss_stays(regression):
     mask = result.params["first"].input_mask
     assert bool((mask[:3] > 0).all())
     assert float(mask[3:].sum()) == 0
-    assert list(result.losses) == ["plain", "trained", "pruned", "fine-tuned"]
+    assert list(result.losses)[:3] == ["plain", "trained", "pruned"]
     # 0.03 nats for each of the two targets are about 3 % of the deviation.
-    assert result.losses["fine-tuned"] < result.losses["plain"] + 0.06
+    assert list(result.losses.values())[-1] < result.losses["plain"] + 0.06
     outputs = model.apply(result.params, inputs)
     deviation = np.exp(result.loss_params["log_deviation"])
     np.testing.assert_allclose(np.std(outputs - targets, axis=0), deviation, rtol=0.2)
@@ -62,7 +62,7 @@ def test_the_same_key_gives_the_same_result(key):
     x, outputs, params = problem(key, 200)
     model = bcdl_jax.variational(network, params, x[:2])
     data, validation = ((x[part], jnp.argmax(outputs[part], -1)) for part in (slice(0, 150), slice(150, 200)))
-    config = train.FitConfig(steps=12, fine_tune_steps=4, batch_size=32, steps_per_report=5)
+    config = train.FitConfig(steps=12, rounds=1, round_steps=3, fine_tune_steps=4, batch_size=32, steps_per_report=5)
     results = [
         train.fit(model, train.SoftmaxLoss(), data, validation, key=jax.random.key(seed), config=config, progress=False)
         for seed in (1, 1, 2)
@@ -73,7 +73,7 @@ def test_the_same_key_gives_the_same_result(key):
     )
     assert all(jax.tree.leaves(same))
     assert not all(jax.tree.leaves(other))
-    assert [report.step for report in results[0].reports] == [5, 10, 12, 4]
+    assert [report.step for report in results[0].reports] == [5, 10, 12, 3, 4]
 
 
 def test_integers_and_frozen_arrays_stay(key):
@@ -84,7 +84,7 @@ def test_integers_and_frozen_arrays_stay(key):
 
     params = params | {"order": jnp.arange(10), "gain": jnp.ones(()), "shift": jnp.zeros(())}
     model = bcdl_jax.variational(apply, params, x[:2])
-    config = train.FitConfig(steps=3, fine_tune_steps=0, batch_size=32)
+    config = train.FitConfig(steps=3, rounds=0, fine_tune_steps=0, batch_size=32)
     options = {"config": config, "progress": False}
     squares = lambda outputs, targets: jnp.sum((outputs - targets) ** 2, -1)  # noqa: E731
     result = train.fit(model, squares, (x, outputs), (x, outputs), frozen=["gain"], **options)

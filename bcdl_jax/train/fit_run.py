@@ -1,0 +1,310 @@
+"""The stages of ``fit``: measure, train, rounds of pruning, fine-tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from bcdl_jax._tree import PyTree
+from bcdl_jax.compression.pruning import prune
+from bcdl_jax.compression.threshold_search import choose_thresholds
+from bcdl_jax.graph.example_inputs import as_inputs
+from bcdl_jax.priors.kl import kl_divergence
+from bcdl_jax.priors.posterior import variational_layers
+from bcdl_jax.train.averaging import averaged_params, params_ema
+from bcdl_jax.train.checkpoints import Checkpoints, restored
+from bcdl_jax.train.constants import merge_constants
+from bcdl_jax.train.feeds import Batch, Feed, first_examples, some_batches
+from bcdl_jax.train.fit_config import FitConfig
+from bcdl_jax.train.fit_phase import FitReport, Phase
+from bcdl_jax.train.fit_progress import Progress, progress_from
+from bcdl_jax.train.kinds import scale_by_kind
+from bcdl_jax.train.kl_control import KLControl
+from bcdl_jax.train.losses import Loss, mean_nats
+from bcdl_jax.train.settings import make_step_by_setting, with_setting
+from bcdl_jax.train.shrinking_config import ShrinkingConfig
+from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep, create_train_state
+from bcdl_jax.train.step import make_train_step
+from bcdl_jax.train.while_shrinking import leave_out_pruned
+
+# The largest number of examples for the first measures and for the choice of thresholds, which measures hundreds of networks.
+_MOST_MEASURED = 2000
+
+
+class Network(Protocol):
+    """The part of a variational network that ``fit`` needs. ``VariationalModel`` has it."""
+
+    @property
+    def params(self) -> PyTree: ...
+
+    def apply(self, params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> PyTree: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FitRun:
+    """A call of ``fit``. Its params are a pair of entries: "network" without the constant arrays, and "loss".
+
+    Attributes:
+      network: The variational network.
+      constant: The constant arrays of its params.
+      loss: The loss.
+      config: The recipe.
+      train: The training data.
+      observations: The number of observations in them.
+      validation: The validation data.
+      key: A PRNG key.
+      checkpoints: The checkpoints, or None for none.
+      show: True to show a progress bar and messages.
+    """
+
+    network: Network
+    constant: PyTree
+    loss: Loss
+    config: FitConfig
+    train: Feed
+    observations: int
+    validation: Feed
+    key: jax.Array
+    checkpoints: Checkpoints | None
+    show: bool
+
+    def run(self, trained: PyTree) -> Progress:
+        """Runs all phases that are left, from the params to train."""
+        progress = self._start(trained)
+        last = self._fine_tuning
+        while progress.phase <= last:
+            state, reports = self._run_phase(progress)
+            progress = dataclasses.replace(progress, reports=reports)
+            if progress.phase == 0:
+                progress = self._after_training(progress, state)
+            elif progress.phase < last:
+                progress = self._after_round(progress, state)
+            else:
+                progress = self._after_fine_tuning(progress, state)
+            self._save(progress)
+        return progress
+
+    @property
+    def _fine_tuning(self) -> int:
+        """The number of the last phase."""
+        return self.config.rounds + 1
+
+    # The loss.
+
+    def _outputs(self, params: dict[str, PyTree], inputs: PyTree, key: jax.Array | None) -> PyTree:
+        return self.network.apply(merge_constants(params["network"], self.constant), *as_inputs(inputs), key=key)
+
+    def _likelihood(self, params: dict[str, PyTree], batch: Batch, key: jax.Array) -> jax.Array:
+        return mean_nats(self.loss, params["loss"], self._outputs(params, batch[0], key), batch[1])
+
+    @functools.cached_property
+    def _sums(self) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """A function from params and data to the sum of the loss of the mean weights, and the number of observations."""
+
+        def sums(params: dict[str, PyTree], inputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.Array]:
+            nats = self.loss.nats(params["loss"], self._outputs(params, inputs, None), targets)
+            return jnp.sum(nats), jnp.sum(self.loss.counts(targets))
+
+        return jax.jit(sums)
+
+    def _mean_loss(self, params: dict[str, PyTree], batches: Iterable[Batch]) -> float:
+        """The loss of the mean weights, in nats per observation."""
+        sums = [self._sums(params, *batch) for batch in batches]
+        nats, counts = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
+        return nats / max(counts, 1.0)
+
+    def _validation_loss(self, params: dict[str, PyTree]) -> float:
+        return self._mean_loss(params, self.validation.batches())
+
+    # The phases.
+
+    def _start(self, trained: PyTree) -> Progress:
+        """The progress at the start, or that of the newest checkpoint."""
+        some = some_batches(self.train, _MOST_MEASURED)
+        outputs = jax.jit(functools.partial(self._outputs, key=None))({"network": trained}, some[0][0])
+        params = {"network": trained, "loss": self.loss.start(outputs, some[0][1])}
+        if (found := self._resumed(params)) is not None:
+            return found
+        base, held_out = self._mean_loss(params, some), self._validation_loss(params)
+        if not math.isfinite(base + held_out):
+            raise ValueError(
+                f"The loss of the trained network is {base} on data and {held_out} on validation; both must be finite."
+            )
+        state = self._state(0, params, self.config.start_kl_weight)
+        progress = Progress(0, state, params, base, {"plain": held_out}, {}, {}, self.config.pruning_share, ())
+        kl, control = float(kl_divergence(trained)) / self.observations, self._control(progress)
+        self.say(
+            f"The loss of the trained network is {base:.4f} on data and {held_out:.4f} on validation, in nats per observation; the KL is "
+            f"{kl:.2f} nats per observation. The sampled training loss may rise to {control.aim:.4f}."
+        )
+        return progress
+
+    def _resumed(self, params: dict[str, PyTree]) -> Progress | None:
+        """The progress of the newest checkpoint, or None. ``params`` are those at the start."""
+        found = None if self.checkpoints is None else self.checkpoints.newest()
+        if found is None:
+            return None
+        facts, arrays = found
+        # The state of the end is that of the last phase.
+        like = self._state(min(facts["phase"], self._fine_tuning), params, 1.0), params
+        progress = progress_from(facts, *restored(like, arrays))
+        self.train.go_to(facts["position"])
+        self.say(f"Continues with {self._name(progress.phase)} at step {int(progress.state.step)}.")
+        return progress
+
+    def _run_phase(self, progress: Progress) -> tuple[TrainState, tuple[FitReport, ...]]:
+        """The state at the end of the current phase, at full size, and all reports."""
+        number = progress.phase
+        make_step = self._step_maker(self._optimizer(number))
+        shrinking = ShrinkingConfig(self._likelihood, make_step, thresholds=math.inf, multiple_of=1)
+        small = leave_out_pruned(shrinking, progress.state, first_examples(next(self.train.batches()), 2))
+        step, start = (make_step(self._likelihood), progress.state) if small is None else (small.step, small.state)
+        reports = list(progress.reports)
+        control = self._control(progress) if number < self._fine_tuning else None
+
+        def at_full_size(state: TrainState) -> TrainState:
+            return state if small is None else small.expand(state)
+
+        def on_report(state: TrainState, report: FitReport) -> TrainState:
+            reports.append(report)
+            if control is not None:
+                state = with_setting(state, {"kl_weight": control.next_weight(report.kl_weight, report.loss)})
+            if self.checkpoints is not None and self.checkpoints.are_due:
+                self._save(dataclasses.replace(progress, state=at_full_size(state), reports=tuple(reports)))
+            return state
+
+        phase = Phase(self._name(number), self.train, self._steps(number), self.config.steps_per_report, self.show)
+        return at_full_size(phase.run(step, start, on_report)), tuple(reports)
+
+    def _after_training(self, progress: Progress, state: TrainState) -> Progress:
+        losses = progress.losses | {"trained": self._validation_loss(state.params)}
+        return self._next(dataclasses.replace(progress, params=state.params, losses=losses))
+
+    def _after_round(self, progress: Progress, state: TrainState) -> Progress:
+        """Keeps the result of a round if its loss is low enough, and starts the next phase."""
+        params = averaged_params(state.optimizer_state)
+        loss, limit = self._validation_loss(params), self._limit(progress)
+        counts = loss <= limit
+        kept, total = kept_weights(params["network"] if counts else progress.params["network"])
+        self.say(
+            f"{self._name(progress.phase)}: validation loss {loss:.4f}, limit {limit:.4f}; "
+            + (
+                f"{kept:,} of {total:,} weights are kept."
+                if counts
+                else f"undone, {kept:,} of {total:,} weights are kept."
+            )
+        )
+        if not counts:
+            return self._next(dataclasses.replace(progress, share=progress.share / 2))
+        losses = progress.losses | {"pruned": loss}
+        return self._next(dataclasses.replace(progress, params=params, losses=losses, thresholds=progress.candidate))
+
+    def _next(self, progress: Progress) -> Progress:
+        """The progress at the start of the next phase."""
+        number, params, candidate = progress.phase + 1, progress.params, progress.thresholds
+        if number < self._fine_tuning:
+            candidate = self._thresholds(progress)
+            params = params | {"network": prune(params["network"], candidate)}
+        elif not self.config.fine_tune_steps:
+            return dataclasses.replace(progress, phase=self._fine_tuning + 1)
+        weight = progress.reports[-1].kl_weight
+        if number == self._fine_tuning:
+            weight *= self.config.fine_tune_kl_share
+        return dataclasses.replace(
+            progress, phase=number, candidate=candidate, state=self._state(number, params, weight)
+        )
+
+    def _after_fine_tuning(self, progress: Progress, state: TrainState) -> Progress:
+        """The end, with the fine-tuned params if their loss is lower."""
+        params, before = averaged_params(state.optimizer_state), list(progress.losses.values())[-1]
+        loss = self._validation_loss(params)
+        if loss > before:
+            self.say(f"fine-tune: validation loss {loss:.4f}, {before:.4f} before; undone.")
+            return dataclasses.replace(progress, phase=self._fine_tuning + 1)
+        losses = progress.losses | {"fine-tuned": loss}
+        return dataclasses.replace(progress, phase=self._fine_tuning + 1, params=params, losses=losses)
+
+    def _thresholds(self, progress: Progress) -> dict[str, float]:
+        some = some_batches(self.validation, _MOST_MEASURED)
+        control = self._control(progress)
+        return choose_thresholds(
+            progress.params["network"],
+            lambda network: self._mean_loss(progress.params | {"network": network}, some),
+            max_increase=progress.share * (control.aim - control.base),
+        )
+
+    def _control(self, progress: Progress) -> KLControl:
+        """The control of the KL weight."""
+        gap = progress.losses["plain"] - progress.base
+        rise = max(self.config.least_rise, self.config.gap_share * gap)
+        return KLControl(progress.base, progress.base + rise, self.config.most_kl_weight)
+
+    def _limit(self, progress: Progress) -> float:
+        """The largest validation loss of a pruned network."""
+        return min(progress.losses["plain"], progress.losses["trained"]) + self.config.least_rise
+
+    # The parts of a phase.
+
+    def _name(self, number: int) -> str:
+        if number == 0:
+            return "train"
+        return f"round {number}" if number < self._fine_tuning else "fine-tune"
+
+    def _steps(self, number: int) -> int:
+        if number == 0:
+            return self.config.steps
+        return self.config.round_steps if number < self._fine_tuning else self.config.fine_tune_steps
+
+    def _state(self, number: int, params: dict[str, PyTree], kl_weight: float) -> TrainState:
+        """The state at the start of a phase."""
+        key = jax.random.fold_in(self.key, number)
+        return with_setting(create_train_state(params, self._optimizer(number), key), {"kl_weight": kl_weight})
+
+    def _optimizer(self, number: int) -> optax.GradientTransformation:
+        config, steps = self.config, self._steps(number)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, steps, 0.05)
+        factors = {"log_variance": config.variance_learning_rate, "scale": config.scale_learning_rate}
+        relative = {kind: rate / config.learning_rate for kind, rate in factors.items()}
+        averaging = [] if number == 0 else [params_ema(1 - 10 / max(20, steps))]
+        return optax.chain(optax.adam(schedule), scale_by_kind(relative), *averaging)
+
+    def _step_maker(self, optimizer: optax.GradientTransformation) -> Callable[[NegativeLogLikelihood], TrainStep]:
+        """A function from a likelihood to the step of a state with the setting "kl_weight"."""
+
+        def make_step(likelihood: NegativeLogLikelihood) -> TrainStep:
+            def by_setting(setting: dict[str, jax.Array]) -> TrainStep:
+                weight = lambda step: setting["kl_weight"]  # noqa: E731
+                return make_train_step(likelihood, optimizer, num_examples=self.observations, kl_weight=weight)
+
+            return make_step_by_setting(by_setting)
+
+        return make_step
+
+    def _save(self, progress: Progress) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.save(progress.facts | {"position": self.train.position()}, progress.arrays)
+
+    def say(self, message: str) -> None:
+        """Prints a message."""
+        if self.show:
+            tqdm.write(f"fit: {message}")
+
+
+def count_observations(loss: Loss, feed: Feed) -> int:
+    """The number of observations in the data."""
+    return round(sum(float(jnp.sum(loss.counts(targets))) for _, targets in feed.batches()))
+
+
+def kept_weights(params: PyTree) -> tuple[int, int]:
+    """The number of kept weights of the variational layers, and the number of all."""
+    layers = variational_layers(params).values()
+    kept = round(sum(float(layer.kept_weights()) for layer in layers))
+    return kept, sum(math.prod(layer.kernel_shape) for layer in layers)
