@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.train.batches import count_examples, steps_per_epoch
 from bcdl_jax.train.checkpoints import checksum
 from bcdl_jax.train.loop import make_train_loop, sums_before
+from bcdl_jax.train.mesh import DATA, jit_step, place_data
 from bcdl_jax.train.state import Metrics, TrainState, TrainStep
 
 # Inputs and targets, trees of arrays [examples, ...].
@@ -59,19 +61,28 @@ class Feed(Protocol):
 class ArrayFeed:
     """Data in arrays. Each epoch takes the examples in another order, which follows from the key of the state."""
 
-    def __init__(self, data: Batch, batch_size: int) -> None:
-        """The arguments are the arrays, and the number of examples of a training step."""
+    def __init__(self, data: Batch, batch_size: int, mesh: Mesh | None) -> None:
+        """The arguments are the arrays, the number of examples of a training step, and the devices of training.
+
+        On a mesh, training leaves out the last examples if the devices cannot share them equally.
+        """
         self._data: Batch = jax.tree.map(jnp.asarray, data)
+        self._mesh, self._shards = mesh, _shards(mesh)
         self._count = count_examples(data)
-        self._batch_size = min(batch_size, self._count)
+        size = min(batch_size, self._count)
+        if size < self._shards:
+            raise ValueError(
+                f"A training step has {size} examples; it must have one for each of the {self._shards} devices."
+            )
+        self._batch_size = size - size % self._shards
 
     @property
     def steps(self) -> int:
-        return steps_per_epoch(self._count, self._batch_size)
+        return steps_per_epoch(self._count - self._count % self._shards, self._batch_size, self._shards)
 
     @property
     def description(self) -> str:
-        return f"arrays {checksum(self._data)} in batches of {self._batch_size}"
+        return f"arrays {checksum(self._data)} in batches of {self._batch_size} on {self._shards} devices"
 
     def check_resumable(self) -> None:
         pass
@@ -90,11 +101,16 @@ class ArrayFeed:
             yield jax.tree.map(lambda array, rows=rows: array[rows], self._data)
 
     def trainer(self, step: TrainStep) -> Advance:
-        loop: Any = jax.jit(make_train_loop(step, batch_size=self._batch_size), donate_argnums=0)
+        loop = _compiled(make_train_loop(step, batch_size=self._batch_size, shards=self._shards))
+        data = self._data
+        if self._mesh is not None:
+            data = place_data(
+                jax.tree.map(lambda array: array[: self._count - self._count % self._shards], data), self._mesh
+            )
 
         def advance(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
             before = sums_before(state, self.steps)
-            state, _ = loop(state, self._data, count)
+            state, _ = loop(state, data, count)
             return state, {name: total - before[name] for name, total in state.metric_sums.items()}
 
         return advance
@@ -103,18 +119,21 @@ class ArrayFeed:
 class BatchFeed:
     """Data in batches. Training leaves out a smaller batch at the end of an epoch."""
 
-    def __init__(self, name: str, epoch: Callable[[int], Iterable[Batch]], is_repeatable: bool) -> None:
+    def __init__(
+        self, name: str, epoch: Callable[[int], Iterable[Batch]], mesh: Mesh | None, is_repeatable: bool
+    ) -> None:
         """Goes through the batches of an epoch once, to count them.
 
         Args:
           name: The name of the argument, for errors.
           epoch: A function from the number of an epoch to its batches.
+          mesh: The devices of training, or None for one.
           is_repeatable: True if an epoch has the same batches in each process.
 
         Raises:
           ValueError: There is no batch, a batch has arrays of other shapes than the first one, or two calls return the same iterator.
         """
-        self._name, self._epoch, self._is_repeatable = name, epoch, is_repeatable
+        self._name, self._epoch, self._mesh, self._is_repeatable = name, epoch, mesh, is_repeatable
         one, two = epoch(0), epoch(0)
         if one is two and isinstance(one, Iterator):
             raise ValueError(f"{name} returns the same iterator at two calls; it must return new batches at each call.")
@@ -132,7 +151,7 @@ class BatchFeed:
 
     @property
     def description(self) -> str:
-        return f"{self._steps} batches of shapes {self._shapes}"
+        return f"{self._steps} batches of shapes {self._shapes} on {_shards(self._mesh)} devices"
 
     def check_resumable(self) -> None:
         if not (self._is_repeatable or _has_position(iter(self._epoch(0)))):
@@ -156,7 +175,7 @@ class BatchFeed:
         return (checked_pair(self._name, batch) for batch in self._epoch(0))
 
     def trainer(self, step: TrainStep) -> Advance:
-        take: Any = jax.jit(step, donate_argnums=0)
+        take = _compiled(step)
 
         def advance(state: TrainState, count: int) -> tuple[TrainState, Metrics]:
             number, sums = int(state.step), dict.fromkeys(state.metric_sums, jnp.zeros(()))
@@ -167,7 +186,8 @@ class BatchFeed:
                     raise ValueError(
                         f"{self._name} has fewer than {self._steps} batches in epoch {number // self._steps}, unlike in its first one."
                     )
-                state, metrics = take(state, batch)
+                placed = batch if self._mesh is None else place_data(batch, self._mesh)
+                state, metrics = take(state, placed)
                 sums = {name: total + metrics[name] for name, total in sums.items()}
             self._reader = dataclasses.replace(self._reader, step=number + count)  # type: ignore[type-var]
             return state, sums
@@ -212,6 +232,23 @@ class _Reader:
     step: int | None
 
 
+def _shards(mesh: Mesh | None) -> int:
+    """The number of devices over which the examples of a step are spread."""
+    return 1 if mesh is None else mesh.shape[DATA]
+
+
+def _compiled(function: Callable[..., tuple[TrainState, Metrics]]) -> Callable[..., tuple[TrainState, Metrics]]:
+    """A step or a loop, compiled at its first call for the devices of its state."""
+    compiled: list[Callable[..., tuple[TrainState, Metrics]]] = []
+
+    def call(state: TrainState, *arguments: Any) -> tuple[TrainState, Metrics]:
+        if not compiled:
+            compiled.append(jit_step(function, state))
+        return compiled[0](state, *arguments)
+
+    return call
+
+
 def _has_position(iterator: Any) -> bool:
     return hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
 
@@ -224,7 +261,7 @@ def _from_json(position: dict[str, Any]) -> Any:
     return bytes.fromhex(position["bytes"]) if "bytes" in position else position["value"]
 
 
-def make_feed(name: str, data: Any, batch_size: int) -> Feed:
+def make_feed(name: str, data: Any, batch_size: int, mesh: Mesh | None = None) -> Feed:
     """The feed of an argument of ``fit``.
 
     Args:
@@ -232,16 +269,17 @@ def make_feed(name: str, data: Any, batch_size: int) -> Feed:
       data: A pair of inputs and targets in arrays, a function from the number of an epoch to its batches, or an iterable of batches that can
         be iterated again for each epoch.
       batch_size: The number of examples of a training step, for arrays.
+      mesh: The devices of training, or None for one.
 
     Raises:
       ValueError: The data have another form, or their arrays do not fit together.
     """
     if callable(data):
-        return BatchFeed(name, data, is_repeatable=True)
+        return BatchFeed(name, data, mesh, is_repeatable=True)
     if isinstance(data, tuple):
-        return ArrayFeed(checked_pair(name, data), batch_size)
+        return ArrayFeed(checked_pair(name, data), batch_size, mesh)
     if isinstance(data, Iterable) and not isinstance(data, Iterator | dict | np.ndarray | jax.Array):
-        return BatchFeed(name, lambda epoch: data, is_repeatable=isinstance(data, Sequence))
+        return BatchFeed(name, lambda epoch: data, mesh, is_repeatable=isinstance(data, Sequence))
     more = (
         " An iterator ends after one epoch: pass a function from the number of an epoch to its batches."
         if isinstance(data, Iterator)

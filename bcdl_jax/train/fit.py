@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from bcdl_jax._tree import PyTree
 from bcdl_jax.train.checkpoints import Checkpoints, checksum
@@ -55,6 +56,7 @@ def fit(
     key: jax.Array | None = None,
     config: FitConfig | None = None,
     frozen: Sequence[str] = (),
+    mesh: Mesh | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -76,6 +78,7 @@ def fit(
       config: The recipe; None for ``FitConfig()``.
       frozen: Regular expressions for the paths of plain arrays that are not trained. Integers are never trained, nor are other collections of
         Flax's variables than "params", such as running averages.
+      mesh: The devices over which the examples of a step are spread, from ``make_mesh``; None for one device.
       checkpoints: A directory for checkpoints, or None. A later call with the same arguments goes on from the newest one, and ends with the
         same result bit by bit. The data must then be arrays, a list of batches, a function of the epoch, or an iterable whose iterators have
         ``get_state`` and ``set_state``.
@@ -90,7 +93,8 @@ def fit(
     """
     config = FitConfig() if config is None else config
     _check_arguments(network, loss, data, validation, config)
-    train, held_out = make_feed("data", data, config.batch_size), make_feed("validation", validation, config.batch_size)
+    train = make_feed("data", data, config.batch_size, mesh)
+    held_out = make_feed("validation", validation, config.batch_size)
     own = loss if isinstance(loss, Loss) else OwnLoss(loss)
     trained, constant = split_constants(network.params, frozen)
     key = jax.random.key(0) if key is None else key
@@ -99,7 +103,7 @@ def fit(
         train.check_resumable()
         saved = Checkpoints(checkpoints, _settings(network.params, own, train, held_out, key, config, frozen))
     observations = count_observations(own, train)
-    run = FitRun(network, constant, own, config, train, observations, held_out, key, saved, progress)
+    run = FitRun(network, constant, own, config, train, observations, held_out, key, mesh, saved, progress)
     ended = run.run(trained)
     whole = merge_constants(ended.params["network"], constant)
     result = FitResult(

@@ -37,7 +37,7 @@ class FitConfig:
       least_rise: The least rise of the sampled training loss, and the largest rise of the validation loss, in nats per observation.
       start_kl_weight: The KL weight at the start.
       most_kl_weight: The largest KL weight. Bayes' theorem gives 1.
-      fine_tune_kl_share: The KL weight after pruning, as a share of the last KL weight of training.
+      fine_tune_kl_share: The KL weight of fine-tuning, as a share of the KL weight at the end of training. The rounds use this weight itself.
       pruning_share: The share of the rise by which the pruning of a round may raise the validation loss.
       steps_per_report: The number of steps between two reports. The KL weight changes after each report of training.
 

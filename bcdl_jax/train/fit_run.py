@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from bcdl_jax._tree import PyTree
@@ -29,6 +31,7 @@ from bcdl_jax.train.fit_progress import Progress, progress_from
 from bcdl_jax.train.kinds import scale_by_kind
 from bcdl_jax.train.kl_control import KLControl
 from bcdl_jax.train.losses import Loss, mean_nats
+from bcdl_jax.train.mesh import fetch, place_state
 from bcdl_jax.train.settings import make_step_by_setting, with_setting
 from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep, create_train_state
@@ -37,6 +40,8 @@ from bcdl_jax.train.while_shrinking import leave_out_pruned
 
 # The largest number of examples for the first measures and for the choice of thresholds, which measures hundreds of networks.
 _MOST_MEASURED = 2000
+# The number of reports whose KL weights are averaged.
+_AVERAGED_REPORTS = 10
 
 
 class Network(Protocol):
@@ -61,6 +66,7 @@ class FitRun:
       observations: The number of observations in them.
       validation: The validation data.
       key: A PRNG key.
+      mesh: The devices of training, or None for one.
       checkpoints: The checkpoints, or None for none.
       show: True to show a progress bar and messages.
     """
@@ -73,6 +79,7 @@ class FitRun:
     observations: int
     validation: Feed
     key: jax.Array
+    mesh: Mesh | None
     checkpoints: Checkpoints | None
     show: bool
 
@@ -168,9 +175,13 @@ class FitRun:
         small = leave_out_pruned(shrinking, progress.state, first_examples(next(self.train.batches()), 2))
         step, start = (make_step(self._likelihood), progress.state) if small is None else (small.step, small.state)
         reports = list(progress.reports)
-        control = self._control(progress) if number < self._fine_tuning else None
+        control = self._control(progress) if number == 0 else None
+
+        if self.mesh is not None:
+            start = place_state(start, self.mesh)
 
         def at_full_size(state: TrainState) -> TrainState:
+            state = state if self.mesh is None else jax.tree.map(jnp.asarray, fetch(state))
             return state if small is None else small.expand(state)
 
         def on_report(state: TrainState, report: FitReport) -> TrainState:
@@ -215,7 +226,7 @@ class FitRun:
             params = params | {"network": prune(params["network"], candidate)}
         elif not self.config.fine_tune_steps:
             return dataclasses.replace(progress, phase=self._fine_tuning + 1)
-        weight = progress.reports[-1].kl_weight
+        weight = self._found_weight(progress)
         if number == self._fine_tuning:
             weight *= self.config.fine_tune_kl_share
         return dataclasses.replace(
@@ -250,6 +261,11 @@ class FitRun:
     def _limit(self, progress: Progress) -> float:
         """The largest validation loss of a pruned network."""
         return min(progress.losses["plain"], progress.losses["trained"]) + self.config.least_rise
+
+    def _found_weight(self, progress: Progress) -> float:
+        """The KL weight at the end of training: the geometric mean of the last reports, since the control moves it up and down."""
+        weights = [report.kl_weight for report in progress.reports if report.phase == self._name(0)]
+        return math.exp(statistics.fmean(map(math.log, weights[-_AVERAGED_REPORTS:])))
 
     # The parts of a phase.
 

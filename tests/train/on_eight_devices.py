@@ -138,3 +138,61 @@ def test_pmap_refuses_a_batch_that_cannot_be_spread():
     step = bcdl_jax.train.make_pmap_train_step(nll, optax.sgd(0.1), num_examples=EXAMPLES)
     with pytest.raises(ValueError, match="batch has 12 examples; it must be a multiple of the 8 devices"):
         step(None, (np.zeros((12, 6)), np.zeros(12)))
+
+
+def converted():
+    """A converted network with a skip, an embedding and a norm, its inputs and its targets."""
+
+    def network(params, numbers, words):
+        x = jnp.tanh(numbers @ params["first"] + params["bias"])
+        x = x + params["words"][words]
+        x = (x - x.mean(-1, keepdims=True)) * params["gain"]
+        return x @ params["last"]
+
+    key = jax.random.key(0)
+    shapes = {"first": (6, 8), "bias": (8,), "words": (5, 8), "gain": (8,), "last": (8, 3)}
+    params = {
+        name: jax.random.normal(jax.random.fold_in(key, place), shape)
+        for place, (name, shape) in enumerate(shapes.items())
+    }
+    numbers, words = jax.random.normal(key, (EXAMPLES, 6)), jnp.arange(EXAMPLES) % 5
+    model = bcdl_jax.variational(network, params, (numbers[:2], words[:2]))
+    return model, (numbers, words), jnp.arange(EXAMPLES) % 3
+
+
+def test_gradients_of_a_converted_network_are_those_of_one_device():
+    model, inputs, targets = converted()
+
+    def loss(params, batch, key):
+        logits = model.apply(params, *batch[0], key=key)
+        return (
+            optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+            + bcdl_jax.kl_divergence(params) / 1e3
+        )
+
+    gradient = jax.jit(jax.grad(loss))
+    one = gradient(model.params, (inputs, targets), jax.random.key(1))
+    mesh = bcdl_jax.train.make_mesh()
+    params = bcdl_jax.train.place_state(model.params, mesh)
+    batch = bcdl_jax.train.place_data((inputs, targets), mesh)
+    many = gradient(params, batch, jax.random.key(1))
+    assert_near(bcdl_jax.train.fetch(many), one)
+
+
+def test_fit_trains_on_a_mesh(tmp_path):
+    model, inputs, targets = converted()
+    config = bcdl_jax.train.FitConfig(
+        steps=20, rounds=1, round_steps=5, fine_tune_steps=5, batch_size=20, steps_per_report=4
+    )
+    validation = jax.tree.map(lambda array: array[:8], (inputs, targets))
+    options = {"config": config, "progress": False, "mesh": bcdl_jax.train.make_mesh()}
+    result = bcdl_jax.train.fit(
+        model, bcdl_jax.train.SoftmaxLoss(), (inputs, targets), validation, checkpoints=tmp_path, **options
+    )
+    assert result.losses["trained"] < result.losses["plain"]
+    batches = [jax.tree.map(lambda array: array[:16], (inputs, targets))]
+    in_batches = bcdl_jax.train.fit(model, bcdl_jax.train.SoftmaxLoss(), batches, validation, **options)
+    assert in_batches.losses["trained"] < result.losses["plain"]
+    odd = [jax.tree.map(lambda array: array[:15], (inputs, targets))]
+    with pytest.raises(ValueError, match="data has 15 examples; it must be a multiple of the 8 devices"):
+        bcdl_jax.train.fit(model, bcdl_jax.train.SoftmaxLoss(), odd, validation, **options)
