@@ -2,5 +2,6 @@
 
 from bcdl_jax.conversion.model import VariationalModel, variational
 from bcdl_jax.conversion.plan import ConversionPlan, LeafPlan
+from bcdl_jax.conversion.prediction import Prediction, predict
 
-__all__ = ["ConversionPlan", "LeafPlan", "VariationalModel", "variational"]
+__all__ = ["ConversionPlan", "LeafPlan", "Prediction", "VariationalModel", "predict", "variational"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from bcdl_jax.compression.plain_twin import check_finite, with_mean_weights
 from bcdl_jax.conversion.kernels import Kernel, Kernels, find_kernels
 from bcdl_jax.conversion.plan import ConversionPlan, LeafPlan
 from bcdl_jax.conversion.sampling import run_sampled
+from bcdl_jax.conversion.useless import UselessUnits
 from bcdl_jax.graph.batch_size import TracedNetwork, trace_for_any_batch
 from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.graph.program import compile_quickly, dtype_of
@@ -77,6 +79,16 @@ class VariationalModel:
         paths = [leaf.path for leaf in self.plan.leaves]
         return run_sampled(program, self._kernels.found, paths, [*nodes, *jax.tree.leaves(inputs)], key)
 
+    def sample(self, params: PyTree, *inputs_and_key: PyTree) -> PyTree:
+        """Runs the network with sampled weights. The key is the last argument, as ``predict`` and ``shrink`` need it.
+
+        Args:
+          params: The params, see ``apply``.
+          *inputs_and_key: The inputs of the network, and a PRNG key behind them.
+        """
+        *inputs, key = inputs_and_key
+        return self.apply(params, *inputs, key=key)
+
     def mean_params(self, params: PyTree) -> PyTree:
         """The params of the given network: the mean or rounded weights in place of each node, exactly zero where pruned.
 
@@ -84,6 +96,37 @@ class VariationalModel:
           params: A tree like ``self.params``.
         """
         return self._unflatten(self._nodes(params))
+
+    def prune_useless(self, params: PyTree) -> PyTree:
+        """Masks all inputs and outputs that are useless because other groups are pruned.
+
+        An input is useless if its data are always 0, or if it has no weight that a result of the network depends on. An output is useless if no
+        result depends on it, or if it is always 0. The masks are found in the traced network, across norms, skips, branches, concatenations,
+        flattens and scans. They change no output of the network, at the means or sampled. An output of which only the bias is left is a
+        constant, and is kept. Zeros of arrays that stay plain do not count, since training may change them.
+
+        Args:
+          params: A tree like ``self.params``.
+
+        Returns:
+          A tree of the same structure. Quantised layers stay unchanged.
+
+        Raises:
+          ValueError: ``params`` has another structure or shapes than ``self.params``, or this function is called within ``jax.jit``.
+        """
+        nodes = self._nodes(params)
+        layers = {place: list(kernel.nodes(nodes[place])) for place, kernel in self._kernels.found.items()}
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(layers)):
+            raise ValueError(
+                "params is traced, but prune_useless reads the masks of its layers; call it outside of jax.jit and jax.vmap."
+            )
+        for place, masked in self._useless_units.masked(layers).items():
+            nodes[place] = masked[0] if self._kernels.found[place].layers is None else type(nodes[place])(masked)
+        return jax.tree.unflatten(self._structure, nodes)
+
+    @functools.cached_property
+    def _useless_units(self) -> UselessUnits:
+        return UselessUnits(self._network.program, self._network.moving, self._kernels.found, len(self._leaves))
 
     def _nodes(self, params: PyTree) -> list[Any]:
         """The node or array in place of each array of the given network."""
