@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.gallery.entries import GALLERY
+from experiments.gallery.arguments import check_positive, chosen_network, make_parser
 from experiments.gallery.entry import Examples, GalleryNetwork, Splits
 from experiments.runtime import caches
 from experiments.runtime.command import command_line, reporting_errors
-from experiments.runtime.errors import UserError
 
 # Importing JAX takes seconds. Functions import the modules that use JAX, so that --help and errors in the arguments appear at once.
 if TYPE_CHECKING:
@@ -26,13 +27,8 @@ _PADDING = -1
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = _parser().parse_args(arguments)
-    if args.name not in GALLERY:
-        raise UserError(f"NAME is {args.name!r}; allowed are {', '.join(GALLERY)}.")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps is {args.steps}; it must be at least 1.")
-    network = GALLERY[args.name]
-    network.check_packages()
-    run(network, args, command_line("gallery_fit", arguments))
+    check_positive("--steps", args.steps)
+    run(chosen_network(args), args, command_line("gallery_fit", arguments))
     return 0
 
 
@@ -48,7 +44,10 @@ def run(network: GalleryNetwork, args: argparse.Namespace, command: str) -> None
     start = time.perf_counter()
     name = f"{network.name}_seed{args.seed}"
     result, weights = f"{name}.json", f"{name}.bcdl"
-    directory = files.prepare_out(args.out or f"runs/gallery_fit/{network.name}", args.overwrite, [result, weights])
+    out = Path(args.out or f"runs/gallery_fit/{network.name}")
+    checkpoints = out / f"checkpoints_seed{args.seed}"
+    if not (args.resume and checkpoints.is_dir()):
+        files.prepare_out(str(out), args.overwrite, [result, weights, f"{checkpoints.name}/*"])
     apply, variables = store.load_trained(network)
     splits = network.load(args.data_dir)
     inputs = jax.tree.map(jax.numpy.asarray, splits.train.inputs[:2])
@@ -57,7 +56,13 @@ def run(network: GalleryNetwork, args: argparse.Namespace, command: str) -> None
         print(model.plan, flush=True)
         config = bcdl_jax.train.FitConfig(batch_size=network.recipe.batch_size)
         if args.steps is not None:
-            config = dataclasses.replace(config, steps=args.steps, fine_tune_steps=max(1, args.steps // 4))
+            config = dataclasses.replace(
+                config,
+                steps=args.steps,
+                rounds=2,
+                round_steps=max(1, args.steps // 4),
+                fine_tune_steps=max(1, args.steps // 3),
+            )
         fitted = bcdl_jax.train.fit(
             model,
             _loss(network),
@@ -65,6 +70,7 @@ def run(network: GalleryNetwork, args: argparse.Namespace, command: str) -> None
             _pair(splits.validation),
             key=jax.random.key(args.seed),
             config=config,
+            checkpoints=checkpoints,
         )
         pruned = model.mean_params(fitted.params)
         small_apply, small, report = bcdl_jax.shrink(apply, pruned, inputs)
@@ -84,12 +90,13 @@ def run(network: GalleryNetwork, args: argparse.Namespace, command: str) -> None
         "machine": machine.machine(),
         "versions": machine.versions(*network.packages),
     }
-    bcdl_jax.save(directory / weights, small, names=True)
-    files.write_json(directory / result, content)
+    bcdl_jax.save(out / weights, small, names=True)
+    files.write_json(out / result, content)
+    shutil.rmtree(checkpoints)
     for part in ("validation", "test"):
         before, after = content[part]
         print(f"{part}: {content['measure']} {before:.4g} -> {after:.4g}")
-    print(f"{content['weights gone']:.0%} of the weights are gone; files in {directory}")
+    print(f"{content['weights gone']:.0%} of the weights are gone; files in {out}")
 
 
 def _loss(network: GalleryNetwork) -> bcdl_jax.train.Loss:
@@ -163,16 +170,16 @@ def _count(variables: Any) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.gallery_fit",
-        description="Makes a trained network of the gallery variational, trains and prunes it with bcdl_jax.train.fit, and measures it.",
+    parser = make_parser(
+        "gallery_fit",
+        "Makes a trained network of the gallery variational, trains and prunes it with bcdl_jax.train.fit, and measures it.",
+        "runs/gallery_fit",
     )
-    parser.add_argument("name", metavar="NAME", help=f"the network: {', '.join(GALLERY)}")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
-    parser.add_argument("--steps", type=int, help="number of training steps (default: that of FitConfig)")
     parser.add_argument(
-        "--data-dir", help="directory of tensorflow-datasets data (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)"
+        "--steps",
+        type=int,
+        help="number of training steps before pruning, for a short run (default: the recipe of FitConfig)",
     )
-    parser.add_argument("--out", help="directory of the run (default: runs/gallery_fit/NAME)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
     return parser

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.gallery import GALLERY, Examples, Splits, command, store
+from experiments.gallery import GALLERY, Examples, Splits, arguments, store, train_command
 from experiments.gallery.losses import LOSSES
 from experiments.gallery.training import Training, make_optimizer
 
@@ -39,7 +39,7 @@ def network():
 @pytest.fixture
 def gallery(network, monkeypatch, tmp_path):
     """The command with this network alone, which keeps trained networks in a directory of the test."""
-    monkeypatch.setattr(command, "GALLERY", {network.name: network})
+    monkeypatch.setattr(arguments, "GALLERY", {network.name: network})
     monkeypatch.setattr(store, "TRAINED", tmp_path / "trained")
     return tmp_path
 
@@ -80,13 +80,13 @@ def test_an_unknown_optimizer_is_an_error(network):
 
 
 def test_an_unknown_network_is_an_error(capsys):
-    assert command.main(["lenet"]) == 2
+    assert train_command.main(["lenet"]) == 2
     assert "NAME is 'lenet'; allowed are resnet20," in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_run_writes_its_files(gallery, network):
-    assert command.main(["tabular", "--out", str(gallery / "run")]) == 0
+    assert train_command.main(["tabular", "--out", str(gallery / "run")]) == 0
     result = json.loads((gallery / "trained/tabular.json").read_text())
     assert result["examples"] == {"train": 40, "validation": 20, "test": 20}
     assert result["measure"] == "root mean squared error in dollars"
@@ -94,14 +94,14 @@ def test_a_run_writes_its_files(gallery, network):
     test = small_splits().test
     error = float(np.sqrt(np.mean((apply(variables, test.inputs) - test.targets) ** 2)))
     assert error == pytest.approx(result["test"], rel=1e-4)
-    assert command.main(["tabular", "--out", str(gallery / "run")]) == 2
+    assert train_command.main(["tabular", "--out", str(gallery / "run")]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped_at", [2, 4])
 def test_a_resumed_run_ends_with_the_same_bytes(gallery, monkeypatch, stopped_at):
     def train(out, *more):
-        status = command.main(["tabular", "--epochs", "2", "--out", str(gallery / out), *more])
+        status = train_command.main(["tabular", "--epochs", "2", "--out", str(gallery / out), *more])
         return status, (gallery / out / "tabular.bcdl").read_bytes()
 
     _, expected = train("whole")

@@ -7,11 +7,10 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-from experiments.gallery.entries import GALLERY
+from experiments.gallery.arguments import check_positive, chosen_network, make_parser
 from experiments.gallery.entry import GalleryNetwork, PlainRecipe
 from experiments.runtime import caches
 from experiments.runtime.command import command_line, reporting_errors
-from experiments.runtime.errors import UserError
 
 # Importing JAX takes seconds. Functions import the modules that use JAX, so that --help and errors in the arguments appear at once.
 if TYPE_CHECKING:
@@ -23,13 +22,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = _parser().parse_args(arguments)
-    if args.name not in GALLERY:
-        raise UserError(f"NAME is {args.name!r}; allowed are {', '.join(GALLERY)}.")
-    if args.epochs is not None and args.epochs < 1:
-        raise UserError(f"--epochs is {args.epochs}; it must be at least 1.")
-    network = GALLERY[args.name]
-    network.check_packages()
-    run(network, args, command_line("gallery_train", arguments))
+    check_positive("--epochs", args.epochs)
+    run(chosen_network(args), args, command_line("gallery_train", arguments))
     return 0
 
 
@@ -121,18 +115,13 @@ def _result(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.gallery_train",
-        description="Trains a network of the gallery without the library's layers, and writes its weights and its errors.",
+    parser = make_parser(
+        "gallery_train",
+        "Trains a network of the gallery without the library's layers, and writes its weights and its errors.",
+        "runs/gallery",
     )
-    parser.add_argument("name", metavar="NAME", help=f"the network: {', '.join(GALLERY)}")
     parser.add_argument(
         "--epochs", type=int, help="number of epochs (default: the recipe's; only then the trained network is kept)"
     )
-    parser.add_argument(
-        "--data-dir", help="directory of tensorflow-datasets data (default: TFDS_DATA_DIR, then ~/tensorflow_datasets)"
-    )
-    parser.add_argument("--out", help="directory of the run (default: runs/gallery/NAME)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run in --out")
     return parser
