@@ -20,6 +20,7 @@ from bcdl_jax.conversion.sampling import run_sampled
 from bcdl_jax.conversion.useless import UselessUnits
 from bcdl_jax.graph.batch_size import TracedNetwork, trace_for_any_batch
 from bcdl_jax.graph.example_inputs import as_inputs
+from bcdl_jax.graph.matching import same_constant
 from bcdl_jax.graph.program import compile_quickly, dtype_of
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.balancing import balance_scales
@@ -195,7 +196,8 @@ def variational(
       The variational network, with its start params and its plan.
 
     Raises:
-      ValueError: A pattern of ``rules`` matches no path, no array can become variational, or a converted array has values that are not finite.
+      ValueError: A pattern of ``rules`` matches no path, no array can become variational, a converted array has values that are not finite, or
+        ``apply`` depends on Python state or uses values of arrays in Python.
     """
     check_arrays(params)
     inputs = as_inputs(example_inputs)
@@ -203,6 +205,7 @@ def variational(
     paths = [name for name, _ in named_arrays(params)]
     families = _families(paths, GroupNormalJeffreys() if prior is None else prior, rules or {})
     network = trace_for_any_batch(apply, params, inputs)
+    _check_is_pure(apply, params, inputs)
     kernels = _chosen(find_kernels(network.program, network.moving, len(leaves)), families, leaves)
     if not kernels.found:
         reasons = "; ".join(f"{path}: {kernels.reasons[place]}" for place, path in enumerate(paths))
@@ -233,6 +236,18 @@ def variational(
     fixed = {place: jnp.asarray(leaves[place]) for affine in affines for place in affine.fixed}
     start_params = jax.tree.unflatten(structure, start)
     return VariationalModel(start_params, plan, apply, network, kernels, fixed, structs, structure)
+
+
+def _check_is_pure(apply: Callable[..., PyTree], params: PyTree, inputs: tuple[PyTree, ...]) -> None:
+    """Raises ValueError if two traces of the network differ."""
+    # A new function each time, since JAX does not trace the same one again.
+    first, second = (trace(lambda *arguments: apply(*arguments), params, *inputs) for _ in range(2))
+    constants = all(same_constant(value, second.constants[number]) for number, value in first.constants.items())
+    if first.signature() != second.signature() or not constants:
+        raise ValueError(
+            "apply computes something else at each call with the same arguments; it must depend on its arguments alone, not on Python state. "
+            "Random numbers must come from a key among the inputs."
+        )
 
 
 def _families(paths: list[str], prior: Family, rules: Mapping[str, Family | None]) -> list[Family | None]:

@@ -154,10 +154,21 @@ class Program:
 
 
 def trace_fixed_sizes(function: Callable[..., Any], *arguments: PyTree) -> Program:
-    """Traces a function at the sizes of its arguments. Use ``tracing.trace`` if a size may be symbolic."""
+    """Traces a function at the sizes of its arguments. Use ``tracing.trace`` if a size may be symbolic.
+
+    Raises:
+      ValueError: The function uses the value of an argument in Python.
+    """
     # A weakly typed array would lead to other steps than the small array that replaces it, so only shape and dtype count.
     structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)), arguments)
-    closed, result = jax.make_jaxpr(function, return_shape=True)(*structs)
+    try:
+        closed, result = jax.make_jaxpr(function, return_shape=True)(*structs)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise ValueError(
+            f"The function {name} uses the value of an array in Python, such as in if, float or a NumPy function; it must run under jax.jit. "
+            "The error above names the place."
+        ) from error
     return dataclasses.replace(program_of(closed), result_tree=jax.tree.structure(result))
 
 

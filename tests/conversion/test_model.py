@@ -1,3 +1,5 @@
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -472,3 +474,25 @@ def test_bad_input_is_refused(key):
         ValueError, match=r"The kernel at weight has shape \(2, 4, 5\); it must have \(4, 5\)\. .* jax\.vmap"
     ):
         model.apply(seeds, x)
+
+
+def test_functions_that_are_not_pure_are_refused():
+    params, x = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}, jnp.ones((4, 3))
+
+    def by_value(params, x):
+        return x @ params["w"] if params["b"].sum() > 0 else -x @ params["w"]
+
+    with pytest.raises(ValueError, match="by_value uses the value of an array in Python, such as in if, float"):
+        bcdl_jax.variational(by_value, params, x)
+    with pytest.raises(ValueError, match="uses the value of an array in Python"):
+        bcdl_jax.variational(lambda params, x: np.asarray(x) @ params["w"], params, x)
+    calls = itertools.count()
+
+    def stateful(params, x):
+        return x @ params["w"] if next(calls) % 2 else jnp.tanh(x @ params["w"])
+
+    with pytest.raises(ValueError, match="apply computes something else at each call with the same arguments"):
+        bcdl_jax.variational(stateful, params, x)
+    generator = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="Random numbers must come from a key among the inputs"):
+        bcdl_jax.variational(lambda params, x: x @ params["w"] * generator.random(2, np.float32), params, x)
