@@ -92,12 +92,12 @@ class Affine:
     @property
     def fixed(self) -> frozenset[int]:
         """The numbers of the arrays that keep their values, such as the running variance of a batch norm."""
-        return frozenset(self.shapes) - {self.gain, *self._shifts}
+        return frozenset(self.shapes) - {self.gain, *self.shifts}
 
     @property
-    def has_bias(self) -> bool:
-        """Whether a step adds."""
-        return bool(self._shifts)
+    def bias(self) -> int | None:
+        """The number of the array that ``unfolded`` makes the bias, or None if no step adds. It makes all other ``shifts`` 0."""
+        return next(reversed(self.shifts), None)
 
     def can_unfold(self, arrays: Mapping[int, Any]) -> bool:
         """Whether the gain can make the scale 1, for these arrays by number: no other factor of the scale is 0 or not finite."""
@@ -122,7 +122,8 @@ class Affine:
                 bias = bias + part.sign * vector
             else:
                 gain, bias = vector, bias * vector
-        return (kernel * gain).astype(kernel.dtype), jnp.asarray(bias, kernel.dtype) if self.has_bias else None
+        has_bias = self.bias is not None
+        return (kernel * gain).astype(kernel.dtype), jnp.asarray(bias, kernel.dtype) if has_bias else None
 
     def unfolded(self, bias: jax.Array | None, fixed: Mapping[int, Any]) -> dict[int, jax.Array]:
         """Arrays with which the steps add a bias, and do nothing else.
@@ -137,15 +138,13 @@ class Affine:
                 assert self.gain is not None
                 one = arrays | {self.gain: jnp.ones(self.shapes[self.gain])}
                 arrays[self.gain] = (1 / part.operand.evaluate(self.block, one)).reshape(self.shapes[self.gain])
-        shifts = self._shifts
-        for number, (place, sign) in enumerate(shifts.items(), 1):
-            last = number == len(shifts)
-            value = sign * bias if last and bias is not None else jnp.zeros(math.prod(self.shapes[place]))
+        for place, sign in self.shifts.items():
+            value = jnp.zeros(math.prod(self.shapes[place])) if bias is None or place != self.bias else sign * bias
             arrays[place] = value.reshape(self.shapes[place])
         return arrays
 
     @property
-    def _shifts(self) -> dict[int, int]:
+    def shifts(self) -> dict[int, int]:
         """The sign of each array that is added, by number."""
         return {place: part.sign for part in self.parts if part.sign for place in part.operand.leaves}
 

@@ -81,14 +81,15 @@ class KernelLayout:
             second.group_axis,
             second.feature_groups,
         )
-        return same and bool(np.array_equal(self._places, other._places))
+        return same and bool(np.array_equal(self.places, other.places))
 
     @property
     def _operand_shape(self) -> tuple[int, ...]:
         return self.chain[-1].equation.outvars[0].aval.shape if self.chain else self.shape
 
     @functools.cached_property
-    def _places(self) -> np.ndarray:
+    def places(self) -> np.ndarray:
+        """The place in the flattened array of each element of the kernel, of the kernel's shape."""
         with jax.ensure_compile_time_eval():
             return np.asarray(self.to_kernel(np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape)))
 

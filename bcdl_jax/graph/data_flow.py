@@ -12,12 +12,24 @@ unknown number is 0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from bcdl_jax.graph.facts import Analysis, Fact, Flags, Product, any_along, as_data, compact, known_fact, unknown_fact
+from bcdl_jax.graph.facts import (
+    Analysis,
+    Fact,
+    Flags,
+    Product,
+    any_along,
+    as_data,
+    compact,
+    known_fact,
+    only_zeros,
+    unknown_fact,
+)
 from bcdl_jax.graph.known_values import values_of, without_checks
 from bcdl_jax.graph.loops import loop_backward, loop_forward
 from bcdl_jax.graph.moving import Moving
@@ -45,8 +57,33 @@ def analyze(program: Program, params: Sequence[Any], moving: Moving) -> Analysis
         dtype = program.shapes[program.inputs[place]].dtype
         if is_plain(dtype):
             arguments[place] = _fixed(value, dtype)
+    return _analyzed(program, arguments, moving, zeros_only=False)
+
+
+def analyze_zeros(program: Program, params: Sequence[Flags], moving: Moving) -> Analysis:
+    """Finds the elements that are 0 whatever the values of params are, and the live elements of all values.
+
+    No other elements are known, except in values that are computed from constants alone. So a nonzero constant is live if a result depends on
+    it.
+
+    Args:
+      program: A program, traced at the shapes of params and of example inputs.
+      params: Flags of the elements of each param that may differ from 0.
+      moving: The parts of the program that depend on the batch size.
+
+    Returns:
+      Facts about values and products. The live elements of a param are those that differ from 0 and that a result depends on.
+    """
+    arguments = [_unknown(program, number) for number in program.inputs]
+    arguments[: len(params)] = [
+        dataclasses.replace(fact, unknown=flags) for fact, flags in zip(arguments, params, strict=False)
+    ]
+    return _analyzed(program, arguments, moving, zeros_only=True)
+
+
+def _analyzed(program: Program, arguments: Sequence[Fact], moving: Moving, zeros_only: bool) -> Analysis:
     with without_checks():
-        found = forward(program, arguments, moving)
+        found = forward(program, arguments, moving, zeros_only)
         lives = [found.facts[number].unknown | found.facts[number].fixed for number in program.outputs]
         return backward(program, found, lives)
 
@@ -54,18 +91,20 @@ def analyze(program: Program, params: Sequence[Any], moving: Moving) -> Analysis
 # The forward pass.
 
 
-def forward(program: Program, arguments: Sequence[Fact], moving: Moving) -> Analysis:
+def forward(program: Program, arguments: Sequence[Fact], moving: Moving, zeros_only: bool = False) -> Analysis:
     """The known elements of all values. Nothing is live yet.
 
     Args:
       program: A program.
       arguments: Facts about its arguments.
       moving: The parts of the program that depend on the batch size.
+      zeros_only: True to know only the zeros of values that are not fixed.
     """
-    facts = {number: _unknown(program, number) for number in program.constants}
+    facts: dict[int, Fact] = {}
     for number, value in program.constants.items():
-        if is_plain(program.shapes[number].dtype) and number not in moving.constants:
-            facts[number] = _fixed(value, program.shapes[number].dtype)
+        dtype = program.shapes[number].dtype
+        is_known = is_plain(dtype) and number not in moving.constants
+        facts[number] = _fixed(value, dtype) if is_known else _unknown(program, number)
     facts |= dict(zip(program.inputs, arguments, strict=True))
     bodies: dict[int, tuple[Analysis, ...]] = {}
     for index, step in enumerate(program.steps):
@@ -77,16 +116,17 @@ def forward(program: Program, arguments: Sequence[Fact], moving: Moving) -> Anal
         if all(is_plain(program.shapes[number].dtype) for number in (*step.inputs, *step.outputs)):
             outputs = _known_elements(step, inputs, fixed, program, moving)
         if outputs is None and not fixed and index in moving.bodies:
-            outputs, bodies[index] = loop_forward(step, inputs, moving.bodies[index], forward)
+            outputs, bodies[index] = loop_forward(
+                step, inputs, moving.bodies[index], functools.partial(forward, zeros_only=zeros_only)
+            )
         for place, number in enumerate(step.outputs):
-            fact = _unknown(program, number)
-            if outputs is not None and is_plain(program.shapes[number].dtype):
-                unknown, value = outputs[place]
-                dtype = program.shapes[number].dtype
-                if fixed or not unknown.all():
-                    fact = known_fact(unknown, value.astype(dtype, copy=False), fixed)
-                fact = _same_for_all_examples(fact, moving.axes[number])
-            facts[number] = fact
+            known = None if outputs is None or not is_plain(program.shapes[number].dtype) else outputs[place]
+            if known is None or (not fixed and known[0].all()):
+                facts[number] = _unknown(program, number)
+                continue
+            fact = known_fact(known[0], known[1].astype(program.shapes[number].dtype, copy=False), fixed)
+            fact = _same_for_all_examples(fact, moving.axes[number])
+            facts[number] = only_zeros(fact) if zeros_only and not fixed else fact
     return Analysis(tuple(facts[number] for number in range(len(program.shapes))), {}, frozenset(), bodies)
 
 
@@ -116,7 +156,8 @@ def _known_elements(
     """The known elements of each output of a step, or None if all are unknown."""
     if not step.inputs and not is_fixed:
         return None
-    rule, product = flow_rule(step, program), product_rule(step, program)
+    product = product_rule(step, program)
+    rule = flow_rule(step, program) if product is None else None
     if is_fixed and not _only_moves_elements(step) and step.inputs and not any(fact.unknown.any() for fact in inputs):
         shapes = [program.shapes[number].shape for number in step.inputs]
         full = [np.broadcast_to(fact.value, shape) for fact, shape in zip(inputs, shapes, strict=True)]
@@ -192,17 +233,17 @@ def backward(program: Program, found: Analysis, lives: Sequence[Flags]) -> Analy
         if not any(live[number].any() for number in step.outputs):
             continue
         inputs = [found.facts[number] for number in step.inputs]
-        outputs = [dataclasses.replace(found.facts[number], live=live[number]) for number in step.outputs]
+        needed = [live[number] for number in step.outputs]
         if (product := product_rule(step, program)) is not None:
-            needs, products[index] = product_needs(product, inputs, outputs[0])
+            needs, products[index] = product_needs(product, inputs, found.facts[step.outputs[0]].with_live(needed[0]))
         elif (rule := flow_rule(step, program)) is not None:
-            needs = rule.backward(inputs, [fact.live for fact in outputs])
+            needs = rule.backward(inputs, needed)
         elif index in found.bodies:
-            needs, bodies[index] = loop_backward(step, found.bodies[index], [fact.live for fact in outputs], backward)
+            needs, bodies[index] = loop_backward(step, found.bodies[index], needed, backward)
         else:
             opaque.add(index)
             needs = [np.ones((1,) * fact.unknown.ndim, bool) for fact in inputs]
         for number, need in zip(step.inputs, needs, strict=True):
             live[number] = compact(live[number] | (need & allowed[number]))
-    facts = tuple(dataclasses.replace(fact, live=flags) for fact, flags in zip(found.facts, live, strict=True))
+    facts = tuple(fact.with_live(flags) for fact, flags in zip(found.facts, live, strict=True))
     return Analysis(facts, products, frozenset(opaque), bodies)

@@ -37,6 +37,8 @@ class Fact:
     @functools.cached_property
     def nonzero(self) -> Flags:
         """Flags of the elements that may differ from 0."""
+        if self.value.size == 1 and not self.value.any():
+            return self.unknown
         return compact(self.unknown | (self.value != 0))
 
     @property
@@ -45,6 +47,10 @@ class Fact:
         if not self.unknown.any():
             return self.value
         return np.where(self.unknown, np.ones((), self.value.dtype), self.value)
+
+    def with_live(self, live: Flags) -> Fact:
+        """The fact with other live flags."""
+        return Fact(self.unknown, self.value, self.fixed, live)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Analysis:
     bodies: dict[int, tuple[Analysis, ...]]
 
 
+@functools.cache
 def unknown_fact(rank: int, dtype: Any) -> Fact:
     """A value that depends on the inputs in all elements."""
     ones = (1,) * rank
@@ -99,8 +106,11 @@ def as_data(fact: Fact) -> Fact:
 
     Params stay params: their elements must not become folded constants, so only zeros are known.
     """
-    if not fact.fixed:
-        return fact
+    return only_zeros(fact) if fact.fixed else fact
+
+
+def only_zeros(fact: Fact) -> Fact:
+    """The fact about a value that is not fixed, and of which only the zeros are known."""
     return dataclasses.replace(
         fact, unknown=fact.nonzero, value=np.zeros((1,) * fact.value.ndim, fact.value.dtype), fixed=False
     )
@@ -115,6 +125,8 @@ def in_full(array: np.ndarray, shape: Sequence[int], axes: Sequence[int] | None 
 
 def compact(array: np.ndarray) -> np.ndarray:
     """The array with size 1 along all axes along which it does not change."""
+    if array.size == 1:
+        return array
     for axis, size in enumerate(array.shape):
         if size > 1:
             first = np.take(array, [0], axis)

@@ -145,6 +145,7 @@ def evaluate_elementwise(
     return [value(variable) for variable in jaxpr.outvars]
 
 
+@functools.cache
 def is_plain(dtype: Any) -> bool:
     """Whether a dtype is a dtype of numbers. PRNG keys have an extended dtype."""
     return not jnp.issubdtype(dtype, jax.dtypes.extended)

@@ -68,6 +68,9 @@ def product_rule(step: Step, program: Program) -> ProductRule | None:
 
 def known_results(rule: ProductRule, step: Step, x: Fact, w: Fact) -> tuple[Flags, np.ndarray]:
     """Flags of the unknown elements of a product, and its values at all other elements."""
+    if x.nonzero is x.unknown and w.nonzero is w.unknown:  # Only zeros are known.
+        unknown = rule.forward(x.unknown, w.unknown)
+        return compact(unknown), np.zeros((1,) * unknown.ndim, np.float32)
     unknown = rule.forward(x.unknown, w.nonzero)
     if w.unknown.any():
         unknown = unknown | rule.forward(x.nonzero, w.unknown)
@@ -159,22 +162,36 @@ def _einsum(
     first: Flags, first_axes: list[int], second: Flags, second_axes: list[int], result_axes: list[int]
 ) -> Flags:
     """Flags of the results that have a term. An axis of size 1 does not appear in the sum."""
-    operands: list[Any] = []
-    present: set[int] = set()
-    for flags, axes in ((first, first_axes), (second, second_axes)):
-        # An axis that only this operand has, and that is summed over, is no part of the product.
-        other = second_axes if axes is first_axes else first_axes
-        flags = any_along(flags, [place for place, axis in enumerate(axes) if axis not in (*other, *result_axes)])
-        kept = [place for place, size in enumerate(flags.shape) if size != 1]
-        labels = [axes[place] for place in kept]
-        present.update(labels)
-        operands += [flags.reshape([flags.shape[place] for place in kept]).astype(np.float32), labels]
-    out = [axis for axis in result_axes if axis in present]
-    result = np.asarray(np.einsum(*operands, out, optimize=True)) > 0
-    sizes = iter(result.shape)
-    return result.reshape([next(sizes) if axis in present else 1 for axis in result_axes])
+    present = [
+        {axis for axis, size in zip(axes, flags.shape, strict=True) if size != 1}
+        for axes, flags in ((first_axes, first), (second_axes, second))
+    ]
+    shared, result = present[0] & present[1], [axis for axis in result_axes if axis in present[0] | present[1]]
+    both = [axis for axis in result if axis in shared]
+    summed = [axis for axis in first_axes if axis in shared and axis not in result]
+    own = [[axis for axis in result if axis in each and axis not in shared] for each in present]
+    one = _matrices(first, first_axes, both, own[0], summed)
+    other = _matrices(second, second_axes, both, own[1], summed)
+    sizes = [*one.shape[: len(both)], *(first.shape[first_axes.index(axis)] for axis in own[0])]
+    sizes += [second.shape[second_axes.index(axis)] for axis in own[1]]
+    product = (one @ np.swapaxes(other, -1, -2) > 0).reshape(sizes)
+    order = [*both, *own[0], *own[1]]
+    product = np.transpose(product, [order.index(axis) for axis in result])
+    sizes_left = iter(product.shape)
+    return product.reshape([next(sizes_left) if axis in result else 1 for axis in result_axes])
 
 
+def _matrices(flags: Flags, axes: list[int], both: list[int], own: list[int], summed: list[int]) -> np.ndarray:
+    """Flags as matrices of 0 and 1, [*both, own, summed]: whether any is set along all other axes."""
+    kept = [*both, *own, *summed]
+    places = [axes.index(axis) for axis in kept]
+    others = [place for place in range(flags.ndim) if place not in places]
+    moved = np.transpose(any_along(flags, others), [*places, *others])
+    sizes = moved.shape[: len(both)], moved.shape[len(both) : len(both) + len(own)], moved.shape[len(both) + len(own) :]
+    return moved.reshape(*sizes[0], math.prod(sizes[1]), math.prod(sizes[2])).astype(np.float32)
+
+
+@functools.cache
 def _dot(numbers: Any, shapes: tuple[Shape, Shape]) -> _Dot:
     (contract_x, contract_w), (batch_x, batch_w) = numbers
     free_numbers = iter(range(len(shapes[0]) + len(shapes[1])))

@@ -53,7 +53,7 @@ class Step:
     scope: str = ""
     own_bodies: tuple[Program, ...] | None = None
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The name of the primitive."""
         return self.equation.primitive.name

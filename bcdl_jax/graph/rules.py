@@ -6,6 +6,7 @@ All arrays are compact, see ``facts``. The rules keep them compact: they extend 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,7 @@ def flow_rule(step: Step, program: Program) -> FlowRule | None:
     return None
 
 
+@functools.cache
 def no_elements_known(rank: int) -> Known:
     """The known elements of an output that is unknown as a whole."""
     ones = (1,) * rank
