@@ -20,9 +20,9 @@ class FitConfig:
     the training loss of the trained network plus a *rise*: ``gap_share`` of the difference between its validation and training loss, but
     at least ``least_rise``. So a network that overfits is regularised, and any other network pays a small, known price.
 
-    Then rounds of pruning follow. Each round prunes until the validation loss has risen by ``pruning_share`` of the rise, and trains the
-    smaller network. The round counts if the validation loss is then at most ``least_rise`` above the lowest one before pruning. If not, it
-    is undone, and the next round prunes half as far.
+    Then rounds of pruning follow. Each round prunes until the validation loss has risen by ``pruning_rise``, and trains the smaller network.
+    The round counts if the validation loss is then at most ``least_rise`` above the lowest one before pruning. If not, it is undone, and the
+    next round prunes half as far.
 
     Attributes:
       steps: The number of training steps before pruning.
@@ -30,35 +30,37 @@ class FitConfig:
       round_steps: The number of training steps after each pruning.
       fine_tune_steps: The number of steps after the last round.
       batch_size: The number of examples per step.
-      learning_rate: The learning rate of Adam for the weights. It falls to a twentieth along a cosine, in each round, too.
-      variance_learning_rate: The learning rate of the logarithms of the variances.
-      scale_learning_rate: The learning rate of the scales of the groups.
+      learning_rate: The learning rate of Adam for the weights. It falls to a twentieth along a cosine.
+      round_learning_rate: The learning rate of the weights at the start of each round and of fine-tuning. It falls in the same way.
+      variance_factor: The learning rate of the logarithms of the variances, relative to that of the weights.
+      scale_factor: The learning rate of the scales of the groups, relative to that of the weights.
       gap_share: The share of the difference between validation and training loss by which the sampled training loss may rise.
       least_rise: The least rise of the sampled training loss, and the largest rise of the validation loss, in nats per observation.
       start_kl_weight: The KL weight at the start.
       most_kl_weight: The largest KL weight. Bayes' theorem gives 1.
       fine_tune_kl_share: The KL weight of fine-tuning, as a share of the KL weight at the end of training. The rounds use this weight itself.
-      pruning_share: The share of the rise by which the pruning of a round may raise the validation loss.
+      pruning_rise: The rise of the validation loss by the pruning of a round, before its training, in nats per observation.
       steps_per_report: The number of steps between two reports. The KL weight changes after each report of training.
 
     Raises:
       ValueError: A number is out of range.
     """
 
-    steps: int = _at_least(1, 3000)
+    steps: int = _at_least(1, 2500)
     rounds: int = _at_least(0, 8)
     round_steps: int = _at_least(1, 400)
-    fine_tune_steps: int = _at_least(0, 1000)
+    fine_tune_steps: int = _at_least(0, 800)
     batch_size: int = _at_least(1, 128)
     learning_rate: float = 2e-3
-    variance_learning_rate: float = 4e-2
-    scale_learning_rate: float = 1e-2
+    round_learning_rate: float = 1e-3
+    variance_factor: float = 20.0
+    scale_factor: float = 5.0
     gap_share: float = _at_least(0, 0.75)
     least_rise: float = 0.03
     start_kl_weight: float = 0.05
     most_kl_weight: float = 1.0
     fine_tune_kl_share: float = _at_least(0, 0.3)
-    pruning_share: float = _at_least(0, 0.3)
+    pruning_rise: float = _at_least(0, 0.02)
     steps_per_report: int = _at_least(1, 50)
 
     def __post_init__(self):

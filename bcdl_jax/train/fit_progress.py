@@ -25,7 +25,7 @@ class Progress:
       losses: The validation losses so far, see ``FitResult``.
       thresholds: The thresholds of the last round that counts.
       candidate: The thresholds of the current round.
-      share: The share of the rise by which the pruning of a round may raise the validation loss.
+      share: The share of the rise of the recipe by which the next pruning may raise the validation loss.
       reports: The reports so far.
     """
 

@@ -39,7 +39,7 @@ from bcdl_jax.train.step import make_train_step
 from bcdl_jax.train.while_shrinking import leave_out_pruned
 
 # The largest number of examples for the first measures and for the choice of thresholds, which measures hundreds of networks.
-_MOST_MEASURED = 2000
+_MOST_MEASURED = 5000
 # The number of reports whose KL weights are averaged.
 _AVERAGED_REPORTS = 10
 
@@ -146,7 +146,7 @@ class FitRun:
                 f"The loss of the trained network is {base} on data and {held_out} on validation; both must be finite."
             )
         state = self._state(0, params, self.config.start_kl_weight)
-        progress = Progress(0, state, params, base, {"plain": held_out}, {}, {}, self.config.pruning_share, ())
+        progress = Progress(0, state, params, base, {"plain": held_out}, {}, {}, 1.0, ())
         kl, control = float(kl_divergence(trained)) / self.observations, self._control(progress)
         self.say(
             f"The loss of the trained network is {base:.4f} on data and {held_out:.4f} on validation, in nats per observation; the KL is "
@@ -245,11 +245,10 @@ class FitRun:
 
     def _thresholds(self, progress: Progress) -> dict[str, float]:
         some = some_batches(self.validation, _MOST_MEASURED)
-        control = self._control(progress)
         return choose_thresholds(
             progress.params["network"],
             lambda network: self._mean_loss(progress.params | {"network": network}, some),
-            max_increase=progress.share * (control.aim - control.base),
+            max_increase=progress.share * self.config.pruning_rise,
         )
 
     def _control(self, progress: Progress) -> KLControl:
@@ -286,11 +285,11 @@ class FitRun:
 
     def _optimizer(self, number: int) -> optax.GradientTransformation:
         config, steps = self.config, self._steps(number)
-        schedule = optax.cosine_decay_schedule(config.learning_rate, steps, 0.05)
-        factors = {"log_variance": config.variance_learning_rate, "scale": config.scale_learning_rate}
-        relative = {kind: rate / config.learning_rate for kind, rate in factors.items()}
+        rate = config.learning_rate if number == 0 else config.round_learning_rate
+        schedule = optax.cosine_decay_schedule(rate, steps, 0.05)
+        factors = {"log_variance": config.variance_factor, "scale": config.scale_factor}
         averaging = [] if number == 0 else [params_ema(1 - 10 / max(20, steps))]
-        return optax.chain(optax.adam(schedule), scale_by_kind(relative), *averaging)
+        return optax.chain(optax.adam(schedule), scale_by_kind(factors), *averaging)
 
     def _step_maker(self, optimizer: optax.GradientTransformation) -> Callable[[NegativeLogLikelihood], TrainStep]:
         """A function from a likelihood to the step of a state with the setting "kl_weight"."""

@@ -17,7 +17,7 @@ CONFIG = train.FitConfig(
     fine_tune_steps=7,
     batch_size=BATCH,
     steps_per_report=3,
-    pruning_share=0.5,
+    pruning_rise=0.5,
     least_rise=2.0,
 )
 
