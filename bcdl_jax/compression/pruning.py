@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import SupportsFloat
+from typing import Protocol, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,18 @@ from bcdl_jax.priors.posterior import Posterior, variational_layers
 Thresholds = float | Mapping[str, float]
 
 
+class ConvertedNetwork(Protocol):
+    """A network that finds the units that pruning makes useless, such as the ``VariationalModel`` of ``variational``."""
+
+    def prune_useless(self, params: PyTree) -> PyTree: ...
+
+
 def prune(
-    params: PyTree, thresholds: Thresholds, chain: Sequence[str] | None = None, score: Score = log_dropout_rate
+    params: PyTree,
+    thresholds: Thresholds,
+    chain: Sequence[str] | None = None,
+    score: Score = log_dropout_rate,
+    network: ConvertedNetwork | None = None,
 ) -> PyTree:
     """Masks every group whose score is not below the threshold of its layer, or every weight if the family prunes single weights.
 
@@ -35,18 +45,22 @@ def prune(
         inputs that read only pruned outputs. None to prune each layer alone. A chain that contradicts the shapes raises an error. A wrong
         chain can still fit the shapes, so each layer must read only the layer before it. Prune with several chains one after the other.
       score: The score that is compared with the thresholds, ``log_dropout_rate`` or ``log_noise_to_signal``.
+      network: The converted network whose params these are, or None. Its ``prune_useless`` then masks the inputs and outputs that become
+        useless, along any data flow. So a converted network needs no chain.
 
     Returns:
       A tree of the same structure.
 
     Raises:
       ValueError: The tree holds no variational layer, a layer has no threshold, a threshold is not a number, ``thresholds`` or ``chain``
-        names an unknown layer, or the widths of a chain do not fit.
+        names an unknown layer, the widths of a chain do not fit, or both ``chain`` and ``network`` are given.
     """
     layers = variational_layers(params)
     by_layer = _thresholds_by_layer(thresholds, layers)
     check_chain(chain or (), layers)
-    return _prune(params, by_layer, tuple(chain or ()), score)
+    check_chain_or_network(chain, network)
+    pruned = _prune(params, by_layer, tuple(chain or ()), score)
+    return pruned if network is None else network.prune_useless(pruned)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -152,6 +166,14 @@ def _thresholds_by_layer(thresholds: Thresholds, layers: Mapping[str, Posterior]
 
 def _is_threshold(value: object) -> bool:
     return isinstance(value, SupportsFloat) and np.ndim(value) == 0 and not math.isnan(float(value))  # type: ignore[arg-type]
+
+
+def check_chain_or_network(chain: Sequence[str] | None, network: ConvertedNetwork | None) -> None:
+    """Raises ValueError if both a chain and a network are given."""
+    if chain and network is not None:
+        raise ValueError(
+            "chain and network are both given; give network alone, which finds the layers that feed one another."
+        )
 
 
 def check_chain(chain: Sequence[str], layers: Mapping[str, Posterior]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.compression.pruning import check_chain, prune
+from bcdl_jax.compression.pruning import ConvertedNetwork, check_chain, check_chain_or_network, prune
 from bcdl_jax.compression.scores import Score, log_dropout_rate
 from bcdl_jax.priors.posterior import Posterior, variational_layers
 
@@ -31,6 +31,7 @@ def choose_thresholds(
     max_increase: float,
     chain: Sequence[str] | None = None,
     score: Score = log_dropout_rate,
+    network: ConvertedNetwork | None = None,
 ) -> dict[str, float]:
     """Finds the thresholds of a small network whose error is at most ``max_increase`` above the error of the unpruned network.
 
@@ -46,24 +47,26 @@ def choose_thresholds(
       max_increase: The largest allowed increase of the error, at least 0.
       chain: The names of layers that feed one another, see ``prune``.
       score: The score that ``prune`` will compare with the thresholds.
+      network: The converted network whose params these are, see ``prune``, or None. The sizes then count no useless weights.
 
     Returns:
-      A threshold per layer name, for ``prune`` with the same score. It lies between the scores of the last kept group and the first pruned one,
-      and is infinite if all are kept. Groups of equal score stay together. A layer that had groups keeps at least one. If the family prunes
+      A threshold per layer name, for ``prune`` with the same arguments. It lies between the scores of the last kept group and the first pruned one,
+      and is infinite if all are kept. Groups of equal score stay together. A layer with groups keeps at least one below its threshold. If the family prunes
       single weights, the same holds for weights; in a layer of very many weights, only about a thousand cuts are tried.
 
     Raises:
       ValueError: ``max_increase`` is negative or not a number, the error of the unpruned network is not a number, the tree holds no variational
-        layer, or the chain does not fit.
+        layer, the chain does not fit, or both ``chain`` and ``network`` are given.
     """
     if not max_increase >= 0:
         raise ValueError(f"max_increase is {max_increase}; it must be 0 or more.")
     layers = variational_layers(params)
     check_chain(chain or (), layers)
+    check_chain_or_network(chain, network)
     scores = jax.device_get({name: score(layer) for name, layer in layers.items()})
     cuts = {name: _cuts_of(layer, scores[name]) for name, layer in layers.items()}
 
-    search = _Search(params, error, chain, score, cuts)
+    search = _Search(params, error, chain, score, network, cuts)
     unpruned = search.measure({name: len(choices) - 1 for name, choices in cuts.items()})
     if math.isnan(unpruned.error):
         raise ValueError("error(params) is not a number; it must be the validation error of the unpruned network.")
@@ -120,6 +123,7 @@ class _Search:
       error: A function from params to the error.
       chain: The names of layers that feed one another, or None.
       score: The pruning score.
+      network: The converted network, or None.
       cuts: The possible cuts of each layer by layer name, from the fewest kept units to all of them.
     """
 
@@ -127,6 +131,7 @@ class _Search:
     error: Callable[[PyTree], float | jax.Array]
     chain: Sequence[str] | None
     score: Score
+    network: ConvertedNetwork | None
     cuts: Mapping[str, Sequence[_Cut]]
 
     def thresholds(self, positions: Mapping[str, int]) -> dict[str, float]:
@@ -135,7 +140,7 @@ class _Search:
 
     def measure(self, positions: dict[str, int]) -> _Network:
         """Prunes the network by the cuts at these positions, and measures its error and size."""
-        pruned = prune(self.params, self.thresholds(positions), self.chain, self.score)
+        pruned = prune(self.params, self.thresholds(positions), self.chain, self.score, self.network)
         return _Network(positions, float(self.error(pruned)), int(_kept_weights(pruned)))
 
     def positions_up_to(self, threshold: float) -> dict[str, int]:

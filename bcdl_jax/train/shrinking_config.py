@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.compression.pruning import Thresholds
+from bcdl_jax.compression.pruning import ConvertedNetwork, Thresholds, check_chain_or_network
 from bcdl_jax.compression.scores import Score, log_dropout_rate
 from bcdl_jax.train.state import NegativeLogLikelihood, TrainStep
 
@@ -33,9 +33,11 @@ class ShrinkingConfig:
       regular_checks: True for a pruning check after every ``first_check`` epochs, for a network that loses groups throughout its training.
       remove_masked: True to remove masked groups in ``train_ensemble``; False to mask them only and to train at full size. False suits a
         device on which compiling a smaller step takes longer than the step saves, such as a GPU.
+      network: The converted network that is trained, in place of ``chain``, see ``prune``; or None. The params of the states must be a tree
+        like the network's params.
 
     Raises:
-      ValueError: A number is out of range.
+      ValueError: A number is out of range, or both ``chain`` and ``network`` are given.
     """
 
     negative_log_likelihood: NegativeLogLikelihood
@@ -48,6 +50,7 @@ class ShrinkingConfig:
     score: Score = log_dropout_rate
     regular_checks: bool = False
     remove_masked: bool = True
+    network: ConvertedNetwork | None = None
 
     def __post_init__(self):
         for name in ("first_check", "multiple_of"):
@@ -55,6 +58,7 @@ class ShrinkingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.least_saving < 1:
             raise ValueError(f"least_saving is {self.least_saving}; it must be at least 0 and less than 1.")
+        check_chain_or_network(self.chain, self.network)
 
     def is_due(self, epochs: int) -> bool:
         """True if a pruning check follows once this number of epochs is complete."""

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.compression.pruning import Thresholds, prune
+from bcdl_jax.compression.pruning import ConvertedNetwork, Thresholds, prune
 from bcdl_jax.compression.scores import Score, log_dropout_rate
 from bcdl_jax.graph.counting import multiply_adds_by_owner
 from bcdl_jax.graph.tracing import trace
@@ -67,7 +67,11 @@ class ShrunkTraining:
 
 
 def prune_state(
-    state: TrainState, thresholds: Thresholds, chain: Sequence[str] | None = None, score: Score = log_dropout_rate
+    state: TrainState,
+    thresholds: Thresholds,
+    chain: Sequence[str] | None = None,
+    score: Score = log_dropout_rate,
+    network: ConvertedNetwork | None = None,
 ) -> TrainState:
     """Prunes the params of a state, and puts the same masks into the averages of ``params_ema``.
 
@@ -76,8 +80,9 @@ def prune_state(
       thresholds: The thresholds for ``prune``.
       chain: The order of the layers for ``prune``.
       score: The score for ``prune``.
+      network: The converted network for ``prune``, or None. The params of the state must be a tree like the network's params.
     """
-    params = prune(state.params, thresholds, chain, score)
+    params = prune(state.params, thresholds, chain, score, network)
 
     def with_masks(part: Any) -> Any:
         if not _is_average(part):
@@ -96,7 +101,7 @@ def _is_average(part: Any) -> TypeGuard[ParamsEmaState]:
 def mask_further(shrinking: ShrinkingConfig, state: TrainState) -> TrainState:
     """Masks the groups of a full-size state that can be pruned. Returns ``state`` itself if a layer would lose its last group."""
     thresholds = shrinking.thresholds(state.params) if callable(shrinking.thresholds) else shrinking.thresholds
-    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score)
+    masked = prune_state(state, thresholds, shrinking.chain, shrinking.score, shrinking.network)
     return masked if all(float(layer.kept_weights()) > 0 for layer in _layers(masked)) else state
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from bcdl_jax.graph import analyze, trace
+from bcdl_jax.graph.data_flow import analyze_zeros
 from bcdl_jax.graph.moving import differences
 from bcdl_jax.graph.primitives import is_plain
 from tests.conftest import CHAIN, CONV_CHAIN, prune_half
@@ -84,3 +85,16 @@ def test_facts_about_a_scan_hold_in_all_iterations():
     unknown = np.broadcast_to(hidden.unknown, (3, 5, 6))
     np.testing.assert_array_equal(unknown[0, 0], [True, False, True, True, False, True])
     np.testing.assert_array_equal(unknown, np.broadcast_to(unknown[:1, :1], unknown.shape))
+
+
+def test_only_the_zeros_of_params_are_known():
+    """A unit without weights is the ReLU of its bias: it is 0 only if the bias is."""
+    params = {"bias": np.ones(3), "first": np.ones((4, 3)), "last": np.ones((3, 2))}
+    program = trace(lambda p, x: jnp.maximum(x @ p["first"] + p["bias"], 0) @ p["last"], params, np.ones((2, 4)))
+    may_differ = [np.array([True, True, False]), np.ones((4, 3), bool), np.ones((1, 1), bool)]
+    may_differ[1][:, 1:] = False
+    analysis = analyze_zeros(program, may_differ, differences(program, program))
+    bias, first, last = (analysis.facts[number].live for number in program.inputs[:3])
+    np.testing.assert_array_equal(np.broadcast_to(bias, 3), [True, True, False])
+    np.testing.assert_array_equal(np.broadcast_to(first, (4, 3)), [[True, False, False]] * 4)
+    np.testing.assert_array_equal(np.broadcast_to(last, (3, 2)), [[True] * 2] * 2 + [[False] * 2])
