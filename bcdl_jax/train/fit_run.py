@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.compression.pruning import prune
+from bcdl_jax.compression.pruning import ConvertedNetwork, prune
 from bcdl_jax.compression.threshold_search import choose_thresholds
 from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.priors.kl import kl_divergence
@@ -32,6 +32,7 @@ from bcdl_jax.train.kinds import scale_by_kind
 from bcdl_jax.train.kl_control import KLControl
 from bcdl_jax.train.losses import Loss, mean_nats
 from bcdl_jax.train.mesh import fetch, place_state
+from bcdl_jax.train.parts import is_posterior
 from bcdl_jax.train.settings import make_step_by_setting, with_setting
 from bcdl_jax.train.shrinking_config import ShrinkingConfig
 from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep, create_train_state
@@ -223,7 +224,7 @@ class FitRun:
         number, params, candidate = progress.phase + 1, progress.params, progress.thresholds
         if number < self._fine_tuning:
             candidate = self._thresholds(progress)
-            params = params | {"network": prune(params["network"], candidate)}
+            params = params | {"network": prune(params["network"], candidate, network=self._converted)}
         elif not self.config.fine_tune_steps:
             return dataclasses.replace(progress, phase=self._fine_tuning + 1)
         weight = self._found_weight(progress)
@@ -249,6 +250,7 @@ class FitRun:
             progress.params["network"],
             lambda network: self._mean_loss(progress.params | {"network": network}, some),
             max_increase=progress.share * self.config.pruning_rise,
+            network=self._converted,
         )
 
     def _control(self, progress: Progress) -> KLControl:
@@ -265,6 +267,11 @@ class FitRun:
         """The KL weight at the end of training: the geometric mean of the last reports, since the control moves it up and down."""
         weights = [report.kl_weight for report in progress.reports if report.phase == self._name(0)]
         return math.exp(statistics.fmean(map(math.log, weights[-_AVERAGED_REPORTS:])))
+
+    @property
+    def _converted(self) -> ConvertedNetwork | None:
+        """The network, which finds the useless units of params without the constant arrays."""
+        return _WithoutConstants(self.network, self.constant) if hasattr(self.network, "prune_useless") else None
 
     # The parts of a phase.
 
@@ -311,6 +318,24 @@ class FitRun:
         """Prints a message."""
         if self.show:
             tqdm.write(f"fit: {message}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutConstants:
+    """A converted network whose params lack the constant arrays."""
+
+    network: Any
+    constant: PyTree
+
+    def prune_useless(self, params: PyTree) -> PyTree:
+        """The params without useless units."""
+        pruned = self.network.prune_useless(merge_constants(params, self.constant))
+        return jax.tree.map(
+            lambda leaf, other: None if leaf is None else other,
+            params,
+            pruned,
+            is_leaf=lambda leaf: leaf is None or is_posterior(leaf),
+        )
 
 
 def count_observations(loss: Loss, feed: Feed) -> int:
