@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from bcdl_jax._tree import PyTree
+from bcdl_jax._tree import PyTree, is_key
 from bcdl_jax.train.checkpoints import Checkpoints, checksum
 from bcdl_jax.train.constants import merge_constants, split_constants
 from bcdl_jax.train.feeds import Feed, make_feed
@@ -98,6 +98,8 @@ def fit(
     own = loss if isinstance(loss, Loss) else OwnLoss(loss)
     trained, constant = split_constants(network.params, frozen)
     key = jax.random.key(0) if key is None else key
+    if not is_key(key):  # An untyped key is an array of two numbers, which shrink could take for two examples.
+        key = jax.random.wrap_key_data(key)
     saved = None
     if checkpoints is not None:
         train.check_resumable()

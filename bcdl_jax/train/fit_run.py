@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -317,7 +318,7 @@ class FitRun:
     def say(self, message: str) -> None:
         """Prints a message."""
         if self.show:
-            tqdm.write(f"fit: {message}")
+            tqdm.write(f"fit: {message}", file=sys.stderr)  # where the progress bar is
 
 
 @dataclasses.dataclass(frozen=True)
