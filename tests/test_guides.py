@@ -69,13 +69,13 @@ def agree(printed: str, shown: str, following: str) -> bool:
 def assert_shown(printed: str, shown: str) -> None:
     """Compares an output with the text in a guide: "..." stands for any text, and real numbers agree up to ``TOLERANCE``."""
     pattern, numbers, shown = "", [], shown.strip()
-    for match in re.finditer(rf"\.\.\.|(?<![\w.]){NUMBER}|\s+|.", shown):
+    for match in re.finditer(rf"\.\.\.|(?<![\w.])(?P<number>{NUMBER})|\s+|.", shown):
         part = match[0]
         if part == "...":
             pattern += ".*?"
         elif part.isspace():
             pattern += r"\s+"
-        elif re.fullmatch(NUMBER, part):
+        elif match["number"]:
             pattern += f"({NUMBER})"
             numbers.append((part, shown[match.end() :]))
         else:

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from bcdl_jax._tree import PyTree
+from bcdl_jax.compression.common_threshold import choose_common_threshold
 from bcdl_jax.compression.pruning import ConvertedNetwork, prune
-from bcdl_jax.compression.threshold_search import choose_thresholds
 from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.priors.kl import kl_divergence
 from bcdl_jax.priors.posterior import variational_layers
@@ -40,7 +40,7 @@ from bcdl_jax.train.state import NegativeLogLikelihood, TrainState, TrainStep, c
 from bcdl_jax.train.step import make_train_step
 from bcdl_jax.train.while_shrinking import leave_out_pruned
 
-# The largest number of examples for the first measures and for the choice of thresholds, which measures hundreds of networks.
+# The largest number of training examples for the first measures.
 _MOST_MEASURED = 5000
 # The number of reports whose KL weights are averaged.
 _AVERAGED_REPORTS = 10
@@ -246,10 +246,9 @@ class FitRun:
         return dataclasses.replace(progress, phase=self._fine_tuning + 1, params=params, losses=losses)
 
     def _thresholds(self, progress: Progress) -> dict[str, float]:
-        some = some_batches(self.validation, _MOST_MEASURED)
-        return choose_thresholds(
+        return choose_common_threshold(
             progress.params["network"],
-            lambda network: self._mean_loss(progress.params | {"network": network}, some),
+            lambda network: self._validation_loss(progress.params | {"network": network}),
             max_increase=progress.share * self.config.pruning_rise,
             network=self._converted,
         )
