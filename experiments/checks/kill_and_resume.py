@@ -2,8 +2,8 @@
 ``python -m experiments.crash_test``.
 
 The run is small but complete: LeNet-300-100 on some of the embedded digits, with two seeds, which shrinks while it is trained, is pruned,
-fine-tuned and rounded. Most kills are SIGKILL, some SIGTERM. One third of them waits until a checkpoint is being written, one third until a
-network has just shrunk; the others come after a random time.
+fine-tuned and rounded. With ``--fit``, it is a call of ``bcdl_jax.train.fit``. Most kills are SIGKILL, some SIGTERM. One third of them
+waits until a checkpoint is being written, one third until a network has just shrunk; the others come after a random time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import bcdl_jax
+from experiments.checks import fit_run
 from experiments.io import checkpoints, data, files, logs, run_settings
 from experiments.pipeline.bayesian import compress
 from experiments.pipeline.context import STAGES, RunContext, params_file
@@ -89,17 +90,38 @@ def train(out: Path, size: Size) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class KilledRun:
+    """A run that is killed.
+
+    Attributes:
+      flags: The flags of the command that select it.
+      train: A function from the output directory that starts the run, or resumes the unfinished one.
+      being_written: A function from the output directory to the checkpoints that are being written.
+      shrunk: The text that the run prints when its network has shrunk.
+      progress: A function from the output directory of a killed run to its progress in words.
+    """
+
+    flags: tuple[str, ...]
+    train: Callable[[Path], None]
+    being_written: Callable[[Path], list[Path]]
+    shrunk: str
+    progress: Callable[[Path], str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Process:
     """A run in a process of its own.
 
     Attributes:
       popen: The process.
+      run: The run.
       out: The output directory of the run.
       log_start: The length of the log at the start of the process, in bytes.
       start: The time of the start, in seconds of ``time.monotonic``.
     """
 
     popen: subprocess.Popen[bytes]
+    run: KilledRun
     out: Path
     log_start: int
     start: float
@@ -109,12 +131,12 @@ class Process:
         return self.out.with_suffix(f".{_LOG}").read_bytes()[self.log_start :]
 
 
-def start(out: Path, size: Size, cache: Path) -> Process:
+def start(run: KilledRun, out: Path, cache: Path) -> Process:
     """Starts or resumes a run.
 
     Args:
-      out: The output directory of the run.
-      size: The size of the run.
+      run: The run.
+      out: Its output directory.
       cache: The directory of compiled programs.
     """
     environment = os.environ | {
@@ -122,11 +144,11 @@ def start(out: Path, size: Size, cache: Path) -> Process:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, "-m", "experiments.crash_test", "--train", str(out), *(["--short"] * (size == SHORT))]
+    command = [sys.executable, "-m", "experiments.crash_test", "--train", str(out), *run.flags]
     with out.with_suffix(f".{_LOG}").open("ab") as log:
         log_start = log.tell()
         popen = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=Path(__file__).parents[2])
-    return Process(popen, out, log_start, time.monotonic())
+    return Process(popen, run, out, log_start, time.monotonic())
 
 
 def wait(process: Process, until: Callable[[], bool]) -> bool:
@@ -168,12 +190,12 @@ def moments(process: Process, generator: random.Random, seconds: float) -> dict[
     shrunk: list[float] = []
 
     def is_being_written() -> bool:
-        for path in checkpoints.being_written(process.out):
+        for path in process.run.being_written(process.out):
             writes.setdefault(path.name, time.monotonic())
         return len(writes) == number and time.monotonic() > max(writes.values()) + delay
 
     def has_shrunk() -> bool:
-        if not shrunk and SHRUNK.encode() in process.log():
+        if not shrunk and process.run.shrunk.encode() in process.log():
             shrunk.append(time.monotonic())
         return bool(shrunk) and time.monotonic() > shrunk[0] + delay
 
@@ -200,6 +222,20 @@ def progress(out: Path) -> str:
     return text
 
 
+def _run_of_experiment(short: bool) -> KilledRun:
+    size = SHORT if short else WHOLE
+    flags = ("--short",) if short else ()
+    return KilledRun(flags, lambda out: train(out, size), checkpoints.being_written, SHRUNK, progress)
+
+
+def _run_of_fit(short: bool) -> KilledRun:
+    flags = ("--fit", "--short") if short else ("--fit",)
+    examples = 500 if short else 1400
+    return KilledRun(
+        flags, lambda out: fit_run.train(out, examples), fit_run.being_written, fit_run.SHRUNK, fit_run.progress
+    )
+
+
 def differences(out: Path, expected: Path) -> list[str]:
     """The names of the files that differ between two finished runs. The speed and the memory in the metrics may differ."""
     names = {path.name for directory in (out, expected) for path in directory.iterdir()}
@@ -218,13 +254,13 @@ def _content(path: Path) -> Any:
     return [{name: value for name, value in line.items() if name not in logs.MACHINE_ENTRIES} for line in lines]
 
 
-def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:
+def crash_test(kills: int, seed: int, run: KilledRun, directory: Path) -> bool:
     """Kills and resumes runs, and prints a line for each kill and each finished run.
 
     Args:
       kills: The number of kills.
       seed: The seed of the moments and the signals.
-      size: The size of a run.
+      run: The run.
       directory: An empty directory for the files of the runs.
 
     Returns:
@@ -233,7 +269,7 @@ def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:
     generator = random.Random(seed)
     cache, expected = directory / "cache", directory / "undisturbed"
     begun = time.monotonic()
-    wait(start(expected, size, cache), lambda: False)
+    wait(start(run, expected, cache), lambda: False)
     print(f"undisturbed run: {time.monotonic() - begun:.1f} s, with compilation", flush=True)
     # The latest moment of a random kill.
     seconds = (time.monotonic() - begun) / 2
@@ -243,7 +279,7 @@ def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:
         if finished == number:
             number += 1
         out = directory / f"run{number}"
-        process = start(out, size, cache)
+        process = start(run, out, cache)
         if killed < kills:
             moment = ("checkpoint", "shrink", "random")[attempts % 3]
             attempts += 1
@@ -252,7 +288,7 @@ def crash_test(kills: int, seed: int, size: Size, directory: Path) -> bool:
                 killed += 1
                 status, after = _kill(process, chosen)
                 print(
-                    f"kill {killed}: {chosen.name} after {after:.1f} s ({moment}), status {status}; run {number}: {progress(out)}",
+                    f"kill {killed}: {chosen.name} after {after:.1f} s ({moment}), status {status}; run {number}: {run.progress(out)}",
                     flush=True,
                 )
                 continue
@@ -298,12 +334,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and signals (default: 0)")
     parser.add_argument("--short", action="store_true", help="use a run of fewer epochs and seeds")
     parser.add_argument("--train", metavar="DIR", help="train as the run that is killed, with its files in DIR")
+    parser.add_argument("--fit", action="store_true", help="kill a call of bcdl_jax.train.fit")
     args = parser.parse_args(arguments)
-    size = SHORT if args.short else WHOLE
     if args.kills < 1:
         raise UserError(f"--kills is {args.kills}; it must be at least 1.")
+    run = _run_of_fit(args.short) if args.fit else _run_of_experiment(args.short)
     if args.train is not None:
-        train(Path(args.train), size)
+        run.train(Path(args.train))
         return 0
     with tempfile.TemporaryDirectory() as directory:
-        return 0 if crash_test(args.kills, args.seed, size, Path(directory)) else 1
+        return 0 if crash_test(args.kills, args.seed, run, Path(directory)) else 1

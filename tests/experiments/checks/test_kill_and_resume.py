@@ -7,8 +7,9 @@ from experiments.checks import kill_and_resume as crash_test
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_with_the_same_files(capsys):
-    assert crash_test.main(["--kills", "3", "--short"]) == 0
+@pytest.mark.parametrize("flags", [[], ["--fit"]])
+def test_a_run_that_is_killed_three_times_ends_with_the_same_files(flags, capsys):
+    assert crash_test.main(["--kills", "3", "--short", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("kill")] == ["kill 1", "kill 2", "kill 3"]
     assert any("(shrink)" in line for line in lines)
