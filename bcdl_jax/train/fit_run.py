@@ -208,12 +208,8 @@ class FitRun:
         counts = loss <= limit
         kept, total = kept_weights(params["network"] if counts else progress.params["network"])
         self.say(
-            f"{self._name(progress.phase)}: validation loss {loss:.4f}, limit {limit:.4f}; "
-            + (
-                f"{kept:,} of {total:,} weights are kept."
-                if counts
-                else f"undone, {kept:,} of {total:,} weights are kept."
-            )
+            f"{self._name(progress.phase)}: validation loss {loss:.4f}, limit {limit:.4f}; {'' if counts else 'undone, '}"
+            f"{kept:,} of {total:,} weights are kept."
         )
         if not counts:
             return self._next(dataclasses.replace(progress, share=progress.share / 2))
