@@ -118,23 +118,24 @@ def test_an_output_that_the_guide_does_not_show_is_found(shown):
         assert_shown("a 100 of", shown)
 
 
-def check_readme(printed: str) -> None:
-    """Compares an output of the README with the one that it shows. Machines differ in the last bits, which training amplifies."""
+def readme_numbers(text: str) -> list[float]:
+    """The numbers in an output of the README: bytes saved, work saved, the error before and after."""
     number = r"([\d.]+)"
     pattern = rf"{number} times fewer bytes, {number} times less work,\n{number} % error before compression, {number} % after\n"
-    (shown,) = [shown for _, shown in blocks_of(README) if shown]
-    expected, found = ([float(part) for part in re.search(pattern, text).groups()] for text in (shown, printed))
-    assert found[:2] == pytest.approx(expected[:2], rel=0.1)
-    assert found[2:] == pytest.approx(expected[2:], abs=0.7)
+    return [float(part) for part in re.search(pattern, text).groups()]
 
 
-def test_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
-    check_readme(run(code_of(README), tmp_path, monkeypatch))
-    assert (tmp_path / "model.bcdl").stat().st_size < 1500
+def test_the_readme_runs_and_compresses(tmp_path, monkeypatch):
+    """The tests compile in another way than users do, and training amplifies the differences of rounding. So the numbers may differ here."""
+    fewer_bytes, less_work, before, after = readme_numbers(run(code_of(README), tmp_path, monkeypatch))
+    assert fewer_bytes > 15
+    assert less_work > 2.5
+    assert after < 0.6 * before
+    assert (tmp_path / "model.bcdl").stat().st_size == pytest.approx(4 * 5110 / fewer_bytes, rel=0.05)
 
 
 @pytest.mark.slow
-def test_the_readme_runs_with_the_compilers_optimisations(tmp_path):
+def test_the_readme_prints_what_it_shows(tmp_path):
     """In a process of its own, as users have it: the other tests compile with fewer optimisations and another code generator."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     code = f"import re\nfrom pathlib import Path\nexec({code_of(README)!r}, {{}})"
@@ -147,7 +148,10 @@ def test_the_readme_runs_with_the_compilers_optimisations(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    check_readme(done.stdout)
+    (shown,) = [shown for _, shown in blocks_of(README) if shown]
+    expected, found = readme_numbers(shown), readme_numbers(done.stdout)
+    assert found[:2] == pytest.approx(expected[:2], rel=0.1)
+    assert found[2:] == pytest.approx(expected[2:], abs=0.7)
 
 
 # Users' settings of JAX. A few epochs are enough to see that everything runs.
