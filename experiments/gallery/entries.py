@@ -29,7 +29,7 @@ GALLERY = Registry(
         make=_function("networks.resnet20", "make"),
         learn=_function("networks.resnet20", "learn"),
         loss="softmax",
-        recipe=PlainRecipe(30, 0.1, optimizer="sgd", weight_decay=5e-4, mirror=True, shift=4),
+        recipe=PlainRecipe(24, 0.04, batch_size=32, optimizer="sgd", weight_decay=5e-4, mirror=True, shift=4),
     ),
     GalleryNetwork(
         name="vision_transformer",
