@@ -24,7 +24,7 @@ class WordClassifier(nn.Module):
     classes: int = LANGUAGES
     characters: int = CHARACTERS
     embedding: int = 32
-    width: int = 128
+    width: int = 256
 
     @nn.compact
     def __call__(self, words: jax.Array) -> jax.Array:
