@@ -16,7 +16,7 @@ from bcdl_jax.train.constants import merge_constants, split_constants
 from bcdl_jax.train.feeds import Feed, make_feed
 from bcdl_jax.train.fit_config import FitConfig
 from bcdl_jax.train.fit_phase import FitReport
-from bcdl_jax.train.fit_run import FitRun, Network, count_observations, kept_weights
+from bcdl_jax.train.fit_run import Callback, FitRun, Network, count_observations, kept_weights
 from bcdl_jax.train.losses import Loss, OwnLoss
 
 
@@ -58,6 +58,7 @@ def fit(
     frozen: Sequence[str] = (),
     mesh: Mesh | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
+    callback: Callback | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Trains a variational network, and prunes it as far as the validation loss allows.
@@ -82,6 +83,8 @@ def fit(
       checkpoints: A directory for checkpoints, or None. A later call with the same arguments goes on from the newest one, and ends with the
         same result bit by bit. The data must then be arrays, a list of batches, a function of the epoch, or an iterable whose iterators have
         ``get_state`` and ``set_state``.
+      callback: A function (params, report), which is called after each report with the params of the network and the ``FitReport``, for logs and
+        pictures. What it raises ends the training. After an interruption, it is called again for the reports since the last checkpoint.
       progress: True to show a progress bar and messages.
 
     Returns:
@@ -105,7 +108,7 @@ def fit(
         train.check_resumable()
         saved = Checkpoints(checkpoints, _settings(network.params, own, train, held_out, key, config, frozen))
     observations = count_observations(own, train)
-    run = FitRun(network, constant, own, config, train, observations, held_out, key, mesh, saved, progress)
+    run = FitRun(network, constant, own, config, train, observations, held_out, key, mesh, saved, progress, callback)
     ended = run.run(trained)
     whole = merge_constants(ended.params["network"], constant)
     result = FitResult(

@@ -9,9 +9,9 @@ import jax
 from tqdm import tqdm
 
 from bcdl_jax.compression.pruning import kept_groups
-from bcdl_jax.train.feeds import Feed
+from bcdl_jax.train.feeds import Advance
 from bcdl_jax.train.settings import setting_of
-from bcdl_jax.train.state import TrainState, TrainStep
+from bcdl_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,45 +48,52 @@ class Phase:
 
     Attributes:
       name: The name of the phase.
-      feed: The training data.
+      steps_per_epoch: The number of steps of an epoch.
       steps: The number of steps.
       steps_per_report: The number of steps between two reports.
       show: True to show a progress bar.
     """
 
     name: str
-    feed: Feed
+    steps_per_epoch: int
     steps: int
     steps_per_report: int
     show: bool
 
-    def run(self, step: TrainStep, state: TrainState, on_report: OnReport) -> TrainState:
-        """Takes the steps of the phase that are left.
+    def run(self, advance: Advance, state: TrainState, on_report: OnReport, until: int) -> TrainState:
+        """Takes steps of the phase.
 
         Args:
-          step: The training step of a state with the setting "kl_weight".
+          advance: The function that takes steps of a state with the setting "kl_weight".
           state: The state at the start or after a report.
           on_report: The function that is called with each report.
+          until: The number of steps of the phase after which this call ends.
 
         Raises:
           ValueError: The loss or an update is not finite.
         """
-        advance, per_epoch = self.feed.trainer(step), self.feed.steps
+        per_epoch = self.steps_per_epoch
         state = jax.tree.map(jax.numpy.array, state)  # The steps donate its buffers.
         taken, since, sums = int(state.step), 0, dict.fromkeys(state.metric_sums, 0.0)
         with tqdm(
-            total=self.steps, initial=taken, desc=self.name, unit="step", mininterval=1, disable=not self.show
+            total=self.steps,
+            initial=taken,
+            desc=self.name,
+            unit="step",
+            mininterval=1,
+            leave=until == self.steps,
+            disable=not self.show,
         ) as bar:
             bar.set_postfix_str("compiling")
-            while taken < self.steps:
-                count = min(self.steps_per_report - since, per_epoch - taken % per_epoch, self.steps - taken)
+            while taken < until:
+                count = min(self.steps_per_report - since, per_epoch - taken % per_epoch, until - taken)
                 state, added = advance(state, count)
                 sums = {name: total + float(added[name]) for name, total in sums.items()}
                 taken, since = taken + count, since + count
                 bar.update(count)
                 if bool(state.halted):
                     raise ValueError(f"The loss or an update is not finite at step {int(state.step)} of {self.name}.")
-                if since < self.steps_per_report and taken < self.steps:
+                if since < self.steps_per_report and taken < until:
                     continue
                 report = self._report(state, {name: total / since for name, total in sums.items()})
                 bar.set_postfix_str(str(report))

@@ -22,10 +22,11 @@ from bcdl_jax.compression.pruning import ConvertedNetwork, prune
 from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.priors.kl import kl_divergence
 from bcdl_jax.priors.posterior import variational_layers
+from bcdl_jax.shrinking import ShrinkReport, cut, expand
 from bcdl_jax.train.averaging import averaged_params, params_ema
 from bcdl_jax.train.checkpoints import Checkpoints, restored
 from bcdl_jax.train.constants import merge_constants
-from bcdl_jax.train.feeds import Batch, Feed, first_examples, some_batches
+from bcdl_jax.train.feeds import Advance, Batch, Feed, first_examples, some_batches
 from bcdl_jax.train.fit_config import FitConfig
 from bcdl_jax.train.fit_phase import FitReport, Phase
 from bcdl_jax.train.fit_progress import Progress, progress_from
@@ -55,6 +56,10 @@ class Network(Protocol):
     def apply(self, params: PyTree, *inputs: PyTree, key: jax.Array | None = None) -> PyTree: ...
 
 
+# A function of the params of the network and a report.
+Callback = Callable[[PyTree, FitReport], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class FitRun:
     """A call of ``fit``. Its params are a pair of entries: "network" without the constant arrays, and "loss".
@@ -71,6 +76,7 @@ class FitRun:
       mesh: The devices of training, or None for one.
       checkpoints: The checkpoints, or None for none.
       show: True to show a progress bar and messages.
+      callback: A function of the whole params of the network and a report, or None.
     """
 
     network: Network
@@ -84,6 +90,7 @@ class FitRun:
     mesh: Mesh | None
     checkpoints: Checkpoints | None
     show: bool
+    callback: Callback | None
 
     def run(self, trained: PyTree) -> Progress:
         """Runs all phases that are left, from the params to train."""
@@ -147,12 +154,14 @@ class FitRun:
             raise ValueError(
                 f"The loss of the trained network is {base} on data and {held_out} on validation; both must be finite."
             )
-        state = self._state(0, params, self.config.start_kl_weight)
+        given = self.config.kl_weight is not None
+        state = self._state(0, params, self._given_weight(0) if given else self.config.start_kl_weight)
         progress = Progress(0, state, params, base, {"plain": held_out}, {}, {}, 1.0, ())
-        kl, control = float(kl_divergence(trained)) / self.observations, self._control(progress)
+        kl = float(kl_divergence(trained)) / self.observations
+        aim = "" if given else f" The sampled training loss may rise to {self._control(progress).aim:.4f}."
         self.say(
             f"The loss of the trained network is {base:.4f} on data and {held_out:.4f} on validation, in nats per observation; the KL is "
-            f"{kl:.2f} nats per observation. The sampled training loss may rise to {control.aim:.4f}."
+            f"{kl:.2f} nats per observation.{aim}"
         )
         return progress
 
@@ -171,31 +180,66 @@ class FitRun:
 
     def _run_phase(self, progress: Progress) -> tuple[TrainState, tuple[FitReport, ...]]:
         """The state at the end of the current phase, at full size, and all reports."""
-        number = progress.phase
-        make_step = self._step_maker(self._optimizer(number))
+        steps, every = self._steps(progress.phase), self.config.check_steps if progress.phase == 0 else 0
+        trainer = self._trainer(progress)
+        while True:
+            taken = int(progress.state.step)
+            until = min(steps, taken - taken % every + every) if every else steps
+            state, reports = self._take_steps(progress, trainer, until)
+            if until == steps:
+                return state, reports
+            checked = self._checked(state)
+            progress = dataclasses.replace(progress, state=checked, reports=reports)
+            if checked is not state:
+                trainer = self._trainer(progress)
+            self._save_if_due(progress)
+
+    def _trainer(self, progress: Progress) -> _Trainer:
+        """The trainer without the groups that are pruned in the state."""
+        make_step = self._step_maker(self._optimizer(progress.phase))
         shrinking = ShrinkingConfig(self._likelihood, make_step, thresholds=math.inf, multiple_of=1)
         small = leave_out_pruned(shrinking, progress.state, first_examples(next(self.train.batches()), 2))
-        step, start = (make_step(self._likelihood), progress.state) if small is None else (small.step, small.state)
-        reports = list(progress.reports)
-        control = self._control(progress) if number == 0 else None
+        step = make_step(self._likelihood) if small is None else small.step
+        return _Trainer(self.train.trainer(step), None if small is None else small.report, self.mesh)
 
-        if self.mesh is not None:
-            start = place_state(start, self.mesh)
+    def _take_steps(
+        self, progress: Progress, trainer: _Trainer, until: int
+    ) -> tuple[TrainState, tuple[FitReport, ...]]:
+        """The state after this number of steps of the current phase, at full size, and all reports."""
+        number, reports = progress.phase, list(progress.reports)
 
         def at_full_size(state: TrainState) -> TrainState:
-            state = state if self.mesh is None else jax.tree.map(jnp.asarray, fetch(state))
-            return state if small is None else small.expand(state)
+            return trainer.expanded(state, progress.state)
 
         def on_report(state: TrainState, report: FitReport) -> TrainState:
             reports.append(report)
-            if control is not None:
-                state = with_setting(state, {"kl_weight": control.next_weight(report.kl_weight, report.loss)})
-            if self.checkpoints is not None and self.checkpoints.are_due:
-                self._save(dataclasses.replace(progress, state=at_full_size(state), reports=tuple(reports)))
+            if number == 0:
+                state = with_setting(state, {"kl_weight": self._next_weight(progress, report)})
+            if self.callback is not None:
+                # A copy, since the next step donates the buffers.
+                params = jax.tree.map(jnp.array, at_full_size(state).params["network"])
+                self.callback(merge_constants(params, self.constant), report)
+            # A pruning check, or the choice of the next phase, follows the last step.
+            if report.step < until:
+                self._save_if_due(dataclasses.replace(progress, reports=tuple(reports)), lambda: at_full_size(state))
             return state
 
-        phase = Phase(self._name(number), self.train, self._steps(number), self.config.steps_per_report, self.show)
-        return at_full_size(phase.run(step, start, on_report)), tuple(reports)
+        phase = Phase(
+            self._name(number), self.train.steps, self._steps(number), self.config.steps_per_report, self.show
+        )
+        state = phase.run(trainer.advance, trainer.small(progress.state), on_report, until)
+        return at_full_size(state), tuple(reports)
+
+    def _checked(self, state: TrainState) -> TrainState:
+        """The state after a pruning check, ``state`` itself if nothing is pruned."""
+        params = state.params
+        thresholds = self._thresholds(params, self.config.check_rise)
+        pruned = prune_network(params, thresholds, self._converted)
+        before, after = (kept_weights(each["network"])[0] for each in (params, pruned))
+        if after > (1 - self.config.check_saving) * before:
+            return state
+        self.say(f"{self._name(0)}: {after:,} of {before:,} weights are kept from step {int(state.step)} on.")
+        return state.replace(params=pruned)
 
     def _after_training(self, progress: Progress, state: TrainState) -> Progress:
         losses = progress.losses | {"trained": self._validation_loss(state.params)}
@@ -220,8 +264,8 @@ class FitRun:
         """The progress at the start of the next phase."""
         number, params, candidate = progress.phase + 1, progress.params, progress.thresholds
         if number < self._fine_tuning:
-            candidate = self._thresholds(progress)
-            params = params | {"network": prune(params["network"], candidate, network=self._converted)}
+            candidate = self._thresholds(params, progress.share * self.config.pruning_rise)
+            params = prune_network(params, candidate, self._converted)
         elif not self.config.fine_tune_steps:
             return dataclasses.replace(progress, phase=self._fine_tuning + 1)
         weight = self._found_weight(progress)
@@ -241,12 +285,26 @@ class FitRun:
         losses = progress.losses | {"fine-tuned": loss}
         return dataclasses.replace(progress, phase=self._fine_tuning + 1, params=params, losses=losses)
 
-    def _thresholds(self, progress: Progress) -> dict[str, float]:
+    def _thresholds(self, params: dict[str, PyTree], rise: float) -> dict[str, float]:
+        """The lowest common threshold that raises the validation loss by at most ``rise``."""
         return choose_common_threshold(
-            progress.params["network"],
-            lambda network: self._validation_loss(progress.params | {"network": network}),
-            max_increase=progress.share * self.config.pruning_rise,
+            params["network"],
+            lambda network: self._validation_loss(params | {"network": network}),
+            max_increase=rise,
             network=self._converted,
+        )
+
+    def _next_weight(self, progress: Progress, report: FitReport) -> float:
+        """The KL weight of training after a report."""
+        if self.config.kl_weight is None:
+            return self._control(progress).next_weight(report.kl_weight, report.loss)
+        return self._given_weight(report.step)
+
+    def _given_weight(self, step: int) -> float:
+        """The given KL weight of the steps from this one to the next report."""
+        assert self.config.kl_weight is not None
+        return self.config.kl_weight * min(
+            1.0, (step + self.config.steps_per_report) / max(1, self.config.warmup_steps)
         )
 
     def _control(self, progress: Progress) -> KLControl:
@@ -306,6 +364,11 @@ class FitRun:
 
         return make_step
 
+    def _save_if_due(self, progress: Progress, state: Callable[[], TrainState] | None = None) -> None:
+        """Writes a checkpoint if the last one is old. ``state`` computes the state to save, if it is not that of ``progress``."""
+        if self.checkpoints is not None and self.checkpoints.are_due:
+            self._save(progress if state is None else dataclasses.replace(progress, state=state()))
+
     def _save(self, progress: Progress) -> None:
         if self.checkpoints is not None:
             self.checkpoints.save(progress.facts | {"position": self.train.position()}, progress.arrays)
@@ -314,6 +377,31 @@ class FitRun:
         """Prints a message."""
         if self.show:
             tqdm.write(f"fit: {message}", file=sys.stderr)  # where the progress bar is
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trainer:
+    """The training steps of a network whose pruned groups are left out.
+
+    Attributes:
+      advance: The function that takes the steps, for small states.
+      report: The report of ``shrink``, or None if nothing is left out.
+      mesh: The devices of training, or None for one.
+    """
+
+    advance: Advance
+    report: ShrinkReport | None
+    mesh: Mesh | None
+
+    def small(self, state: TrainState) -> TrainState:
+        """The small state on the devices of training."""
+        state = state if self.report is None else cut(state, self.report)
+        return state if self.mesh is None else place_state(state, self.mesh)
+
+    def expanded(self, small: TrainState, whole: TrainState) -> TrainState:
+        """The small state at full size. The groups that are left out have their values in ``whole``."""
+        state = small if self.mesh is None else jax.tree.map(jnp.asarray, fetch(small))
+        return state if self.report is None else expand(state, self.report, into=whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +420,13 @@ class _WithoutConstants:
             pruned,
             is_leaf=lambda leaf: leaf is None or is_posterior(leaf),
         )
+
+
+def prune_network(
+    params: dict[str, PyTree], thresholds: dict[str, float], network: ConvertedNetwork | None
+) -> dict[str, PyTree]:
+    """The params with a pruned network."""
+    return params | {"network": prune(params["network"], thresholds, network=network)}
 
 
 def count_observations(loss: Loss, feed: Feed) -> int:

@@ -19,6 +19,8 @@ CONFIG = train.FitConfig(
     steps_per_report=3,
     pruning_rise=0.5,
     least_rise=2.0,
+    check_steps=6,
+    check_rise=0.2,
 )
 
 

@@ -57,6 +57,38 @@ def test_useless_inputs_go_and_the_loss_stays(regression):
     assert report.multiply_adds[1] <= 0.5 * report.multiply_adds[0]
 
 
+def test_a_new_network_is_trained_with_a_given_kl_weight_and_pruning_checks(key, capsys):
+    x, outputs, params = problem(key)
+    params = jax.tree.map(lambda array: 0.5 * jax.random.normal(key, array.shape), params)
+    targets = outputs + 0.1 * jax.random.normal(key, outputs.shape)
+    data, validation = (x[:1000], targets[:1000]), (x[1000:], targets[1000:])
+    model = bcdl_jax.variational(network, params, x[:2])
+    config = train.FitConfig(
+        steps=600,
+        learning_rate=2e-2,
+        kl_weight=1.0,
+        warmup_steps=200,
+        check_steps=200,
+        rounds=0,
+        fine_tune_steps=0,
+        batch_size=64,
+    )
+    seen = []
+    result = train.fit(
+        model, train.GaussianLoss(), data, validation, config=config, callback=lambda *each: seen.append(each)
+    )
+    np.testing.assert_allclose([report.kl_weight for report in result.reports[:5]], [0.25, 0.5, 0.75, 1, 1])
+    assert [report for _, report in seen] == list(result.reports)
+    assert result.losses["trained"] < result.losses["plain"] - 1
+    # The last params are those of the result: no round follows.
+    jax.tree.map(np.testing.assert_array_equal, seen[-1][0], result.params)
+    kept = [int(params["first"].input_mask.sum()) for params, _ in seen]
+    assert kept[0] == 10
+    assert kept[-1] == result.params["first"].input_mask.sum() < 10
+    assert bool((result.params["first"].input_mask[:3] > 0).all())
+    assert "weights are kept from step" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_same_key_gives_the_same_result(key):
     x, outputs, params = problem(key, 200)
@@ -123,5 +155,7 @@ def test_bad_input_is_refused(key):
         train.fit(model, loss, data, (x, outputs), config={"steps": 3})
     with pytest.raises(ValueError, match="validation is data itself; it must hold examples"):
         train.fit(model, loss, data, data)
+    with pytest.raises(ValueError, match="check_steps is 70; it must be a multiple of steps_per_report, 50"):
+        train.FitConfig(check_steps=70)
     with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1 and finite"):
         train.FitConfig(batch_size=0)
