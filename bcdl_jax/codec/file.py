@@ -15,10 +15,11 @@ import numpy as np
 
 from bcdl_jax._atomic_file import write_atomically
 from bcdl_jax._tree import PyTree, array_names, check_arrays, is_key, layer_name, module_name
-from bcdl_jax.codec.format import MAX_BYTES, CompressedFileError, LayerHeader, described, nonzero_indices
+from bcdl_jax.codec.format import MAX_BYTES, CompressedFileError, LayerHeader, described, integers_of, nonzero_indices
 from bcdl_jax.codec.reader import FileReader
 from bcdl_jax.codec.writer import FileWriter
 from bcdl_jax.compression.layers import is_layer
+from bcdl_jax.compression.quantization import integer_bits
 from bcdl_jax.compression.quantized_layer import QuantizedLayer
 from bcdl_jax.priors.posterior import Posterior
 
@@ -31,10 +32,10 @@ class RecordSummary:
       name: Path of the entry, or its number if the file has no names.
       shape: Shape of the kernel or the array.
       kept: Number of kept indices along each axis.
-      bits: Bits of one integer of the kernel, or bits of the type of the array.
+      bits: Bits of one integer of the kernel or of the array, or bits of the type of an array that is copied.
       bytes: Size of the entry in the file: kernel, bias, steps or levels, and sets of kept indices.
       biases: Number of biases of a layer, 0 for an array.
-      dtype: The type of an array, such as "float32". None for a layer, which holds integers.
+      dtype: The type of an array whose floats are copied, such as "float32". None for a layer or an array that is stored as integers.
     """
 
     name: str
@@ -175,7 +176,10 @@ def summarize(data: bytes, *, max_bytes: int = MAX_BYTES) -> list[RecordSummary]
 def _summary(name: str, value: QuantizedLayer | np.ndarray, size: float) -> RecordSummary:
     if not isinstance(value, QuantizedLayer):
         kept = tuple(int(np.sum(flags)) for flags in nonzero_indices(value))
-        return RecordSummary(name, value.shape, kept, 8 * value.dtype.itemsize, size, dtype=value.dtype.name)
+        integers = value if value.dtype.kind in "biu" else (integers_of(value) or (None,))[0]
+        if integers is None:
+            return RecordSummary(name, value.shape, kept, 8 * value.dtype.itemsize, size, dtype=value.dtype.name)
+        return RecordSummary(name, value.shape, kept, int(integer_bits(integers.astype(np.int64))), size)
     *window, fan_in, _ = value.kernel_shape
     # The kernel of a grouped convolution has entries for all of its inputs.
     kept_inputs = int(np.sum(value.input_mask)) if value.feature_groups == 1 else fan_in

@@ -73,6 +73,11 @@ STEP_DTYPES = tuple(np.dtype(name) for name in ("float32", "float16", jnp.bfloat
 STEP_DTYPE_SHIFT, STEP_DTYPE_MASK = 4, 3 << 4
 
 MAX_AXES = 15
+# The exponents of the steps of coded floats fit into a byte.
+MIN_EXPONENT, MAX_EXPONENT = -128, 127
+_DOUBLE_DIGITS = 53
+# Coding the integers of floats that were not rounded would save little.
+_MOST_FLOAT_DIGITS = 16
 MAX_CODED_MAGNITUDE = 2**32 - 1  # Arrays with larger integers are copied.
 
 # The limit on coded numbers for a file of a given length. It bounds the time that a damaged file can take. The writer keeps to it.
@@ -102,11 +107,13 @@ class ArrayHeader:
       shape: Shape of the array.
       dtype: Type of the array.
       coded: True if the values are in the coded stream, False if they are in the copied part.
+      exponent: For coded floats, the exponent of their step: a value is an integer times 2 ** exponent.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     coded: bool
+    exponent: int = 0
 
     @property
     def memory(self) -> int:
@@ -188,3 +195,34 @@ def levels_fit(levels: np.ndarray, kernel: np.ndarray) -> bool:
     negative = int((levels < 0).sum())
     enough = -negative <= int(kernel.min(initial=0)) and int(kernel.max(initial=0)) <= levels.size - negative
     return enough and bool(np.isfinite(levels).all() and (levels != 0).all() and (levels[:-1] < levels[1:]).all())
+
+
+def integers_of(array: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """The integers, int64, and the exponent of the coarsest step 2 ** exponent whose multiples the floats of an array are.
+
+    Returns:
+      None if an integer would have more than 16 binary digits, or as many as a float has bits, or if all are 0 and need no integers.
+    """
+    with np.errstate(invalid="ignore"):  # Signalling NaN.
+        wide = array.astype(np.float64)
+    if not wide.any() or not np.isfinite(wide).all() or (np.signbit(wide) & (wide == 0)).any():
+        return None
+    fractions, exponents = np.frexp(wide[wide != 0])
+    whole = np.abs(np.ldexp(fractions, _DOUBLE_DIGITS)).astype(np.int64)
+    # The lowest bit that is set.
+    lowest = exponents - _DOUBLE_DIGITS + np.frexp((whole & -whole).astype(np.float64))[1] - 1
+    exponent = min(int(lowest.min()), MAX_EXPONENT)
+    largest = int(exponents.max()) - exponent  # The number of digits of the largest integer.
+    if exponent < MIN_EXPONENT or largest > _MOST_FLOAT_DIGITS or largest >= 8 * array.dtype.itemsize:
+        return None
+    return np.ldexp(wide, -exponent).astype(np.int64), exponent
+
+
+def floats_of(integers: np.ndarray, exponent: int, dtype: np.dtype) -> np.ndarray:
+    """The floats integer * 2 ** exponent. Raises CompressedFileError if the type cannot hold them exactly."""
+    wide = np.ldexp(integers.astype(np.float64), exponent)
+    with np.errstate(over="ignore"):
+        floats = wide.astype(dtype)
+    if (floats.astype(np.float64) != wide).any():
+        raise damaged("a float is not a number of its type")
+    return floats

@@ -27,6 +27,7 @@ from bcdl_jax.codec.format import (
     LayerFlag,
     LayerHeader,
     damaged,
+    floats_of,
     levels_fit,
 )
 from bcdl_jax.codec.stream_reader import StreamReader
@@ -111,8 +112,11 @@ class FileReader:
     def _array(self, header: ArrayHeader) -> np.ndarray:
         sets = [self._stream.read_set(size) for size in header.shape]
         shape = _kept_shape(sets)
-        if header.coded:
+        if header.coded and header.dtype.kind in "biu":
             kept = self._stream.read_integers(shape, header.dtype)
+        elif header.coded:
+            integers = self._stream.read_integers(shape, np.dtype(np.int64))
+            kept = floats_of(integers, header.exponent, header.dtype)
         else:
             kept = _from_little_endian(self._copied.take(math.prod(shape) * header.dtype.itemsize), header.dtype)
             if header.dtype.kind == "b" and (kept.view(np.uint8) > 1).any():
@@ -194,17 +198,20 @@ def _read_header(cursor: _Cursor) -> LayerHeader | ArrayHeader:
     kind, axes = divmod(first, 16)
     shape = tuple(cursor.varint() for _ in range(axes))
     if kind == EntryKind.ARRAY:
-        return _array_header(second, shape)
+        return _read_array_header(cursor, second, shape)
     if kind == EntryKind.LAYER and axes >= 2:
         return _read_layer_header(cursor, second, shape)
     raise damaged("an entry has an unknown kind")
 
 
-def _array_header(flags: int, shape: tuple[int, ...]) -> ArrayHeader:
-    coded, number = divmod(flags, ArrayFlag.CODED)
-    if number >= len(ARRAY_DTYPES) or (coded and ARRAY_DTYPES[number].kind not in "biu"):
+def _read_array_header(cursor: _Cursor, second: int, shape: tuple[int, ...]) -> ArrayHeader:
+    coded, number = divmod(second, ArrayFlag.CODED)
+    if number >= len(ARRAY_DTYPES):
         raise damaged("an array has an unknown type")
-    return ArrayHeader(shape, ARRAY_DTYPES[number], bool(coded))
+    dtype, exponent = ARRAY_DTYPES[number], 0
+    if coded and dtype.kind not in "biu":
+        exponent = int.from_bytes(cursor.take(1), "little", signed=True)
+    return ArrayHeader(shape, dtype, bool(coded), exponent)
 
 
 def _read_layer_header(cursor: _Cursor, second: int, shape: tuple[int, ...]) -> LayerHeader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from bcdl_jax.codec.format import (
     FileFlag,
     LayerFlag,
     LayerHeader,
+    integers_of,
     levels_fit,
     nonzero_indices,
 )
@@ -70,25 +72,27 @@ class FileWriter:
                 f"The array at {name} is {array.dtype} with {array.ndim} axes; allowed are the types {allowed}, and at most "
                 f"{MAX_AXES} axes."
             )
-        sets = nonzero_indices(array)
-        coded = array.dtype.kind in "biu" and all(
-            abs(int(value)) <= MAX_CODED_MAGNITUDE for value in (array.min(initial=0), array.max(initial=0))
-        )
-        if coded:
+        sets, exponent = nonzero_indices(array), 0
+        values: np.ndarray | None = None
+        if array.dtype.kind in "biu":
+            if all(abs(int(value)) <= MAX_CODED_MAGNITUDE for value in (array.min(initial=0), array.max(initial=0))):
+                values = array
+        elif (found := integers_of(array)) is not None:
+            values, exponent = found
+        if values is not None:
             # Coded zeros may take fewer bytes than the sets that leave them out.
             full = [np.ones(size, bool) for size in array.shape]
-            sets = min((full, sets), key=lambda sets: self._stream.size_with(array, sets))
-        kept = array[np.ix_(*sets)] if array.ndim else array
-        header = ArrayHeader(array.shape, array.dtype, coded)
+            sets = min((full, sets), key=lambda sets: self._stream.size_with(values, sets))
+        header = ArrayHeader(array.shape, array.dtype, values is not None, exponent)
         self._headers += _array_header_bytes(header)
         self._count += 1
         self.memory += header.memory
         for flags in sets:
             self._stream.write_set(flags)
-        if coded:
-            self._stream.write_integers(kept)
+        if values is not None:
+            self._stream.write_integers(_at(values, sets))
         else:
-            self._copied += _little_endian(kept)
+            self._copied += _little_endian(_at(array, sets))
 
     def finish(self, names: list[str] | None) -> bytes:
         """The content of the file. The writer cannot be used afterwards.
@@ -154,7 +158,15 @@ def _layer_header_bytes(header: LayerHeader) -> bytes:
 def _array_header_bytes(header: ArrayHeader) -> bytes:
     dtype = ARRAY_DTYPES.index(header.dtype)
     data = bytes([EntryKind.ARRAY << 4 | len(header.shape), dtype | ArrayFlag.CODED * header.coded])
-    return data + b"".join(map(_varint, header.shape))
+    data += b"".join(map(_varint, header.shape))
+    if header.coded and header.dtype.kind not in "biu":
+        data += header.exponent.to_bytes(1, "little", signed=True)
+    return data
+
+
+def _at(array: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
+    """The elements at the kept indices of each axis."""
+    return array[np.ix_(*sets)] if array.ndim else array
 
 
 def _little_endian(array: np.ndarray) -> bytes:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Context, Decimal
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -126,6 +127,7 @@ class _ArrayHeader:
     dtype: np.dtype
     coded: bool
     shape: tuple[int, ...]
+    exponent: int | None  # None but for coded floats.
 
     def lengths(self) -> list[int]:
         return [*self.shape]
@@ -157,8 +159,12 @@ def _read_header(reader: _Bytes) -> _ArrayHeader | _LayerHeader:
 def _read_array_header(reader: _Bytes, axes: int) -> _ArrayHeader:
     coded, number = divmod(reader.byte(), 128)
     _require(number < len(_ARRAY_TYPES), "unknown type")
-    _require(not coded or number < len(_INTEGER_TYPES), "floats in the coded stream")
-    return _ArrayHeader(_ARRAY_TYPES[number], bool(coded), tuple(reader.varint() for _ in range(axes)))
+    shape = tuple(reader.varint() for _ in range(axes))
+    exponent = None
+    if coded and number >= len(_INTEGER_TYPES):
+        exponent = reader.byte()
+        exponent -= 256 * (exponent > 127)
+    return _ArrayHeader(_ARRAY_TYPES[number], bool(coded), shape, exponent)
 
 
 def _read_layer_header(reader: _Bytes, axes: int) -> _LayerHeader:
@@ -246,6 +252,14 @@ def _shortest_bits(integers: np.ndarray) -> int:
 
 def _read_array(header: _ArrayHeader, contents: _Contents, copied: _Bytes) -> dict[str, Any]:
     masks = [contents.kept(length) for length in header.shape]
+    if header.exponent is not None:
+        integers = contents.integer_array(masks, np.dtype(np.int64))
+        exact = [float(int(value) * Fraction(2) ** header.exponent) for value in integers.ravel()]
+        with np.errstate(over="ignore"):
+            floats = np.array(exact).astype(header.dtype)
+        _require([float(value) for value in floats] == exact, "a float that its type cannot hold")
+        floats = floats.reshape(integers.shape)
+        return {"kind": "array", "value": floats}
     if header.coded:
         return {"kind": "array", "value": contents.integer_array(masks, header.dtype)}
     count = math.prod(int(np.count_nonzero(mask)) for mask in masks)
