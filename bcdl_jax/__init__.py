@@ -3,7 +3,8 @@
 The names below are the most used ones, in the order of use. The subpackages hold the rest.
 """
 
-from bcdl_jax import baselines, codec, compression, conversion, export, graph, nn, priors, shrinking, train
+from bcdl_jax import baselines, budget, codec, compression, conversion, export, graph, nn, priors, shrinking, train
+from bcdl_jax.budget import compress, squared_error, wrong_class
 from bcdl_jax.codec import load, save
 from bcdl_jax.compression import (
     choose_relative_step,
@@ -15,7 +16,7 @@ from bcdl_jax.compression import (
     reduce_precision,
 )
 from bcdl_jax.conversion import variational
-from bcdl_jax.export import export_onnx, export_safetensors, export_stablehlo, load_stablehlo
+from bcdl_jax.export import export_onnx, export_safetensors, export_stablehlo, load_network, load_stablehlo
 from bcdl_jax.nn import Conv, Dense, max_pool
 from bcdl_jax.priors import (
     Family,
@@ -53,7 +54,10 @@ __all__ = [  # noqa: RUF022
     "kl_warmup",
     "clip_variances",
     "keep_masks",
-    # Compression of the trained network.
+    # Compression of the trained network: within a budget, or step by step.
+    "compress",
+    "wrong_class",
+    "squared_error",
     "choose_thresholds",
     "prune",
     "choose_relative_step",
@@ -67,6 +71,7 @@ __all__ = [  # noqa: RUF022
     "for_cpu",
     "save",
     "load",
+    "load_network",
     "export_onnx",
     "export_safetensors",
     "export_stablehlo",
@@ -78,6 +83,7 @@ __all__ = [  # noqa: RUF022
     "compression",
     "shrinking",
     "conversion",
+    "budget",
     "codec",
     "export",
     "baselines",

@@ -1,4 +1,4 @@
-"""Inspects and verifies compressed files: ``python -m bcdl_jax inspect FILE``, ``python -m bcdl_jax verify FILE``."""
+"""Looks at compressed files and runs them: ``python -m bcdl_jax inspect|verify|run FILE``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+
+from bcdl_jax._atomic_file import write_atomically
 from bcdl_jax.codec import CompressedFileError, RecordSummary, summarize
 from bcdl_jax.codec.format import MAX_BYTES
+from bcdl_jax.export import load_network
+from bcdl_jax.export.network_file import is_network, network_parts
+
+
+class _CommandError(Exception):
+    """A command that cannot be carried out. Its message is one sentence."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,13 +29,38 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
       arguments: The arguments of the command line, or None for those of the process.
     """
+    args = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may lack letters of the names.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if args.command == "run":
+            _run(args)
+        else:
+            _look(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # A reader such as head closed the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except CompressedFileError as error:
+        print(f"error: {args.file}: {error}", file=sys.stderr)
+        return 2
+    except _CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename} cannot be read or written: {error.strerror}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bcdl_jax", description="Inspects and verifies files that bcdl_jax.save wrote."
+        prog="python -m bcdl_jax", description="Looks at files of compressed params and networks, and runs networks."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("inspect", "print the shape, the kept indices, the bits and the bytes of each layer"),
         ("verify", "decode the file and report any damage"),
+        ("run", "run the network of a file that a compressed network's save wrote, with its program"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         command.add_argument("file", metavar="FILE")
@@ -35,27 +70,61 @@ def main(arguments: list[str] | None = None) -> int:
             default=MAX_BYTES,
             help="largest memory that the content may take (default: %(default)s)",
         )
-    args = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may lack letters of the names.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    command.add_argument(
+        "--input",
+        metavar="X.npy",
+        action="append",
+        required=True,
+        help="an array of inputs [examples, ...]; several inputs take several --input, in their order",
+    )
+    command.add_argument(
+        "--output", metavar="Y.npy", help="file for the outputs; without it, their shape and first rows are printed"
+    )
+    return parser
+
+
+def _look(args: argparse.Namespace) -> None:
+    """Prints a table of the file's entries, or that the file is valid."""
+    data = coded = Path(args.file).read_bytes()
+    program = b""
+    if is_network(data):
+        program, coded = network_parts(data)
+    summaries = summarize(coded, max_bytes=args.max_bytes)
+    if args.command == "verify":
+        more = f", a program of {len(program):,} bytes" if program else ""
+        print(f"{args.file}: valid, {len(summaries)} layers and arrays{more}, {len(data):,} bytes")
+        return
+    print_summaries(summaries, len(coded))
+    if program:
+        print(f"program: {len(program):,} bytes; whole file: {len(data):,} bytes")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Runs the network on the inputs."""
+    network = load_network(args.file, max_bytes=args.max_bytes)
+    inputs = [_read_array(path) for path in args.input]
     try:
-        data = Path(args.file).read_bytes()
-        summaries = summarize(data, max_bytes=args.max_bytes)
-    except OSError as error:
-        print(f"error: {args.file} cannot be read: {error.strerror}.", file=sys.stderr)
-        return 2
-    except CompressedFileError as error:
-        print(f"error: {args.file}: {error}", file=sys.stderr)
-        return 2
+        outputs = jax.tree.leaves(network(*inputs))
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
+        raise _CommandError(
+            f"The network of {args.file} does not take inputs of {given}: {str(error).splitlines()[0]}"
+        ) from error
+    if args.output is None:
+        for output in outputs:
+            print(f"{output.dtype} {output.shape}")
+            print(np.asarray(output[:5] if output.ndim else output))
+        return
+    if len(outputs) != 1:
+        raise _CommandError(f"The network of {args.file} has {len(outputs)} outputs; --output takes one. Leave it out.")
+    write_atomically(args.output, lambda file: np.save(file, np.asarray(outputs[0])))
+
+
+def _read_array(path: str) -> np.ndarray:
     try:
-        if args.command == "verify":
-            print(f"{args.file}: valid, {len(summaries)} layers and arrays, {len(data):,} bytes")
-        else:
-            print_summaries(summaries, len(data))
-        sys.stdout.flush()
-    except BrokenPipeError:  # A reader such as head closed the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise _CommandError(f"--input {path} is not an array in NumPy's format .npy.") from error
 
 
 def print_summaries(summaries: list[RecordSummary], size: int) -> None:

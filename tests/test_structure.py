@@ -24,6 +24,7 @@ ORDER = (
     "conversion",
     "codec",
     "export",
+    "budget",
     "baselines",
     "train",
     "__init__",

@@ -1,6 +1,7 @@
 """Pruning, reduced precision and compression rates of a trained params tree."""
 
 from bcdl_jax.compression.layers import is_layer
+from bcdl_jax.compression.plain_arrays import round_plain_arrays
 from bcdl_jax.compression.plain_twin import from_trained, mean_weights, weight_variances
 from bcdl_jax.compression.pruning import kept_groups, prune, prune_units
 from bcdl_jax.compression.quantization import choose_relative_step, reduce_precision, reduce_precision_by_round_off
@@ -29,5 +30,6 @@ __all__ = [
     "rate_paper_maximum",
     "reduce_precision",
     "reduce_precision_by_round_off",
+    "round_plain_arrays",
     "weight_variances",
 ]

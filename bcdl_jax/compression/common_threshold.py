@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -39,22 +39,33 @@ def choose_common_threshold(
     Returns:
       A threshold by layer name, for ``prune``: the common one, or a higher one for a layer that would lose its last unit.
     """
-    layers, scores = variational_layers(params), jax.device_get(pruning_scores(params))
-    kept = {name: each[np.asarray(layers[name].unit_mask) > 0] for name, each in scores.items()}
-    candidates = np.unique(np.concatenate(list(kept.values())))[::-1]
-    least = {name: each.min(initial=np.float32(math.inf)) for name, each in kept.items()}
-
-    def thresholds(common: float) -> dict[str, float]:
-        # The scores are in float32, so the next number of that type keeps the best unit.
-        return {
-            name: common if each < common else float(np.nextafter(each, np.float32(math.inf)))
-            for name, each in least.items()
-        }
-
+    scores = kept_scores(params)
+    candidates = np.unique(np.concatenate(list(scores.values())))[::-1]
     limit = float(error(params)) + max_increase
     allowed, refused = -1, len(candidates)
     while refused - allowed > max(1, int(len(candidates) * _PRECISION)):
         middle = (allowed + refused) // 2
-        pruned = prune(params, thresholds(float(candidates[middle])), network=network)
+        pruned = prune(params, common_thresholds(scores, float(candidates[middle])), network=network)
         allowed, refused = (middle, refused) if float(error(pruned)) <= limit else (allowed, middle)
-    return thresholds(float(candidates[allowed]) if allowed >= 0 else math.inf)
+    return common_thresholds(scores, float(candidates[allowed]) if allowed >= 0 else math.inf)
+
+
+def kept_scores(params: PyTree) -> dict[str, np.ndarray]:
+    """The scores of the kept units of each layer, in the order of ``unit_mask``, see ``pruning_scores``."""
+    layers, scores = variational_layers(params), jax.device_get(pruning_scores(params))
+    return {name: each[np.asarray(layers[name].unit_mask) > 0] for name, each in scores.items()}
+
+
+def common_thresholds(scores: Mapping[str, np.ndarray], common: float) -> dict[str, float]:
+    """The common threshold for each layer, or a higher one for a layer that would lose its last unit.
+
+    Args:
+      scores: The scores of the kept units by layer name.
+      common: The common threshold.
+    """
+    least = {name: each.min(initial=np.float32(math.inf)) for name, each in scores.items()}
+    # The scores are in float32, so the next number of that type keeps the best unit.
+    return {
+        name: common if each < common else float(np.nextafter(each, np.float32(math.inf)))
+        for name, each in least.items()
+    }

@@ -24,7 +24,7 @@ def export_stablehlo(
     *,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> int:
-    """Writes a network with its params as serialised StableHLO. Needs ``flatbuffers`` (``pip install -e '.[export]'``).
+    """Writes a network with its params as serialised StableHLO.
 
     Args:
       path: The file. It is written under a temporary name and then renamed.
@@ -42,10 +42,7 @@ def export_stablehlo(
       ValueError: The first input has no leading axis, a platform is unknown, or the network does not run at every batch size.
       OSError: The file cannot be written.
     """
-    unknown = sorted({*platforms} - {*PLATFORMS})
-    if unknown or not platforms:
-        given = f"has the unknown entries {unknown}" if unknown else "is empty"
-        raise ValueError(f"platforms {given}; allowed are {', '.join(PLATFORMS)}.")
+    check_platforms(platforms)
     check_writable(path)
     inputs = symbolic_inputs(example_inputs)
     function = jax.jit(lambda *arguments: apply(params, *arguments))
@@ -79,3 +76,11 @@ def load_stablehlo(path: str | os.PathLike[str]) -> Callable[..., PyTree]:
     except Exception as error:  # The deserialiser documents no types of errors.
         raise ValueError(f"{path} is not a file of export_stablehlo, or it is damaged ({error}).") from error
     return jax.jit(exported.call)
+
+
+def check_platforms(platforms: Sequence[str]) -> None:
+    """Raises ValueError for an unknown platform, or for none."""
+    unknown = sorted({*platforms} - {*PLATFORMS})
+    if unknown or not platforms:
+        given = f"has the unknown entries {unknown}" if unknown else "is empty"
+        raise ValueError(f"platforms {given}; allowed are {', '.join(PLATFORMS)}.")

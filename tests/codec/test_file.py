@@ -497,7 +497,7 @@ def test_inspect_and_verify(net, tmp_path, capsys):
     summaries = bcdl_jax.codec.summarize(path.read_bytes())
     assert 0.5 * size < sum(summary.bytes for summary in summaries) < size
     assert main(["inspect", str(tmp_path / "none.bcdl")]) == 2
-    assert "cannot be read: No such file" in capsys.readouterr().err
+    assert "cannot be read or written: No such file" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["net.bcdl"]
     command = [sys.executable, "-m", "bcdl_jax", "inspect", str(path)]
     bcdl_jax.save(

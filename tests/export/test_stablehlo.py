@@ -10,8 +10,6 @@ import pytest
 import bcdl_jax
 from tests.conftest import CONV_CHAIN, prune_half
 
-pytest.importorskip("flatbuffers")
-
 
 def test_the_small_network_runs_from_stablehlo_with_jax_alone(conv_net, tmp_path):
     model, params, inputs = conv_net
