@@ -3,7 +3,20 @@
 The names below are the most used ones, in the order of use. The subpackages hold the rest.
 """
 
-from bcdl_jax import baselines, budget, codec, compression, conversion, export, graph, nn, priors, shrinking, train
+from bcdl_jax import (
+    baselines,
+    budget,
+    codec,
+    command,
+    compression,
+    conversion,
+    export,
+    graph,
+    nn,
+    priors,
+    shrinking,
+    train,
+)
 from bcdl_jax.budget import compress, squared_error, wrong_class
 from bcdl_jax.codec import load, save
 from bcdl_jax.compression import (
@@ -84,6 +97,7 @@ __all__ = [  # noqa: RUF022
     "shrinking",
     "conversion",
     "budget",
+    "command",
     "codec",
     "export",
     "baselines",

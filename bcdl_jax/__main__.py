@@ -1,4 +1,4 @@
-"""Looks at compressed files and runs them: ``python -m bcdl_jax inspect|verify|run FILE``."""
+"""Compresses networks, looks at their files and runs them: ``python -m bcdl_jax compress|inspect|verify|run``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ import numpy as np
 from bcdl_jax._atomic_file import write_atomically
 from bcdl_jax.codec import CompressedFileError, RecordSummary, summarize
 from bcdl_jax.codec.format import MAX_BYTES
+from bcdl_jax.command import CommandError, add_arguments, run_compress
 from bcdl_jax.export import load_network
 from bcdl_jax.export.network_file import is_network, network_parts
-
-
-class _CommandError(Exception):
-    """A command that cannot be carried out. Its message is one sentence."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal may lack letters of the names.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if args.command == "run":
+        if args.command == "compress":
+            run_compress(args)
+        elif args.command == "run":
             _run(args)
         else:
             _look(args)
@@ -43,20 +42,27 @@ def main(arguments: list[str] | None = None) -> int:
     except CompressedFileError as error:
         print(f"error: {args.file}: {error}", file=sys.stderr)
         return 2
-    except _CommandError as error:
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename} cannot be read or written: {error.strerror}.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bcdl_jax", description="Looks at files of compressed params and networks, and runs networks."
+        prog="python -m bcdl_jax", description="Compresses trained networks, looks at their files, and runs them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    text = (
+        "make a trained network variational, train, prune, round and shrink it within a budget, and write it to files"
+    )
+    add_arguments(commands.add_parser("compress", help=text, description=text.capitalize() + "."))
     for name, text in (
         ("inspect", "print the shape, the kept indices, the bits and the bytes of each layer"),
         ("verify", "decode the file and report any damage"),
@@ -107,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
         outputs = jax.tree.leaves(network(*inputs))
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{array.dtype} {array.shape}" for array in inputs)
-        raise _CommandError(
+        raise CommandError(
             f"The network of {args.file} does not take inputs of {given}: {str(error).splitlines()[0]}"
         ) from error
     if args.output is None:
@@ -116,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
             print(np.asarray(output[:5] if output.ndim else output))
         return
     if len(outputs) != 1:
-        raise _CommandError(f"The network of {args.file} has {len(outputs)} outputs; --output takes one. Leave it out.")
+        raise CommandError(f"The network of {args.file} has {len(outputs)} outputs; --output takes one. Leave it out.")
     write_atomically(args.output, lambda file: np.save(file, np.asarray(outputs[0])))
 
 
@@ -124,7 +130,7 @@ def _read_array(path: str) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except ValueError as error:
-        raise _CommandError(f"--input {path} is not an array in NumPy's format .npy.") from error
+        raise CommandError(f"--input {path} is not an array in NumPy's format .npy.") from error
 
 
 def print_summaries(summaries: list[RecordSummary], size: int) -> None:

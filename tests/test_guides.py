@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDES = [*sorted((ROOT / "bcdl_jax").glob("**/README.md")), ROOT / "bcdl_jax" / "COMPRESS.md"]
 # The guides whose code takes more than some seconds.
-LONG_GUIDES = ("train/README.md", "COMPRESS.md")
+LONG_GUIDES = ("train/README.md", "COMPRESS.md", "command/README.md", "budget/README.md")
 SUBPACKAGES = sorted(path.parent.name for path in (ROOT / "bcdl_jax").glob("*/__init__.py"))
 
 

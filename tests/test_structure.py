@@ -27,6 +27,7 @@ ORDER = (
     "budget",
     "baselines",
     "train",
+    "command",
     "__init__",
     "__main__",
 )

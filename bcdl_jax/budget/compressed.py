@@ -7,11 +7,40 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from bcdl_jax._tree import PyTree
 from bcdl_jax.budget.errors import Increase
 from bcdl_jax.budget.search import Point
 from bcdl_jax.codec import save
 from bcdl_jax.export.network_file import save_network
+
+
+@dataclasses.dataclass(frozen=True)
+class EntryReport:
+    """The report on one layer, or on one array outside of the layers.
+
+    Attributes:
+      name: The path in the params.
+      shape: The shape of the kernel or the array in the given network.
+      small_shape: Its shape in the small network.
+      bits: The bits of an integer, or the bits of the type of an array that is not rounded.
+      bytes: The size in the file.
+      is_layer: True for a layer.
+      is_rounded: True if integers are stored.
+      scores: The pruning scores of the units of a layer before this compression, [units]; empty for an array.
+      kept: Flags of the units that are kept, [units].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    small_shape: tuple[int, ...]
+    bits: int
+    bytes: float
+    is_layer: bool
+    is_rounded: bool
+    scores: np.ndarray
+    kept: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +58,7 @@ class CompressionReport:
       kept_weights: The number of kept weights of the layers, and the number of all.
       plain_bits: The number of bits to which the arrays outside of the layers are rounded, or None if they stay as they are.
       plain_bytes: The size of the arrays outside of the layers, in their own types.
+      entries: The reports on the layers and arrays, in the order of the params.
     """
 
     budget: str
@@ -41,6 +71,7 @@ class CompressionReport:
     kept_weights: tuple[int, int]
     plain_bits: int | None
     plain_bytes: int
+    entries: tuple[EntryReport, ...]
 
     def __str__(self) -> str:
         (before, after), (work, less) = self.bytes, self.multiply_adds

@@ -12,6 +12,7 @@ import numpy as np
 from bcdl_jax._tree import PyTree, check_arrays
 from bcdl_jax.budget.candidates import Pruner, count_weights
 from bcdl_jax.budget.compressed import Compressed, CompressionReport
+from bcdl_jax.budget.entries import entry_reports
 from bcdl_jax.budget.errors import Error, ExampleErrors, increase_from
 from bcdl_jax.budget.search import Point, Search, best_of_size, least_work, smallest_within
 from bcdl_jax.codec import encode
@@ -111,6 +112,7 @@ def compress(
             kept_weights=count_weights(reduced),
             plain_bits=plain_bits,
             plain_bytes=_plain_bytes(params),
+            entries=entry_reports(params, reduced, small),
         ),
     )
 

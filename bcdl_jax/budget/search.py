@@ -20,7 +20,9 @@ _HALVINGS = 4
 # The number of halvings of the share for an amount of work, each of which shrinks a network.
 _WORK_HALVINGS = 8
 # The number of candidates whose files are written.
-_CODED = 3
+_CODED = 5
+# The ratio of sizes up to which the better network counts.
+_ALIKE = 1.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Search:
 
 
 def smallest_within(search: Search, limit: float) -> Point | None:
-    """The point with the smallest file whose error increases by at most ``limit``, or None.
+    """The point with the smallest file whose error increases by at most ``limit``, or a better one of almost its size; None if there is none.
 
     A share counts only if all larger shares that were tried count, and a step only if all smaller ones count. So a network that is within the
     limit by chance is not chosen.
@@ -138,8 +140,11 @@ def smallest_within(search: Search, limit: float) -> Point | None:
         point = search.coarsest(middle, allowed)
         last, refused = (last, middle) if point is None else (middle, refused)
         found += [] if point is None else [point]
-    best = sorted(found, key=lambda point: point.bytes)[:_CODED]
-    return min((search.coded(point) for point in best), key=lambda point: point.bytes, default=None)
+    best = [search.coded(point) for point in sorted(found, key=lambda point: point.bytes)[:_CODED]]
+    least = min((point.bytes for point in best), default=0)
+    # A few bytes more are worth a much lower error.
+    alike = [point for point in best if point.bytes <= _ALIKE * least]
+    return min(alike, key=lambda point: point.increase.increase, default=None)
 
 
 def best_of_size(search: Search, target: float) -> Point | None:

@@ -1,6 +1,9 @@
+import collections
 import re
+import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import jax
@@ -150,6 +153,58 @@ def test_the_command_line_runs_and_inspects_the_file(trained, small, tmp_path, c
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order, and counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.counts = [], collections.Counter()
+
+    def handle_starttag(self, tag, attributes):
+        self.counts[tag] += 1
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.counts[tag] += 1
+
+
+def test_the_page_shows_every_entry_and_point(small):
+    report = small.report
+    page = budget.report_page(report, title="A <small> network")
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert "A &lt;small&gt; network" in page
+    assert "http" not in page
+    assert tags.counts["tr"] == 1 + len(report.entries) == 4
+    # The curve, and a histogram for each layer.
+    assert tags.counts["svg"] == 3
+    assert tags.counts["circle"] > 5
+    assert f"{report.bytes[1]:,} bytes" in page
+    first, gain, last = report.entries
+    assert (first.name, first.shape, last.small_shape[1]) == ("first", (12, 30), 3)
+    assert (gain.is_layer, gain.is_rounded, gain.bits) == (False, True, report.plain_bits)
+    assert first.scores.shape == first.kept.shape == (12,)
+    assert first.scores[first.kept].max() < first.scores[~first.kept].min()
+    assert report.entries[0].bytes + report.entries[2].bytes < report.bytes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_shows_the_page(small, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(budget.report_page(small.report))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert shown.count("<svg") == 3
+    assert "Layers and arrays" in shown
 
 
 def test_the_shares_of_the_pruner_are_those_of_the_weights(trained):
