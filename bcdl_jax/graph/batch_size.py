@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bcdl_jax._tree import PyTree
-from bcdl_jax.graph.example_inputs import resized
+from bcdl_jax.graph.example_inputs import check_arguments, resized
 from bcdl_jax.graph.matching import match_constants, same_constant
 from bcdl_jax.graph.moving import Moving, differences
 from bcdl_jax.graph.primitives import is_plain
@@ -107,7 +107,11 @@ def trace_for_any_batch(apply: Callable[..., PyTree], params: PyTree, inputs: tu
 
     Returns:
       The traced network.
+
+    Raises:
+      ValueError: ``apply`` takes another number of inputs.
     """
+    check_arguments(apply, inputs)
     sizes = [np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs) if np.ndim(leaf)]
     given = trace(apply, params, *inputs)
     limit = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,21 @@ from bcdl_jax._tree import PyTree
 def as_inputs(example_inputs: Any) -> tuple[PyTree, ...]:
     """The inputs of a network as a tuple, from a tuple or a single input."""
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+def check_arguments(apply: Callable[..., PyTree], inputs: tuple[PyTree, ...]) -> None:
+    """Raises ValueError if ``apply`` cannot be called with params and this number of inputs."""
+    try:
+        signature = inspect.signature(apply)
+    except (TypeError, ValueError):  # Some callables have none.
+        return
+    try:
+        signature.bind(None, *inputs)
+    except TypeError as error:
+        count = f"{len(inputs)} input{'s' * (len(inputs) != 1)}"
+        raise ValueError(
+            f"apply cannot be called with params and {count}: {error}. Several inputs are a tuple, and a list is one input."
+        ) from error
 
 
 def resized(inputs: tuple[PyTree, ...], batch: int, size: int) -> tuple[PyTree, ...]:

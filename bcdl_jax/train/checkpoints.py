@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,11 +66,14 @@ class Checkpoints:
         return None
 
     def save(self, facts: Mapping[str, Any], tree: PyTree) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint. If that fails, such as on a full disk, a warning says so, and the earlier checkpoints stay.
 
         Args:
           facts: JSON values.
           tree: A tree of arrays.
+
+        Warns:
+          UserWarning: The checkpoint could not be written.
         """
         start = time.perf_counter()
         leaves = jax.tree.leaves(tree)
@@ -78,10 +82,15 @@ class Checkpoints:
         arrays[_FACTS] = np.frombuffer(json.dumps(content).encode(), np.uint8)
         existing = self._paths()
         number = 1 + (int(existing[0].stem.removeprefix(_PREFIX)) if existing else 0)
-        write_atomically(
-            self._directory / f"{_PREFIX}{number:06d}{_SUFFIX}",
-            lambda file: np.savez(file, allow_pickle=False, **arrays),
-        )
+        path = self._directory / f"{_PREFIX}{number:06d}{_SUFFIX}"
+        try:
+            write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        except OSError as error:
+            last = f"the last checkpoint is {existing[0].name}" if existing else "there is no checkpoint yet"
+            warnings.warn(
+                f"The checkpoint {path} could not be written ({error.strerror}); training goes on, and {last}.",
+                stacklevel=2,
+            )
         for path in self._paths()[_KEPT:]:
             path.unlink(missing_ok=True)
         self._last = time.perf_counter()

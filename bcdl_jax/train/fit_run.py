@@ -175,7 +175,10 @@ class FitRun:
         like = self._state(min(facts["phase"], self._fine_tuning), params, 1.0), params
         progress = progress_from(facts, *restored(like, arrays))
         self.train.go_to(facts["position"])
-        self.say(f"Continues with {self._name(progress.phase)} at step {int(progress.state.step)}.")
+        if progress.phase > self._fine_tuning:
+            self.say("The run in checkpoints is complete; this is its result.")
+        else:
+            self.say(f"Continues with {self._name(progress.phase)} at step {int(progress.state.step)}.")
         return progress
 
     def _run_phase(self, progress: Progress) -> tuple[TrainState, tuple[FitReport, ...]]:

@@ -496,3 +496,16 @@ def test_functions_that_are_not_pure_are_refused():
     generator = np.random.default_rng(0)
     with pytest.raises(ValueError, match="Random numbers must come from a key among the inputs"):
         bcdl_jax.variational(lambda params, x: x @ params["w"] * generator.random(2, np.float32), params, x)
+
+
+def test_a_wrong_number_of_inputs_is_named(key):
+    def two_inputs(params, x, y):
+        return (x + y) @ params["kernel"]
+
+    params, x = {"kernel": jax.random.normal(key, (3, 2))}, jnp.ones((4, 3))
+    message = (
+        r"apply cannot be called with params and 1 input: missing a required argument: 'y'\. Several inputs are a tuple"
+    )
+    for function in (bcdl_jax.variational, bcdl_jax.shrink):
+        with pytest.raises(ValueError, match=message):
+            function(two_inputs, params, [x, x])

@@ -1,3 +1,4 @@
+import errno
 import itertools
 
 import jax
@@ -164,3 +165,19 @@ def test_the_newest_undamaged_checkpoint_counts(tmp_path):
     np.testing.assert_array_equal(back["half"], tree["half"])
     first.write_bytes(b"")
     assert checkpoints.newest() is None
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, {})
+    checkpoints.save({"number": 0}, {"x": jnp.ones(2)})
+
+    def full(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("bcdl_jax.train.checkpoints.write_atomically", full)
+    with pytest.warns(
+        UserWarning,
+        match=r"could not be written \(No space left on device\); training goes on, and the last checkpoint is fit-000001",
+    ):
+        checkpoints.save({"number": 1}, {"x": jnp.ones(2)})
+    assert checkpoints.newest()[0] == {"number": 0}
