@@ -99,13 +99,13 @@ class Affine:
         """The number of the array that ``unfolded`` makes the bias, or None if no step adds. It makes all other ``shifts`` 0."""
         return next(reversed(self.shifts), None)
 
-    def can_unfold(self, arrays: Mapping[int, Any]) -> bool:
+    def can_unfold(self, arrays: Mapping[int, Any]) -> jax.Array:
         """Whether the gain can make the scale 1, for these arrays by number: no other factor of the scale is 0 or not finite."""
         if self.gain is None:
-            return True
+            return jnp.array(True)
         one = {**arrays, self.gain: jnp.ones(self.shapes[self.gain])}
         factors = [part.operand.evaluate(self.block, one) for part in self.parts if not part.sign]
-        return all(bool(jnp.all(jnp.isfinite(1 / factor) & jnp.isfinite(factor))) for factor in factors)
+        return jnp.all(jnp.stack([jnp.isfinite(1 / factor) & jnp.isfinite(factor) for factor in factors]))
 
     def folded(self, kernel: jax.Array, arrays: Mapping[int, Any]) -> tuple[jax.Array, jax.Array | None]:
         """The kernel and the bias that do the work of the product and of these steps.
@@ -168,7 +168,7 @@ def find_affine(
         (reader,) = block.readers[outputs]
         step = block.program.steps[reader]
         if block.only_moves(step):
-            numbers = np.asarray(moved(jnp.asarray(numbers), [step]))
+            numbers = moved(numbers, [step])
         else:
             part = _affine_step(block, step, outputs, numbers, count, slices, sources)
             if part is None or (not part.sign and any(not other.sign for other in parts)):
@@ -248,8 +248,7 @@ def _output_numbers(
         if reading.slices != slices or math.prod(_shape(reading)) != count or place in leaves:
             raise _NotAligned
         leaves[place] = reading
-        with jax.ensure_compile_time_eval():
-            return np.asarray(moved(jnp.arange(count).reshape(_shape(reading)), reading.chain))
+        return moved(np.arange(count).reshape(_shape(reading)), reading.chain)
     if value in program.constants:
         constant = program.constants[value]
         if is_expression(constant) or np.size(constant) != 1:
@@ -269,8 +268,7 @@ def _output_numbers(
     if not known:
         return None
     if not step.elementwise:
-        with jax.ensure_compile_time_eval():
-            return np.asarray(moved(jnp.asarray(known[0]), [step]))
+        return moved(known[0], [step])
     shape = program.shapes[value].shape
     whole = [np.broadcast_to(numbers, shape) for numbers in known]
     if not all(np.array_equal(numbers, whole[0]) for numbers in whole):

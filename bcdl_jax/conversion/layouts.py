@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from bcdl_jax.priors.layer_node import GroupAxis
 from bcdl_jax.priors.posterior import Posterior
 
 Axes = tuple[int, ...]
+ArrayType = TypeVar("ArrayType", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,9 @@ class KernelLayout:
     chain: tuple[Step, ...]
     canonical: Canonical
 
-    def to_kernel(self, array: Any) -> jax.Array:
+    def to_kernel(self, array: ArrayType) -> ArrayType:
         """The kernel that holds the elements of the array."""
-        value = moved(jnp.asarray(array), self.chain)
-        return jnp.transpose(value, self.canonical.order).reshape(self.canonical.shape)
+        return moved(array, self.chain).transpose(self.canonical.order).reshape(self.canonical.shape)
 
     def to_array(self, kernel: jax.Array) -> jax.Array:
         """The array that holds the elements of a kernel, the inverse of ``to_kernel``."""
@@ -90,8 +90,7 @@ class KernelLayout:
     @functools.cached_property
     def places(self) -> np.ndarray:
         """The place in the flattened array of each element of the kernel, of the kernel's shape."""
-        with jax.ensure_compile_time_eval():
-            return np.asarray(self.to_kernel(np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape)))
+        return self.to_kernel(np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +137,9 @@ class ProductLayout:
         front = data.ndim - self.num_inputs
         return data.reshape(*data.shape[:front], math.prod(data.shape[front:]))
 
-    def to_result(self, outputs: jax.Array) -> jax.Array:
+    def to_result(self, outputs: ArrayType) -> ArrayType:
         """The result of the product."""
-        return jnp.transpose(outputs.reshape(*outputs.shape[:-1], *self.out_shape), self.out_order)
+        return outputs.reshape(*outputs.shape[:-1], *self.out_shape).transpose(self.out_order)
 
     def output_numbers(self, result: tuple[int, ...]) -> np.ndarray:
         """The number of the output to which each element of the result of the product belongs.
@@ -150,8 +149,7 @@ class ProductLayout:
         """
         count = self.canonical.shape[-1]
         leading = [result[axis] for axis in _inverse(self.out_order)][: len(result) - len(self.out_shape)]
-        with jax.ensure_compile_time_eval():
-            return np.asarray(self.to_result(jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*leading, count))))
+        return self.to_result(np.broadcast_to(np.arange(count, dtype=np.int32), (*leading, count)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,11 +192,27 @@ class LookupLayout:
         return jnp.transpose(rows, self.order)
 
 
-def moved(array: jax.Array, chain: Sequence[Step]) -> jax.Array:
+def moved(array: ArrayType, chain: Sequence[Step]) -> ArrayType:
     """The array after steps that move its elements, in its own type."""
     for step in chain:
-        array = array if step.name == "convert_element_type" else step.bind(array)[0]
+        if step.name != "convert_element_type":
+            array = _moved_by_numpy(array, step) if isinstance(array, np.ndarray) else step.bind(array)[0]
     return array
+
+
+def _moved_by_numpy(array: np.ndarray, step: Step) -> np.ndarray:
+    """The array after a step of ``MOVES``. XLA would compile a program for each shape."""
+    if step.name == "transpose":
+        return array.transpose(step.params["permutation"])
+    if step.name == "rev":
+        return np.flip(array, step.params["dimensions"])
+    shape = step.equation.outvars[0].aval.shape
+    if step.name == "broadcast_in_dim":
+        axes = [1] * len(shape)
+        for axis, size in zip(step.params["broadcast_dimensions"], array.shape, strict=True):
+            axes[axis] = size
+        return np.broadcast_to(array.reshape(axes), shape)
+    return array.reshape(shape)
 
 
 def dot_layout(

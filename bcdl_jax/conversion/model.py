@@ -21,13 +21,13 @@ from bcdl_jax.conversion.useless import UselessUnits
 from bcdl_jax.graph.batch_size import TracedNetwork, trace_for_any_batch
 from bcdl_jax.graph.example_inputs import as_inputs
 from bcdl_jax.graph.matching import same_constant
-from bcdl_jax.graph.program import compile_quickly, dtype_of
+from bcdl_jax.graph.program import dtype_of
 from bcdl_jax.graph.tracing import trace
 from bcdl_jax.priors.balancing import balance_scales
 from bcdl_jax.priors.family import Family
 from bcdl_jax.priors.kl import kl_divergence
 from bcdl_jax.priors.normal_jeffreys import GroupNormalJeffreys
-from bcdl_jax.priors.posterior import Posterior
+from bcdl_jax.priors.posterior import GroupAxis, Posterior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def variational(
     held = {each: place for place, kernel in kernels.found.items() if kernel.affine for each in kernel.affine.shapes}
     for place in [*kernels.found, *held]:
         check_finite(paths[place], leaves[place], dtype_of(leaves[place]), "params")
-    nodes = _start_posteriors(kernels, families, leaves)
+    nodes, kl = _start_posteriors(kernels, families, leaves)
     plan = ConversionPlan(
         tuple(
             _planned(
@@ -227,7 +227,7 @@ def variational(
             )
             for place, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
         ),
-        float(kl_divergence(nodes)),
+        kl,
         None if network.limit is None else f"With a key, ``apply`` {network.limit}",
     )
     structs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), dtype_of(leaf)) for leaf in leaves)
@@ -267,12 +267,11 @@ def _families(paths: list[str], prior: Family, rules: Mapping[str, Family | None
 def _chosen(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> Kernels:
     """The kernels without those that a rule leaves plain, and without scales that cannot be undone."""
     plain = [place for place in kernels.found if families[place] is None]
+    candidates = {place: kernel for place, kernel in kernels.found.items() if place not in plain}
+    can_fold = _can_fold(candidates, families, leaves)
     found = {
-        place: kernel
-        if kernel.affine is None or _can_fold(kernel, families, leaves)
-        else dataclasses.replace(kernel, affine=None)
-        for place, kernel in kernels.found.items()
-        if place not in plain
+        place: kernel if can_fold.get(place) else dataclasses.replace(kernel, affine=None)
+        for place, kernel in candidates.items()
     }
     reasons = kernels.reasons | {
         place: "rules leaves it plain" for place, family in enumerate(families) if family is None
@@ -293,41 +292,82 @@ def _check_node(path: str, node: Any, kernel: Kernel) -> None:
         )
 
 
-def _can_fold(kernel: Kernel, families: list[Family | None], leaves: list[Any]) -> bool:
-    """Whether no rule leaves an array of the steps behind a kernel plain, and the scale can be undone in every layer."""
-    assert kernel.affine is not None
-    shapes = kernel.affine.shapes
-    if any(families[place] is None for place in shapes):
-        return False
-    slices = {place: _slices(kernel, jnp.asarray(leaves[place])) for place in shapes}
-    return all(
-        kernel.affine.can_unfold({place: slices[place][layer] for place in shapes})
-        for layer in range(kernel.layers or 1)
-    )
+def _can_fold(kernels: Mapping[int, Kernel], families: list[Family | None], leaves: list[Any]) -> dict[int, bool]:
+    """Whether no rule leaves an array of the steps behind a kernel plain, and the scale can be undone in every layer.
+
+    The result holds the kernels with such steps.
+    """
+    affines = {place: kernel.affine for place, kernel in kernels.items() if kernel.affine is not None}
+    allowed = {
+        place: affine for place, affine in affines.items() if all(families[each] is not None for each in affine.shapes)
+    }
+
+    def can_unfold(arrays: list[jax.Array]) -> dict[int, list[jax.Array]]:
+        return {
+            place: [affine.can_unfold(layer) for layer in _behind(kernels[place], arrays)]
+            for place, affine in allowed.items()
+        }
+
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
+    found = jax.device_get(jax.jit(can_unfold, compiler_options=_quick_options())(arrays))
+    return {place: all(map(bool, found.get(place, [False]))) for place in affines}
 
 
-def _start_posteriors(kernels: Kernels, families: list[Family | None], leaves: list[Any]) -> dict[int, Any]:
+def _start_posteriors(
+    kernels: Kernels, families: list[Family | None], leaves: list[Any]
+) -> tuple[dict[int, Any], float]:
     """The posteriors that training starts from, by the number of the array: one, or a tuple of one for each layer.
 
     Their means are the given arrays.
+
+    Returns:
+      The posteriors, and the sum of their KL divergences.
     """
 
-    def start(arrays: list[jax.Array]) -> dict[int, Any]:
-        nodes = {}
-        for place, kernel in kernels.found.items():
-            layers = range(kernel.layers or 1)
-            means = _slices(kernel, arrays[place])
-            held = () if kernel.affine is None else kernel.affine.shapes
-            behind = [{each: _slices(kernel, arrays[each])[layer] for each in held} for layer in layers]
-            keys = [jax.random.fold_in(jax.random.key(place), layer) for layer in layers]
-            each = tuple(
-                _start_posterior(kernel, families[place], *layer) for layer in zip(keys, means, behind, strict=True)
-            )
-            nodes[place] = each[0] if kernel.layers is None else each
-        return balance_scales(nodes)
+    def folded(arrays: list[jax.Array]) -> dict[int, list[tuple[jax.Array, jax.Array | None]]]:
+        return {
+            place: [
+                _folded(kernel, *layer)
+                for layer in zip(_slices(kernel, arrays[place]), _behind(kernel, arrays), strict=True)
+            ]
+            for place, kernel in kernels.found.items()
+        }
 
     arrays = [jnp.asarray(leaf) for leaf in leaves]
-    return compile_quickly(start, arrays)(arrays)
+    means = jax.jit(folded, compiler_options=_quick_options())(arrays)
+    nodes, total = dict[int, Any](), 0.0
+    # Layers of one shape share a program: XLA takes longer for a start than for all the rest of the conversion.
+    starts = dict[tuple[Any, ...], Callable[..., tuple[Posterior, jax.Array]]]()
+    for place, kernel in kernels.found.items():
+        family, canonical = families[place], kernel.layout.canonical
+        assert family is not None
+        form = id(family), canonical.group_axis, canonical.feature_groups
+        if form not in starts:
+            start = functools.partial(_start_posterior, family, canonical.group_axis, canonical.feature_groups)
+            starts[form] = jax.jit(start, compiler_options=_quick_options())
+        each = [starts[form](place, layer, *kernel_and_bias) for layer, kernel_and_bias in enumerate(means[place])]
+        nodes[place] = each[0][0] if kernel.layers is None else tuple(node for node, _ in each)
+        total += sum(float(kl) for _, kl in each)
+    return nodes, total
+
+
+@functools.cache
+def _quick_options() -> dict[str, Any]:
+    """Options of XLA with which it compiles quickly. It refuses options that it does not know."""
+    quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    # The newer code generator for the CPU takes twice as long.
+    quicker = quick | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=quicker)()
+    except jax.errors.JaxRuntimeError:
+        return quick
+    return quicker
+
+
+def _behind(kernel: Kernel, arrays: Sequence[jax.Array]) -> list[dict[int, jax.Array]]:
+    """The arrays of the steps behind each layer of a kernel, by their number."""
+    held = {} if kernel.affine is None else {place: _slices(kernel, arrays[place]) for place in kernel.affine.shapes}
+    return [{place: slices[layer] for place, slices in held.items()} for layer in range(kernel.layers or 1)]
 
 
 def _slices(kernel: Kernel, array: jax.Array) -> Sequence[jax.Array]:
@@ -340,16 +380,26 @@ def _whole(kernel: Kernel, slices: Sequence[jax.Array]) -> jax.Array:
     return slices[0] if kernel.layers is None else jnp.stack(slices)
 
 
+def _folded(kernel: Kernel, array: jax.Array, behind: dict[int, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """The weights and the bias of a layer that do the work of its array and of the steps behind the product."""
+    weights = kernel.layout.to_kernel(array)
+    return (weights, None) if kernel.affine is None else kernel.affine.folded(weights, behind)
+
+
 def _start_posterior(
-    kernel: Kernel, family: Family | None, key: jax.Array, array: jax.Array, behind: dict[int, jax.Array]
-) -> Posterior:
-    assert family is not None
-    canonical = kernel.layout.canonical
-    means, bias = kernel.layout.to_kernel(array), None
-    if kernel.affine is not None:
-        means, bias = kernel.affine.folded(means, behind)
-    node = family.create(key, means, bias, canonical.group_axis, canonical.feature_groups)
-    return with_mean_weights(node, means, bias)
+    family: Family,
+    group_axis: GroupAxis,
+    feature_groups: int,
+    place: jax.Array,
+    layer: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None,
+) -> tuple[Posterior, jax.Array]:
+    """The posterior with these mean weights that training starts from, and its KL divergence."""
+    key = jax.random.fold_in(jax.random.key(place), layer)
+    node = with_mean_weights(family.create(key, weights, bias, group_axis, feature_groups), weights, bias)
+    balanced = balance_scales(node)
+    return balanced, kl_divergence(balanced)
 
 
 def _planned(
