@@ -120,7 +120,7 @@ def test_an_output_that_the_guide_does_not_show_is_found(shown):
 
 def readme_numbers(text: str) -> list[float]:
     """The numbers in an output of the README: bytes saved, work saved, the error before and after."""
-    pattern = r"bytes: .* \(([\d.]+)x\)\nmultiply-adds: .* \(([\d.]+)x\)\n.*\n([\d.]+) % error\n([\d.]+) % error\n"
+    pattern = r"coded params: .* \(([\d.]+)x\).*\nmultiply-adds of two examples: .* \(([\d.]+)x\)\n.*\n([\d.]+) % error\n([\d.]+) % error\n"
     return [float(part) for part in re.search(pattern, text, re.DOTALL).groups()]
 
 
@@ -171,7 +171,7 @@ def test_the_readme_runs_under(setting, tmp_path, monkeypatch):
         code = code.replace("jax.random.key(", "jax.random.PRNGKey(")
     with SETTINGS[setting]():
         printed = run(code, tmp_path, monkeypatch)
-    assert "multiply-adds: 10,000 -> " in printed
+    assert "multiply-adds of two examples: 10,000 -> " in printed
 
 
 def test_the_readme_is_one_page():

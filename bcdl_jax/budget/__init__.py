@@ -2,7 +2,7 @@
 
 from bcdl_jax.budget.compressed import Compressed, CompressionReport, EntryReport
 from bcdl_jax.budget.compressing import compress
-from bcdl_jax.budget.errors import Increase, squared_error, wrong_class
+from bcdl_jax.budget.errors import Increase, squared_error, wrong_class, wrong_label
 from bcdl_jax.budget.page import report_page
 from bcdl_jax.budget.search import Point, pareto_front
 
@@ -17,4 +17,5 @@ __all__ = [
     "report_page",
     "squared_error",
     "wrong_class",
+    "wrong_label",
 ]

@@ -52,7 +52,7 @@ class CompressionReport:
       chosen: The chosen point.
       points: All points that were measured, the largest first.
       error: The error on the search examples.
-      held_out: The error on the examples that the search did not use: what to expect on new data.
+      held_out: The error on the examples that the search did not use.
       bytes: The size of the params in their own types, and the size of the coded params.
       multiply_adds: The multiply-adds of all matrix products and convolutions on the example inputs.
       kept_weights: The number of kept weights of the layers, and the number of all.
@@ -80,8 +80,8 @@ class CompressionReport:
         return "\n".join(
             [
                 f"budget: {self.budget}",
-                f"bytes: {before:,} -> {after:,} ({before / max(1, after):.1f}x)",
-                f"multiply-adds: {work:,} -> {less:,} ({work / max(1, less):.1f}x)",
+                f"coded params: {before:,} -> {after:,} bytes ({before / max(1, after):.1f}x), without the program",
+                f"multiply-adds of two examples: {work:,} -> {less:,} ({work / max(1, less):.1f}x)",
                 f"weights of the layers: {total:,} -> {kept:,}, in steps of {self.chosen.relative_step:.2g} deviations",
                 f"other arrays: {self.plain_bytes:,} bytes, {plain}",
                 f"error in the search: {self.error[0]:.4g} -> {self.error[1]}",
@@ -117,8 +117,8 @@ class Compressed:
 
         Args:
           path: The file.
-          program: True for a file with the program, which ``load_network`` reads without the code of the model. False for the coded params
-            alone, which ``load`` reads.
+          program: True for a file with the program, some kilobytes more, which ``load_network`` reads without the code of the model. False
+            for the coded params of the small network alone: ``load`` reads them for ``apply``.
 
         Returns:
           The number of bytes of the file.

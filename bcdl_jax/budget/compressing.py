@@ -52,9 +52,7 @@ def compress(
 
     Pruning and precision are searched together. Units are pruned in the order of their log dropout rates. The kept weights are rounded to
     steps in proportion to their posterior deviations. Arrays outside of the layers are rounded, too, to 8 bits if that hardly changes the
-    error. The search measures networks on a part of the validation data. The rest shows the error to expect on new data.
-
-    Give one budget: ``max_increase``, ``max_relative_increase``, ``target_bytes`` or ``target_multiply_adds``.
+    error. The report shows the error on data that the search did not use. If the training saw them, use test data for a final number.
 
     Args:
       network: The variational network, from ``variational``.
@@ -62,9 +60,10 @@ def compress(
       validation: A pair of inputs and targets, trees of arrays [examples, ...], that the network was not trained on. A tuple of inputs becomes
         several arguments of the network.
       error: A function (outputs, targets) -> the errors of the examples, [examples, ...], such as ``wrong_class`` or ``squared_error``.
-      max_increase: The largest increase of the mean error, in its own unit: points of a percent for ``wrong_class``.
+      max_increase: The largest increase of the mean error, in its own unit: percentage points for ``wrong_class``. This is one budget; give
+        exactly one.
       max_relative_increase: The largest increase of the mean error, as a share of the error before: 0.05 for five percent.
-      target_bytes: The largest size of the coded params, without the program.
+      target_bytes: The largest size of the coded params, with their names and without the program.
       target_multiply_adds: The largest number of multiply-adds on two examples, see ``shrink``.
       held_out: The share of the validation data that the search does not use.
       key: A PRNG key, which divides the validation data; None for ``jax.random.key(0)``.
@@ -77,13 +76,13 @@ def compress(
       ValueError: There is no budget or more than one, a number is out of range, the data do not fit, the error before compression is not
         finite, or no network within the budget was found.
     """
-    budget = _checked_budget(max_increase, max_relative_increase, target_bytes, target_multiply_adds)
+    budget = check_budget(max_increase, max_relative_increase, target_bytes, target_multiply_adds)
     check_arrays(params)
     inputs, targets = _checked_data(validation, held_out)
     example = jax.tree.map(lambda array: array[:2], as_inputs(inputs))
     searched, rest = _parts(inputs, targets, held_out, jax.random.key(0) if key is None else key)
     (errors, before), (others, before_rest) = (_measured(network, params, error, part) for part in (searched, rest))
-    limit = max_increase if max_relative_increase is None else max_relative_increase * float(before.mean())
+    limit = max_increase if max_relative_increase is None else max_relative_increase * abs(float(before.mean()))
     rounded, plain_bits = _with_rounded_arrays(params, errors, before, limit)
     pruner = Pruner.of(rounded, network if hasattr(network, "prune_useless") else None)  # type: ignore[arg-type]
     search = Search(pruner, errors, before, progress)
@@ -107,7 +106,7 @@ def compress(
             search.points,
             error=(float(before.mean()), after[0]),
             held_out=(float(before_rest.mean()), after[1]),
-            bytes=(_bytes_of_weights(params), len(encode(small))),
+            bytes=(_bytes_of_weights(params), len(encode(small, names=True))),
             multiply_adds=report.multiply_adds,
             kept_weights=count_weights(reduced),
             plain_bits=plain_bits,
@@ -145,11 +144,11 @@ def _chosen(
     return least_work(search, lambda params: shrink(apply, params, example)[2].multiply_adds[1], target_multiply_adds)
 
 
-def _checked_budget(
-    max_increase: float | None,
-    max_relative_increase: float | None,
-    target_bytes: int | None,
-    target_multiply_adds: int | None,
+def check_budget(
+    max_increase: float | None = None,
+    max_relative_increase: float | None = None,
+    target_bytes: int | None = None,
+    target_multiply_adds: int | None = None,
 ) -> str:
     """The budget in words. Raises ValueError if there is not exactly one, or if it is out of range."""
     budgets = {
@@ -206,8 +205,9 @@ def _with_rounded_arrays(
     for bits in _PLAIN_BITS:
         rounded = round_plain_arrays(params, bits)
         found = increase_from(before, errors(rounded))
-        # A few examples change either way, which is noise.
-        if found.increase - found.standard_error <= allowed:
+        # A few examples change either way, which is noise. The search needs a start within the budget.
+        is_within = limit is None or found.increase <= limit / 2
+        if is_within and found.increase - found.standard_error <= allowed:
             return rounded, bits
     return params, None
 

@@ -26,8 +26,32 @@ def wrong_class(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     Args:
       outputs: The scores of the classes, [..., classes].
       targets: The classes, integers [...].
+
+    Raises:
+      ValueError: The shapes do not fit.
     """
+    if outputs.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"wrong_class has outputs of shape {outputs.shape} and targets of shape {targets.shape}; the targets must be {outputs.shape[:-1]}."
+        )
     return 100.0 * (jnp.argmax(outputs, axis=-1) != targets)
+
+
+def wrong_label(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """100 for each label that is predicted wrongly, and 0 for the others. The mean is the error in percent.
+
+    Args:
+      outputs: The logits of the labels. A label is predicted if its logit is above 0.
+      targets: 1 for each label that is true and 0 for the others, of the same shape.
+
+    Raises:
+      ValueError: The shapes differ.
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"wrong_label has outputs of shape {outputs.shape} and targets of shape {targets.shape}; both must be the same."
+        )
+    return 100.0 * ((outputs > 0) != (targets > 0.5))
 
 
 def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -36,7 +60,14 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     Args:
       outputs: The predictions.
       targets: The numbers to predict, of the same shape.
+
+    Raises:
+      ValueError: The shapes differ.
     """
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"squared_error has outputs of shape {outputs.shape} and targets of shape {targets.shape}; both must be the same."
+        )
     return (outputs - targets) ** 2
 
 

@@ -93,19 +93,23 @@ class Search:
     def coded(self, point: Point) -> Point:
         """The point with the size of its file."""
         if not point.is_coded:
-            size = len(encode(self.network(point.share, point.relative_step)))
+            size = len(encode(self.network(point.share, point.relative_step), names=True))
             point = dataclasses.replace(point, bytes=size, is_coded=True)
             self._points[point.share, point.relative_step] = point
         return point
 
-    def coarsest(self, share: float, allowed: Callable[[Point], bool]) -> Point | None:
-        """The point with the largest step up to which all steps are allowed, or None if the smallest one is not."""
+    def coarsest(self, share: float, limit: float) -> Point | None:
+        """The point with the largest step whose error increases by at most ``limit``, or None.
+
+        Larger steps are tried until one is above the limit by more than a standard error. A smaller excess may be noise.
+        """
         found = None
         for step in RELATIVE_STEPS:
             point = self.point(share, step)
-            if not allowed(point):
+            if point.increase.increase <= limit:
+                found = point
+            elif point.increase.increase - point.increase.standard_error > limit:
                 break
-            found = point
         return found
 
     def finest(self, share: float, allowed: Callable[[Point], bool]) -> Point | None:
@@ -120,16 +124,11 @@ class Search:
 def smallest_within(search: Search, limit: float) -> Point | None:
     """The point with the smallest file whose error increases by at most ``limit``, or a better one of almost its size; None if there is none.
 
-    A share counts only if all larger shares that were tried count, and a step only if all smaller ones count. So a network that is within the
-    limit by chance is not chosen.
+    A share counts only if all larger shares that were tried count, so that a small network is not chosen by chance.
     """
-
-    def allowed(point: Point) -> bool:
-        return point.increase.increase <= limit
-
     found, last, refused = list[Point](), 1.0, 0.0
     for share in SHARES:
-        point = search.coarsest(share, allowed)
+        point = search.coarsest(share, limit)
         if point is None:
             refused = share
             break
@@ -137,7 +136,7 @@ def smallest_within(search: Search, limit: float) -> Point | None:
         last = share
     for _ in range(_HALVINGS if refused else 0):
         middle = (last + refused) / 2
-        point = search.coarsest(middle, allowed)
+        point = search.coarsest(middle, limit)
         last, refused = (last, middle) if point is None else (middle, refused)
         found += [] if point is None else [point]
     best = [search.coded(point) for point in sorted(found, key=lambda point: point.bytes)[:_CODED]]
@@ -158,7 +157,7 @@ def best_of_size(search: Search, target: float) -> Point | None:
         if not found:
             return None
         estimated = min(found, key=lambda point: point.increase.increase)
-        size = len(encode(search.network(estimated.share, estimated.relative_step)))
+        size = len(encode(search.network(estimated.share, estimated.relative_step), names=True))
         if size <= target:
             return search.coded(estimated)
         factor = max(1.01 * factor, size / estimated.bytes)
@@ -186,7 +185,7 @@ def least_work(search: Search, work: Callable[[PyTree], float], target: float) -
     if not low:
         return None
     finest = search.point(low, RELATIVE_STEPS[0]).increase
-    point = search.coarsest(low, lambda point: point.increase.increase <= finest.increase + finest.standard_error / 2)
+    point = search.coarsest(low, finest.increase + finest.standard_error)
     return None if point is None else search.coded(point)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-LOSSES, ERRORS = ("softmax", "sigmoid", "gaussian"), ("wrong_class", "squared_error")
+LOSSES, ERRORS = ("softmax", "sigmoid", "gaussian"), ("wrong_class", "wrong_label", "squared_error")
 # The budgets, with the type of their number and their help.
 _BUDGETS = {
-    "--max-increase": (float, "largest increase of the error, in its own unit: points of a percent for wrong_class"),
+    "--max-increase": (
+        float,
+        "largest increase of the error, in its own unit: percentage points for wrong_class and wrong_label",
+    ),
     "--max-relative-increase": (float, "largest increase of the error, as a share of the error before"),
     "--target-bytes": (int, "largest size of the coded params"),
     "--target-multiply-adds": (int, "largest number of multiply-adds on two examples"),
@@ -36,14 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='training data, .npz or .safetensors: "inputs" (or "inputs_0", "inputs_1", ...) and "targets"',
     )
     add("--validation", metavar="FILE", help="validation data in the same form (default: a tenth of the training data)")
-    add("--test", metavar="FILE", help="test data in the same form, which are read once, at the end")
+    add("--test", metavar="FILE", help="test data in the same form, which are used once, at the end")
     add(
         "--loss",
         choices=LOSSES,
         default="softmax",
         help="kind of the targets (default: softmax, one class out of many)",
     )
-    add("--error", choices=ERRORS, help="error of an example (default: wrong_class for softmax, else squared_error)")
+    add(
+        "--error",
+        choices=ERRORS,
+        help="error of an example (default: wrong_class for softmax, wrong_label for sigmoid, squared_error for gaussian)",
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
     for name, (kind, text) in _BUDGETS.items():
         budget.add_argument(name, type=kind, metavar="X", help=text)
@@ -53,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory for network.bcdn, params.bcdl, report.html and report.txt",
     )
-    add("--steps", type=int, help="training steps before pruning, for a shorter run (default: the recipe of FitConfig)")
+    add(
+        "--steps",
+        type=int,
+        help="training steps before pruning, for a shorter run, which has two rounds of pruning (default: the recipe of FitConfig)",
+    )
     add("--batch-size", type=int, help="examples of a training step (default: that of FitConfig)")
     add("--seed", type=int, default=0, help="seed of the noise and of the order of the examples (default: 0)")
     add("--overwrite", action="store_true", help="replace the files of an earlier run in --out")

@@ -33,18 +33,24 @@ def read_arrays(path: str, option: str) -> dict[str, np.ndarray]:
     if kind == ".npz":
         try:
             with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                arrays = {name: file[name] for name in file.files}
         except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise CommandError(f"{option} {path} is not a file of numpy.savez.") from error
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biuf":
+                raise CommandError(
+                    f"{option} {path} holds {name} of type {array.dtype}; it must hold numbers. Bfloat16 goes into a safetensors file."
+                )
+        return arrays
     if kind == ".safetensors":
         try:
             from safetensors import SafetensorError
-            from safetensors.numpy import load
+            from safetensors.flax import load
         except ModuleNotFoundError as error:
             raise CommandError(f"{option} {path} needs safetensors: pip install -e '.[export]'.") from error
         content = Path(path).read_bytes()
         try:
-            return load(content)
+            return {name: np.asarray(array) for name, array in load(content).items()}
         except SafetensorError as error:
             raise CommandError(f"{option} {path} is not a safetensors file: {error}.") from error
     raise CommandError(f"{option} is {path}; it must be a file of the type .npz or .safetensors.")

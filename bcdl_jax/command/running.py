@@ -17,11 +17,14 @@ import numpy as np
 from bcdl_jax import train
 from bcdl_jax._atomic_file import write_atomically
 from bcdl_jax._tree import PyTree
-from bcdl_jax.budget import Compressed, compress, report_page, squared_error, wrong_class
+from bcdl_jax.budget import Compressed, compress, report_page, squared_error, wrong_class, wrong_label
+from bcdl_jax.budget.compressing import check_budget
 from bcdl_jax.budget.errors import Error, ExampleErrors
+from bcdl_jax.codec import save
 from bcdl_jax.command.arguments import given_budget
 from bcdl_jax.command.files import CommandError, read_data, read_params
 from bcdl_jax.conversion import variational
+from bcdl_jax.export.network_file import check_exportable
 from bcdl_jax.graph.example_inputs import as_inputs
 
 _NETWORK, _PARAMS, _PAGE, _TEXT, _CHECKPOINTS = (
@@ -41,11 +44,12 @@ def run_compress(args: argparse.Namespace) -> None:
       CommandError: An argument or a file is wrong.
       OSError: A file cannot be read or written.
     """
-    out = _prepared(args)
     apply, params = _function(args.apply), read_params(args.params)
     data, validation = _training_and_validation(args)
     test = None if args.test is None else read_data(args.test, "--test")
     try:
+        _check(args, apply, params, {"--data": data, "--validation": validation} | ({"--test": test} if test else {}))
+        out = _prepared(args)
         small, fitted = _compressed(args, apply, params, data, validation, out)
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -56,14 +60,26 @@ def run_compress(args: argparse.Namespace) -> None:
             for function, own in ((apply, params), (small.apply, small.params))
         )
         lines.append(f"test error: {before:.4g} before, {after:.4g} after")
-    small.save(out / _NETWORK)
-    small.save(out / _PARAMS, program=False)
     title = f"{args.apply}, {Path(args.params).name}"
     for name, text in ((_PAGE, report_page(small.report, title)), (_TEXT, "\n".join(lines) + "\n")):
         write_atomically(out / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    save(out / _PARAMS, small.full_params, names=True)
+    small.save(out / _NETWORK)
     shutil.rmtree(out / _CHECKPOINTS)
     print("\n".join(lines))
     print(f"Files in {out}: {', '.join((_NETWORK, _PARAMS, _PAGE, _TEXT))}")
+
+
+def _check(args: argparse.Namespace, apply: Callable[..., PyTree], params: PyTree, parts: dict[str, Any]) -> None:
+    """Raises ValueError or CommandError for what would fail after the training."""
+    check_budget(**given_budget(args))  # type: ignore[arg-type]
+    for option, (inputs, targets) in parts.items():
+        two = jax.tree.map(lambda array: array[:2], (inputs, targets))
+        try:
+            ExampleErrors(apply, _error(args), *two)(params)
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"The network or --error fails on {option}: {str(error).splitlines()[0]}") from error
+    check_exportable(apply, params, jax.tree.map(lambda array: array[:2], parts["--data"][0]))
 
 
 def _compressed(
@@ -101,8 +117,9 @@ def _compressed(
 
 def _error(args: argparse.Namespace) -> Error:
     """The error of examples that the arguments choose."""
-    name = args.error or ("wrong_class" if args.loss == "softmax" else "squared_error")
-    return {"wrong_class": wrong_class, "squared_error": squared_error}[name]
+    usual = {"softmax": "wrong_class", "sigmoid": "wrong_label", "gaussian": "squared_error"}
+    errors = {"wrong_class": wrong_class, "wrong_label": wrong_label, "squared_error": squared_error}
+    return errors[args.error or usual[args.loss]]
 
 
 def _prepared(args: argparse.Namespace) -> Path:
@@ -111,8 +128,10 @@ def _prepared(args: argparse.Namespace) -> Path:
     finished = [name for name in (_NETWORK, _PARAMS, _PAGE, _TEXT) if (out / name).exists()]
     if finished and not args.overwrite:
         raise CommandError(f"--out {out} holds {', '.join(finished)}; give another directory, or --overwrite.")
-    if args.overwrite and (out / _CHECKPOINTS).is_dir() and finished:
-        shutil.rmtree(out / _CHECKPOINTS)
+    for name in finished:  # Without them, the run goes on from its own checkpoints if it is interrupted.
+        (out / name).unlink()
+    if finished:
+        shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     return out
 

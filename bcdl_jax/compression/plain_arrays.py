@@ -18,7 +18,8 @@ def round_plain_arrays(params: PyTree, bits: int) -> PyTree:
     types, and ``save`` stores the integers.
 
     Args:
-      params: A tree with variational or quantised layers, which do not change, and other arrays. Their values must be finite.
+      params: A tree with variational or quantised layers, which do not change, and other arrays. Arrays with values that are not finite, or
+        almost too large for their type, do not change either.
       bits: The number of bits of the integers with their sign, from 2 to 16.
 
     Returns:
@@ -35,12 +36,15 @@ def round_plain_arrays(params: PyTree, bits: int) -> PyTree:
         if is_layer(node) or not jnp.issubdtype(dtype_of(node), jnp.floating):
             return node
         array = np.asarray(node)
-        peak = float(np.max(np.abs(array.astype(np.float64)), initial=0))
-        if not peak:
+        wide = array.astype(np.float64)
+        peak = float(np.max(np.abs(wide), initial=0))
+        if not peak or not np.isfinite(peak):  # Such as a mask of minus infinity.
             return node
         exponent = int(np.ceil(np.log2(peak / largest)))
-        integers = np.round(np.ldexp(array.astype(np.float64), -exponent))
         # A sum with 0 turns -0 into 0.
-        return jnp.asarray((np.ldexp(integers, exponent) + 0.0).astype(array.dtype))
+        values = np.ldexp(np.round(np.ldexp(wide, -exponent)), exponent) + 0.0
+        if np.max(np.abs(values)) > float(jnp.finfo(array.dtype).max):
+            return node
+        return jnp.asarray(values.astype(array.dtype))
 
     return jax.tree.map(rounded, params, is_leaf=is_layer)

@@ -71,6 +71,11 @@ def _program(apply: Callable[..., PyTree], params: PyTree, example_inputs: Any, 
     return bytes(exported.serialize())
 
 
+def check_exportable(apply: Callable[..., PyTree], params: PyTree, example_inputs: Any) -> None:
+    """Raises ValueError if ``save_network`` cannot write the program of a network, such as one that runs at one batch size alone."""
+    _program(apply, params, example_inputs, ("cpu",))
+
+
 def load_network(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Callable[..., PyTree]:
     """Loads the network from a file that ``save_network`` wrote.
 

@@ -60,7 +60,7 @@ def test_the_increase_stays_within_the_budget(trained, small):
     assert report.chosen.is_coded
     # Thirty-two bits for each weight before, and a fraction of the weights after.
     assert report.bytes[0] == 4 * (12 * 30 + 30 + 30 + 90)
-    assert report.bytes[1] < 0.1 * report.bytes[0]
+    assert report.bytes[1] < 0.12 * report.bytes[0]
     assert report.multiply_adds[1] < 0.5 * report.multiply_adds[0]
     assert report.kept_weights[0] < 0.5 * report.kept_weights[1] == 0.5 * 450
     assert report.plain_bits in (8, 10)
@@ -86,8 +86,8 @@ def test_a_larger_budget_gives_a_smaller_network(trained, small):
 def test_a_target_of_bytes_is_met_by_the_file(trained, small, tmp_path):
     target = 300
     found = compress(trained, target_bytes=target)
-    assert found.save(tmp_path / "small.bcdl", program=False) <= target + 40  # The names.
-    assert len(bcdl_jax.codec.encode(found.full_params)) <= target
+    assert found.save(tmp_path / "small.bcdl", program=False) <= target
+    assert found.report.bytes[1] <= target
     assert found.report.error[1].increase < 25
     front = list(budget.pareto_front(found.report.points))
     assert [point.bytes for point in front] == sorted(point.bytes for point in front)
@@ -243,6 +243,8 @@ def test_plain_arrays_are_rounded_to_powers_of_two(key):
         for name in ("half", "count", "zero"):
             np.testing.assert_array_equal(rounded[name], tree[name])
             assert rounded[name].dtype == tree[name].dtype
+    mask = {"mask": jnp.array([0, -jnp.inf]), "large": jnp.array([1, 65400], jnp.float16)}
+    jax.tree.map(np.testing.assert_array_equal, bcdl_jax.compression.round_plain_arrays(mask, 8), mask)
     with pytest.raises(ValueError, match="bits is 1; it must be from 2 to 16"):
         bcdl_jax.compression.round_plain_arrays(tree, 1)
 
@@ -259,6 +261,39 @@ def test_increases_have_the_standard_error_of_paired_differences():
     scalar = ExampleErrors(lambda params, x: x, lambda outputs, targets: outputs.mean(), jnp.ones((8, 3)), jnp.zeros(8))
     with pytest.raises(ValueError, match=r"error returns an array of shape \(\) for 8 examples; it must return \[8, "):
         scalar({})
+
+
+def test_rounding_plain_arrays_never_uses_up_the_budget(key):
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (120, 6))
+    params = {"w": jax.random.normal(keys[1], (6, 3)), "gain": 1 + jax.random.normal(keys[2], (3,))}
+    apply = lambda params, x: (x @ params["w"]) * params["gain"]  # noqa: E731
+    model = bcdl_jax.variational(apply, params, x[:2], rules={"gain": None})
+    labels = jnp.argmax(apply(params, x), -1)
+    small = bcdl_jax.compress(model, model.params, (x, labels), bcdl_jax.wrong_class, max_increase=0, progress=False)
+    assert small.report.error[1].increase <= 0
+
+
+def test_errors_of_examples_and_wrong_shapes():
+    scores, labels = jnp.array([[1.0, 2], [3, 1]]), jnp.array([1, 1])
+    np.testing.assert_array_equal(bcdl_jax.wrong_class(scores, labels), [0, 100])
+    np.testing.assert_array_equal(budget.wrong_label(scores - 1.5, jnp.array([[0, 1], [1, 1]])), [[0, 0], [0, 100]])
+    np.testing.assert_array_equal(bcdl_jax.squared_error(scores, 1.0 * scores + 2), np.full((2, 2), 4))
+    for error, targets, message in (
+        (
+            bcdl_jax.wrong_class,
+            labels[:, None],
+            r"wrong_class has outputs of shape \(2, 2\) and targets of shape \(2, 1\)",
+        ),
+        (budget.wrong_label, labels, r"wrong_label has outputs of shape \(2, 2\) and targets of shape \(2,\)"),
+        (
+            bcdl_jax.squared_error,
+            labels[:, None],
+            r"squared_error has outputs of shape \(2, 2\) and targets of shape \(2, 1\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            error(scores, targets)
 
 
 def test_bad_input_is_refused(trained):

@@ -88,12 +88,13 @@ def test_params_are_read_as_a_tree(files):
         ({"params": "none.npz"}, "none.npz cannot be read or written: No such file"),
         ({"params": "compress_command_network.py"}, "it must be a file of the type .npz or .safetensors."),
         ({"data": "params.npz"}, '--data params.npz holds encoder/kernel, head/kernel; it must hold "inputs"'),
-        ({"loss": "gaussian"}, "GaussianLoss"),
+        ({"loss": "gaussian"}, "The network or --error fails on --data: squared_error has outputs of shape (2, 3)"),
         ({"max_increase": "-1"}, "max_increase is -1"),
+        ({"test": "data_of_one_input.npz"}, "The network or --error fails on --test: "),
     ],
 )
-@pytest.mark.slow
 def test_wrong_arguments_are_named_in_one_sentence(files, options, message, capsys):
+    np.savez(files / "data_of_one_input.npz", inputs=np.ones((9, 6)), targets=np.zeros(9, int))
     given = {"steps": "2"} | options
     assert main(command(**given)) == 2
     error = capsys.readouterr().err
