@@ -165,4 +165,4 @@ def test_onnx(kind, tmp_path):
 def test_every_cell_has_a_known_word():
     words = {word for cells in CELLS.values() for word in cells.values()}
     assert words <= {"yes", "no", "stored"}
-    assert re.search(r"\"stored\": `save` keeps these arrays as they are", README.read_text())
+    assert re.search(r"\"stored\": no posterior; `compress` rounds such arrays", README.read_text())

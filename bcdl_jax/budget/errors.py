@@ -42,7 +42,7 @@ def wrong_label(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
     Args:
       outputs: The logits of the labels. A label is predicted if its logit is above 0.
-      targets: 1 for each label that is true and 0 for the others, of the same shape.
+      targets: The labels, 1 for true and 0 for false, of the same shape.
 
     Raises:
       ValueError: The shapes differ.

@@ -107,7 +107,7 @@ class ArrayHeader:
       shape: Shape of the array.
       dtype: Type of the array.
       coded: True if the values are in the coded stream, False if they are in the copied part.
-      exponent: For coded floats, the exponent of their step: a value is an integer times 2 ** exponent.
+      exponent: The exponent of the step of coded floats: a value is an integer times 2 ** exponent.
     """
 
     shape: tuple[int, ...]

@@ -28,14 +28,15 @@ def test_targets_that_do_not_count_become_padding():
 
 
 def test_images_change_from_epoch_to_epoch_and_repeat_with_the_seed():
-    images = np.random.default_rng(0).integers(0, 256, (256, 8, 8, 3)).astype(np.uint8)
-    labels = np.arange(256)
+    count = 2 * GALLERY["resnet20"].recipe.batch_size
+    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+    labels = np.arange(count)
     epochs = [
         list(_changing_batches(GALLERY["resnet20"], images, labels, seed)(number))
         for seed, number in ((0, 0), (0, 0), (0, 1), (1, 0))
     ]
     assert [len(epoch) for epoch in epochs] == [2, 2, 2, 2]
-    assert all(sorted(np.concatenate([batch[1] for batch in epoch])) == list(range(256)) for epoch in epochs)
+    assert all(sorted(np.concatenate([batch[1] for batch in epoch])) == list(range(count)) for epoch in epochs)
     np.testing.assert_array_equal(epochs[0][0][0], epochs[1][0][0])
     for other in epochs[2:]:
         assert not np.array_equal(epochs[0][0][0], other[0][0])
